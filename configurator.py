@@ -1,0 +1,151 @@
+"""
+A script's own module-level names are its settings; this file overrides them from the command line.
+
+    steps = 4                    # reverse steps
+    shift: float | None = None   # time-grid shift; None takes the formula
+    config = configure(globals())
+
+Then `python script.py config/small.py --steps=8` runs config/small.py, an ordinary Python file, takes its
+public names as overrides, and after them steps = 8. Arguments apply from left to right, so the last one
+wins; `--help` lists every setting with the comment beside it.
+
+A setting keeps the type of its default. Where that says too little (None, or an int that may also be a
+tuple) an annotation decides instead. A wrong key or value ends the program with one line that names it.
+"""
+import ast
+import difflib
+import math
+import sys
+import tokenize
+import traceback
+from types import ModuleType
+
+# The types a setting may have, and how each reads a text. A union tries them in this order: str comes last,
+# since it takes any text.
+READERS = {
+    "None": {"None": None}.__getitem__,
+    "bool": {"true": True, "True": True, "false": False, "False": False}.__getitem__,
+    "int": int,
+    "float": float,
+    "tuple": ast.literal_eval,
+    "str": str,
+}
+PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in errors; the others are "a ..."
+
+
+def kind(value):
+    return "None" if value is None else type(value).__name__
+
+
+def admitted(hint):
+    """The types an annotation names, in its order: `float | None` gives ["float", "None"]."""
+    if isinstance(hint, ast.BinOp):
+        return admitted(hint.left) + admitted(hint.right)
+    name = ast.unparse(hint.value if isinstance(hint, ast.Subscript) else hint)  # tuple[int, ...] is a tuple
+    if name not in READERS:
+        raise TypeError(f"a setting is annotated {name!r}; write one of {', '.join(READERS)}, joined by |")
+    return [name]
+
+
+def from_value(value, kinds):
+    """`value` as one of `kinds`, an int counting as a float; ValueError where it is none of them."""
+    if kind(value) == "int" and "int" not in kinds and "float" in kinds:
+        value = float(value)
+    if kind(value) not in kinds or (kind(value) == "float" and not math.isfinite(value)):
+        raise ValueError
+    return value
+
+
+def from_text(text, kinds):
+    """What a text means where one of `kinds` is expected; ValueError where it means none of them."""
+    for name, read in READERS.items():
+        if name in kinds:
+            try:
+                return from_value(read(text), [name])
+            except Exception:  # not of this type, whatever the reader calls that; the next one may fit
+                pass
+    raise ValueError
+
+
+def run_config(path):
+    """The public names a config file leaves behind, without the modules, functions and classes it used."""
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+    except OSError as error:
+        raise SystemExit(f"config file {path!r} cannot be read: {error.strerror}; settings are written --key=value")
+    names = {}
+    try:
+        exec(compile(source, path, "exec"), names)
+    except (Exception, SystemExit) as error:
+        # the innermost line of the file that was running; if none was, the file did not compile
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
+        reason = " ".join(traceback.format_exception_only(error)[-1].split())
+        raise SystemExit(f"{path}, line {line}: {reason}")
+    return {name: value for name, value in names.items()
+            if not name.startswith("_") and not callable(value) and not isinstance(value, ModuleType)}
+
+
+def help_text(tree, comments, nodes, settings):
+    """The script's first paragraph, then every --name=default and its comment, under the `# ----` headings."""
+    flags = {name: f"  --{name}={settings[name]}" for name in nodes}
+    width = max(map(len, flags.values()), default=0)
+    rows, above = [(ast.get_docstring(tree) or "").split("\n\n")[0], ""], 0
+    for name, node in nodes.items():
+        between = [comments.get(line, "") for line in range(above + 1, node.lineno)]
+        rows += ["\n" + comment.strip("#- ") for comment in between if comment.startswith("# --")]
+        rows += [f"{flags[name]:{width}}  {comments.get(node.end_lineno, '').lstrip('# ')}".rstrip()]
+        above = node.end_lineno
+    return "\n".join(rows).replace("\n\n\n", "\n\n")
+
+
+def configure(settings: dict) -> dict:
+    """Overrides a script's settings from sys.argv, in place.
+
+    settings: the script's globals(). Its settings are the public names assigned one by one at module level
+        before this call (`name = ...` or `name: annotation = ...`) whose value is an int, float, bool, str,
+        tuple or None. They are found in the source, `settings["__file__"]`.
+    Returns {name: value} of all settings in the order of the script, plain values for a checkpoint.
+    Raises SystemExit with one line for a wrong key, value, argument or config file, SystemExit(0) after
+        --help, and TypeError where the script annotates a setting with a type that no text can become.
+    """
+    with tokenize.open(settings["__file__"]) as file:
+        tree = ast.parse(file.read())
+        file.seek(0)
+        tokens = list(tokenize.generate_tokens(file.readline))
+    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
+    nodes, kinds = {}, {}  # of every setting: its assignment, and the types it may have
+    for node in tree.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                if not name.startswith("_") and name not in nodes and kind(settings.get(name, ...)) in READERS:
+                    nodes[name] = node
+                    hint = getattr(node, "annotation", None)
+                    kinds[name] = admitted(hint) if hint else [kind(settings[name])]
+
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(tree, comments, nodes, settings))
+        raise SystemExit(0)
+
+    config = {name: settings[name] for name in nodes}
+    for argument in sys.argv[1:]:
+        key, equals, text = argument[2:].partition("=")
+        if not argument.startswith("-"):
+            origin, overrides, convert = f"{argument}: ", run_config(argument), from_value
+        elif argument.startswith("--") and equals:
+            origin, overrides, convert = "", {key: text}, from_text
+        else:
+            raise SystemExit(f"argument {argument!r} is not understood; write --key=value, with '=' and no space")
+        for key, value in overrides.items():
+            if key not in config:
+                near = difflib.get_close_matches(key, config, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "--help lists the known ones"
+                raise SystemExit(f"{origin}config key {key!r} is unknown; {hint}")
+            try:
+                config[key] = convert(value, kinds[key])
+            except (ValueError, OverflowError):
+                expected = " or ".join(PHRASES.get(name, f"a {name}") for name in kinds[key])
+                raise SystemExit(f"{origin}config key {key!r} is {value!r}, but {expected} is expected")
+    settings.update(config)
+    return config

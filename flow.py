@@ -1,0 +1,295 @@
+"""One reverse step of a trajectory as a conditional normalizing flow: everything that needs no caption.
+
+Read from top to bottom:
+- the time grid: which few noise levels a trajectory visits;
+- the forward trajectory q: how data becomes noise level by level, its posterior and its covariance (no parameters);
+- a Transformer layer, the one building block of every network here;
+- the Transporter f_T: shallow, invertible, autoregressive over the tokens of one level. It carries x_t into the
+  u-space in which a Gaussian step is right, and says by how much it stretched the volume on the way.
+
+Notation, as everywhere: time runs from 0 (data) to 1 (noise), a step goes from t (noisier) to s (cleaner), s < t;
+tensors of tokens are (B, N, D). Section and equation numbers are those of "Normalizing Trajectory Models",
+arXiv:2605.08078, whose transporter is TarFlow's (arXiv:2412.06329), deep-shallow as in STARFlow (arXiv:2506.06276).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------------
+# The forward trajectory: q(x_t | x_0) = N((1 - t) x_0, t^2 I)
+
+
+def time_grid(steps, t_min, num_tokens, shift=None):
+    """Noise levels t_min < sigma_1 < ... < sigma_T = 1, with sigma_k = e^m / (e^m + T/k - 1).
+
+    steps: T. t_min: float, or (B,) for a grid per example. num_tokens: N, from which `shift` (e^m) follows when None:
+    a longer sequence still shows its picture at higher noise, so its levels move towards 1.
+    Returns (T+1,) or (B, T+1), ascending. Raises ValueError for a number t_min outside [0, sigma_1).
+    """
+    if shift is None:
+        shift = math.exp(0.5 + 0.65 * (num_tokens - 256) / (4096 - 256))
+    first = shift / (shift + steps - 1)
+    if not torch.is_tensor(t_min):  # a tensor's values are not looked at: on a GPU that would wait for it
+        if not 0 <= t_min < first:
+            raise ValueError(f"t_min is {t_min}, but the grid of {steps} steps starts at {first:.4f}: "
+                             f"choose 0 <= t_min < {first:.4f}, fewer steps or a larger shift")
+        t_min = torch.tensor(float(t_min))
+    k = torch.arange(1, steps + 1, dtype=t_min.dtype, device=t_min.device)
+    sigma = shift * k / (shift * k + steps - k)  # the formula times k/k: exactly 1 at k = T
+    return torch.cat([t_min[..., None], sigma.expand(*t_min.shape, steps)], dim=-1)
+
+
+def forward_kernel(t, s):
+    """alpha, beta of the Markov step q(x_t | x_s) = N(alpha x_s, beta^2 I), s < t; each shaped like t.
+
+    beta^2 = t^2 - alpha^2 s^2, factored so that nearby s and t lose no digits.
+    """
+    alpha = (1 - t) / (1 - s)
+    beta = ((t - s) * (t + s - 2 * t * s)).sqrt() / (1 - s)
+    return alpha, beta
+
+
+def forward_trajectory(x0, ts, generator=None, noise=None):
+    """Draw x_{t_0}, ..., x_{t_T} from the Markov chain q, whose marginal at each t is N((1 - t) x_0, t^2 I).
+
+    x0: (B, N, D). ts: (B, K) ascending times, any consecutive part of a grid (K = T+1 for the whole, 2 for one step).
+    noise: (B, K, N, D) standard normal, drawn with `generator` when None. Returns (B, K, N, D).
+    """
+    if noise is None:
+        noise = torch.randn(*ts.shape, *x0.shape[1:], generator=generator, dtype=x0.dtype, device=x0.device)
+    times = ts[:, :, None, None]
+    levels = [(1 - times[:, 0]) * x0 + times[:, 0] * noise[:, 0]]
+    for k in range(1, ts.shape[1]):
+        alpha, beta = forward_kernel(times[:, k], times[:, k - 1])
+        levels.append(alpha * levels[-1] + beta * noise[:, k])
+    return torch.stack(levels, dim=1)
+
+
+def forward_log_prob(x, ts):
+    """log q(x_{t_1:T} | x_{t_0}) in nats, (B,): what the trajectory's own noise contributes to the bound
+
+    -log p(x_{t_0}) <= E_q[-log p(x_{t_0:T}) + log q(x_{t_1:T} | x_{t_0})].   x: (B, T+1, N, D). ts: (B, T+1).
+    """
+    times = ts[:, :, None, None]
+    alpha, beta = forward_kernel(times[:, 1:], times[:, :-1])
+    z = (x[:, 1:] - alpha * x[:, :-1]) / beta
+    log_density = -0.5 * z**2 - torch.log(beta) - 0.5 * math.log(2 * math.pi)
+    return log_density.sum(dim=(1, 2, 3))
+
+
+def reverse_posterior(t, s):
+    """A, B, C of q(x_s | x_t, x_0) = N(A x_t + B x_0, C^2 I), s < t; each shaped like t.
+
+    Bayes' rule on the kernel above; at t = 1 it gives A = 0, B = 1 - s, C = s.
+    """
+    alpha, beta = forward_kernel(t, s)
+    return alpha * s**2 / t**2, beta**2 * (1 - s) / t**2, beta * s / t
+
+
+def trajectory_covariance(ts):
+    """Covariance S of the noise along a trajectory given x_0 (times the identity over tokens).
+
+    S_ij = m^2 (1 - M) / (1 - m) with m, M the lesser and the greater of t_i, t_j; S_TT = 1, its limit at t_T = 1.
+    ts: (..., T+1). Returns (..., T+1, T+1).
+    """
+    a, b = ts[..., :, None], ts[..., None, :]
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    ratio = (1 - high) / torch.where(low < 1, 1 - low, 1.0)
+    return low**2 * torch.where(low < 1, ratio, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The building block
+
+
+def zeroed(linear):
+    """The linear layer with weight and bias at zero: what it feeds is switched off at initialisation."""
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    return linear
+
+
+def full_precision(linear, h):
+    """linear(h) in the layer's own precision, whatever autocast does around it: for log-scales and variances."""
+    with torch.autocast(h.device.type, enabled=False):
+        return linear(h.to(linear.weight.dtype))
+
+
+class TimeEmbedding(nn.Module):
+    """Times in [0, 1], (B, count), to one conditioning vector, (B, width): sinusoids, then a two-layer MLP.
+
+    The number of steps T enters as the time 1/T, the length of an unshifted step.
+    """
+
+    def __init__(self, count, width, frequencies=32):
+        super().__init__()
+        # up to 1000 radians per unit of time: the last step's scale changes over differences of 0.001
+        self.register_buffer("frequencies", torch.logspace(0, 3, frequencies), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(count * 2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, times):
+        angles = times[..., None] * self.frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).flatten(1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with normalised queries and keys; causal, or over everything."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, causal=False, cache=None, position=0):
+        """x: (B, N, width). With a cache (2, B, heads, N, width/heads), x is the one token at `position`: its key
+        and value are written in place, and it attends to all that the cache holds up to itself."""
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        q, k = (F.layer_norm(a, a.shape[-1:]).to(v.dtype) for a in (q, k))  # logits cannot grow without bound
+        if cache is not None:
+            cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
+            k, v = cache[:, :, :, : position + 1]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out(rearrange(attended, "b h n d -> b n (h d)"))
+
+
+class Layer(nn.Module):
+    """A pre-norm Transformer layer whose norms are shifted, scaled and gated by a conditioning vector (adaLN)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not divisible by {heads} heads")
+        self.attention = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.modulation = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(width, 6 * width)))
+
+    def forward(self, x, c, causal=False, cache=None, position=0):
+        """x: (B, N, width); c: (B, width). Returns (B, N, width)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+        h = F.layer_norm(x, x.shape[-1:]) * (1 + scale1) + shift1
+        x = x + gate1 * self.attention(h, causal, cache, position)
+        h = F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2
+        return x + gate2 * self.mlp(h)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The transporter
+
+
+class FlowBlock(nn.Module):
+    """One autoregressive affine map: u_n = (x_n - mu(x_<n, t)) exp(-l(x_<n, t)), scanning forwards or backwards."""
+
+    log_scale_bound = 4.0  # |l| < 4: a block can stretch by e^4 at most, and the inverse never overflows
+
+    def __init__(self, num_tokens, token_dim, width, layers, heads, backwards):
+        super().__init__()
+        self.backwards = backwards
+        self.proj_in = nn.Linear(token_dim, width)
+        self.start = nn.Parameter(torch.zeros(width))
+        self.position = nn.Parameter(0.02 * torch.randn(num_tokens, width))  # by place in the scan
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
+        self.head = zeroed(nn.Linear(width, 2 * token_dim))  # so that the map starts as the identity
+
+    def shift_and_log_scale(self, h):
+        shift, log_scale = full_precision(self.head, F.layer_norm(h, h.shape[-1:])).chunk(2, dim=-1)
+        return shift, self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
+
+    def affine(self, x, c):
+        """mu and l of every token, each (B, N, D), from the tokens before it in the scan."""
+        # Shifting the input by one place makes it causal: place n holds token n-1, place 0 the start token with the time.
+        start = (self.start + c)[:, None]
+        h = torch.cat([start, self.proj_in(x[:, :-1]).to(start.dtype)], dim=1) + self.position
+        for layer in self.layers:
+            h = layer(h, c, causal=True)
+        return self.shift_and_log_scale(h)
+
+    def forward(self, x, c):
+        """x to u, all tokens in parallel. Returns u (B, N, D) and log|det du/dx| (B,)."""
+        x = self.scan(x)
+        shift, log_scale = self.affine(x, c)
+        u = (x - shift) * torch.exp(-log_scale)
+        return self.scan(u), -log_scale.sum(dim=(1, 2))
+
+    def inverse_cache(self, u, c):
+        """u to x, token by token; keys and values of the tokens already known are kept, not computed again."""
+        u = self.scan(u)
+        x = torch.empty_like(u)
+        batch, num_tokens, _ = u.shape
+        heads = self.layers[0].attention.heads
+        cache = u.new_empty(len(self.layers), 2, batch, heads, num_tokens, len(self.start) // heads)
+        for n in range(num_tokens):
+            h = self.start + c if n == 0 else self.proj_in(x[:, n - 1])
+            h = (h + self.position[n])[:, None]
+            for layer, layer_cache in zip(self.layers, cache):
+                h = layer(h, c, cache=layer_cache, position=n)
+            shift, log_scale = self.shift_and_log_scale(h)
+            x[:, n] = u[:, n] * torch.exp(log_scale[:, 0]) + shift[:, 0]
+        return self.scan(x)
+
+    def inverse_jacobi(self, u, c, tol):
+        """u to x by sweeps x <- u exp(l(x)) + mu(x) over all tokens at once, until the largest change is below tol.
+
+        A sweep makes at least one more token exact, since a token's parameters need only those before it, so N sweeps
+        are the exact inverse. Returns x (B, N, D) and the number of sweeps.
+        """
+        u = self.scan(u)
+        x = u
+        for sweep in range(1, u.shape[1] + 1):
+            shift, log_scale = self.affine(x, c)
+            previous, x = x, u * torch.exp(log_scale) + shift
+            if (x - previous).abs().max() < tol:
+                break
+        return self.scan(x), sweep
+
+    def scan(self, x):
+        """The tokens in the order of the scan, and back: its own inverse."""
+        return x.flip(1) if self.backwards else x
+
+
+class Transporter(nn.Module):
+    """f_T(x_t, t): `blocks` autoregressive maps in alternating scan order, conditioned on t and the step count T.
+
+    The identity at initialisation, and always at t = 1, where there is nothing but noise to carry. Blocks may be 0:
+    the identity throughout, which makes the model's reverse step the plain Gaussian of a diffusion model.
+    """
+
+    def __init__(self, num_tokens, token_dim, width, blocks, layers, heads):
+        super().__init__()
+        self.time = TimeEmbedding(2, width) if blocks else None
+        self.blocks = nn.ModuleList(
+            FlowBlock(num_tokens, token_dim, width, layers, heads, backwards=i % 2 == 1) for i in range(blocks))
+        self.sweeps = []  # how many Jacobi sweeps each block took in the last inversion, first block first
+
+    def forward(self, x, t, steps):
+        """x (B, N, D), t (B,), steps (B,) to u (B, N, D) and log|det du/dx| (B,)."""
+        u, logdet = x, x.new_zeros(len(x))
+        c = self.condition(t, steps)
+        for block in self.blocks:
+            u, block_logdet = block(u, c)
+            logdet = logdet + block_logdet
+        return torch.where(t[:, None, None] < 1, u, x), torch.where(t < 1, logdet, 0.0)
+
+    @torch.no_grad()
+    def inverse(self, u, t, steps, method="cache", tol=1e-5):
+        """u (B, N, D) to x (B, N, D), exactly ("cache", or "jacobi" with tol=0) or to a tolerance ("jacobi")."""
+        if method not in ("cache", "jacobi"):
+            raise ValueError(f"inversion method {method!r} is unknown: choose 'cache' or 'jacobi'")
+        x, self.sweeps = u, []
+        with torch.autocast(u.device.type, enabled=False):  # an inverse in bfloat16 would not be one
+            c = self.condition(t, steps)
+            for block in reversed(self.blocks):
+                if method == "cache":
+                    x = block.inverse_cache(x, c)
+                else:
+                    x, sweeps = block.inverse_jacobi(x, c, tol)
+                    self.sweeps.insert(0, sweeps)
+        return torch.where(t[:, None, None] < 1, x, u)
+
+    def condition(self, t, steps):
+        return self.time(torch.stack([t, 1 / steps], dim=1)) if self.blocks else None

@@ -1,0 +1,304 @@
+"""The training loop that train.py and distill.py share: ranks, batches, schedule, guarded updates, nothing lost.
+
+What is random in iteration i is drawn for the whole batch from (seed, i), and each rank takes its rows of it. So a run
+does not depend on how many processes or accumulation steps share a batch, and a resumed run is the interrupted one.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+from data import dequantize, get_dataset, get_tokenizer
+from model import null_caption
+
+PATIENCE = 10  # updates skipped in a row before a run gives up
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turns what a setting can be wrong about (ValueError, OSError) into one line on the terminal and exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def find_device(name=""):
+    """The device called `name`, or the best there is: cuda, else mps, else cpu. Raises ValueError if it is absent."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or best)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device {name!r} is not available here: leave it out for {best!r}") from error
+    return device
+
+
+def start_ranks(device_name=""):
+    """Joins the other processes under torchrun (gloo on CPU, nccl on CUDA); alone, there is nothing to join.
+
+    Returns device, rank, world size.
+    """
+    device = find_device(device_name)
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def autocast(config, device):
+    """The precision of the networks. On CUDA bfloat16; on CPUs float32, which was faster for models this small: most
+    of their time is not in the matrix products, and casting back and forth cost more than those gained."""
+    bfloat16 = device.type == "cuda" if config["bfloat16"] is None else config["bfloat16"]
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
+
+
+class Order:
+    """Which examples each iteration sees: epoch after epoch, each shuffled anew. A batch sampler for DataLoader.
+
+    Position p of the endless sequence is a function of (seed, p), so nothing about it needs saving.
+    """
+
+    def __init__(self, size, batch_size, seed, start, stop, rows):
+        self.size, self.batch_size, self.seed, self.rows = size, batch_size, seed, rows
+        self.iterations = range(start, stop)
+
+    def __len__(self):
+        return len(self.iterations)
+
+    def __iter__(self):
+        epoch = None
+        for i in self.iterations:
+            indices = []
+            for position in range(i * self.batch_size + self.rows.start, i * self.batch_size + self.rows.stop):
+                if epoch != position // self.size:
+                    epoch = position // self.size
+                    shuffle = torch.Generator().manual_seed(self.seed + epoch)
+                    permutation = torch.randperm(self.size, generator=shuffle)
+                indices.append(permutation[position % self.size].item())
+            yield indices
+
+
+def collate(examples):
+    images, captions = zip(*examples)
+    return torch.stack(images), list(captions)
+
+
+def load_data(config):
+    """The training and validation sets and the tokenizer that a run's settings name."""
+    arguments = config["image_size"], config["channels"], config["seed"], config["data_dir"]
+    sets = [get_dataset(config["dataset"], split, *arguments) for split in ("train", "val")]
+    return *sets, get_tokenizer(config["tokenizer"])
+
+
+def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, world=1, batch_size=100):
+    """This rank's share of the first `count` examples: (images, text, captions, a generator that is always the same).
+
+    Batches are dealt to ranks whole, so that sums over the ranks do not depend on how many there are.
+    """
+    starts = range(0, min(count, len(dataset)), batch_size)
+    for start in starts[rank::world]:
+        images, captions = collate(dataset.__getitems__(list(range(start, min(start + batch_size, count, len(dataset))))))
+        generator = torch.Generator(device).manual_seed(start)
+        images = dequantize(images.to(device), generator)
+        yield images, tokenizer.encode(captions, text_len).to(device), captions, generator
+
+
+def all_sum(tensor):
+    """The sum over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def learning_rate(config, i):
+    """Linear warm-up to lr, then a cosine to min_lr at max_iters."""
+    if i < config["warmup_iters"]:
+        return config["lr"] * (i + 1) / config["warmup_iters"]
+    progress = (i - config["warmup_iters"]) / max(1, config["max_iters"] - config["warmup_iters"])
+    return config["min_lr"] + (config["lr"] - config["min_lr"]) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def update_average(ema, model, decay, i):
+    """Exponential moving average of the weights; the first iterations are forgotten faster than `decay` would."""
+    for average, parameter in zip(ema.parameters(), model.parameters()):
+        average.lerp_(parameter, 1 - min(decay, (1 + i) / (10 + i)))
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask for an end after the current iteration; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Log:
+    """out_dir/log.jsonl, one JSON object a line; on resuming, lines from after the checkpoint are dropped."""
+
+    def __init__(self, path, start):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start))
+
+    def write(self, **values):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def find_start(config, path, kind, device):
+    """The checkpoint to continue from, or None to start anew, by init_from: "scratch", "resume", or "auto", which
+    resumes if there is something to resume. A checkpoint that is there is never overwritten by a run from scratch."""
+    choice = config["init_from"]
+    if choice not in ("scratch", "resume", "auto"):
+        raise ValueError(f"init_from {choice!r} is unknown: choose 'scratch', 'resume' or 'auto'")
+    if choice == "resume" or (choice == "auto" and path.exists()):
+        return checkpoint.load(path, kind, device)
+    if path.exists():
+        raise ValueError(f"{path} is there already: continue it with --init_from=resume, or choose another --out_dir")
+    return None
+
+
+def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, ranks):
+    """Train `model`, writing checkpoints, log and samples into out_dir.
+
+    config: the script's settings. kind: "ntm" or "denoiser", what its checkpoint is.
+    draw(batch, device, generator): what is random in a batch, a tuple of tensors with one row an example.
+    objective(network, images, text, draws): the loss, a scalar; network is `model`, compiled and wrapped.
+    validate(ema, i): what to log about the averaged model, {name: number}; runs on all ranks.
+    ranks: device, rank, world as from start_ranks().
+    """
+    device, rank, world = ranks
+    path = Path(config["out_dir"]) / ("ckpt.pt" if kind == "ntm" else f"{kind}.pt")
+    log_path = path.with_name("log.jsonl" if kind == "ntm" else f"{kind}_log.jsonl")
+    batch_size, passes = config["batch_size"], config["grad_accum"]
+    with one_line_errors():
+        if batch_size % (world * passes):
+            raise ValueError(f"batch_size {batch_size} is not divisible by {world} ranks x grad_accum {passes}")
+        resumed = find_start(config, path, kind, device)
+
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], betas=(0.9, 0.95), fused=device.type != "mps",
+                                  weight_decay=config["weight_decay"])
+    start = 0
+    if resumed:
+        if resumed["model_config"] != checkpoint.config_dict(model.config):
+            theirs, ours = resumed["model_config"], checkpoint.config_dict(model.config)
+            raise checkpoint.CheckpointError(f"{path} is of another model: " + ", ".join(
+                f"{k} is {theirs.get(k)}, the settings say {v}" for k, v in ours.items() if theirs.get(k) != v))
+        checkpoint.restore(model, resumed["model"], path)
+        checkpoint.restore(ema, resumed["ema"], path)
+        optimizer.load_state_dict(resumed["optimizer"])
+        start = resumed["iter"]
+
+    network = torch.compile(model) if (device.type == "cuda" if config["compile"] is None else config["compile"]) else model
+    if world > 1:
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+
+    share = batch_size // world
+    mine = range(rank * share, (rank + 1) * share)  # this rank's rows of every batch
+    order = Order(len(dataset), batch_size, config["seed"], start, config["max_iters"], mine)
+    loader = iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=config["workers"],
+                             pin_memory=device.type == "cuda"))
+    generator = torch.Generator(device)
+    interrupt = Interrupt()
+    log = Log(log_path, start) if rank == 0 else None
+    bar = tqdm(total=config["max_iters"], initial=start, disable=rank > 0, unit="it", dynamic_ncols=True)
+
+    def save(i):
+        if rank == 0:
+            checkpoint.save(path, kind=kind, model_config=checkpoint.config_dict(model.config), settings=config, iter=i,
+                            model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+
+    skipped = skipped_in_a_row = 0
+    since, seen = time.perf_counter(), 0
+    for i in range(start, config["max_iters"]):
+        lr = learning_rate(config, i)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # The batch, and all that is random about it: for the whole batch, of which this rank keeps its rows.
+        images, captions = next(loader)
+        generator.manual_seed(config["seed"] * 1_000_003 + i)
+        shape = (batch_size, *images.shape[1:])
+        noise = dequantize(torch.zeros(shape, device=device), generator)[mine.start:mine.stop]
+        images = images.to(device, non_blocking=True) + noise
+        text = tokenizer.encode(captions, model.config.text_len).to(device)
+        dropped = torch.rand(batch_size, generator=generator, device=device)[mine.start:mine.stop] < config["caption_dropout"]
+        text = torch.where(dropped[:, None], null_caption(text), text)
+        draws = [a[mine.start:mine.stop] for a in draw(batch_size, device, generator)]
+
+        total = torch.zeros(2, device=device)  # loss, interrupt asked
+        for chunk, rows in enumerate(torch.arange(share, device=device).chunk(passes)):
+            last = chunk == passes - 1
+            with contextlib.nullcontext() if last or world == 1 else network.no_sync():  # gradients meet once an update
+                with autocast(config, device):
+                    loss = objective(network, images[rows], text[rows], [a[rows] for a in draws]) / passes
+                loss.backward()
+            total[0] += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"]).item()
+        total[1] = float(interrupt.asked)
+        loss, asked = (all_sum(total) / world).tolist()
+
+        # Every rank has the same loss and gradient, so all of them skip an update or none does.
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            optimizer.step()
+            update_average(ema, model, config["ema"], i)
+            skipped_in_a_row = 0
+        else:
+            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+        optimizer.zero_grad(set_to_none=True)
+
+        i += 1  # iterations done
+        seen += batch_size
+        bar.update()
+        finished = i == config["max_iters"] or asked or skipped_in_a_row == PATIENCE
+        validating = i % config["val_interval"] == 0 or i == config["max_iters"]
+        if rank == 0 and (i % config["log_interval"] == 0 or finished or validating):
+            rate, since, seen = seen / (time.perf_counter() - since), time.perf_counter(), 0
+            bar.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{rate:.0f}", **({"skipped": skipped} if skipped else {}))
+            log.write(iter=i, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1), skipped=skipped)
+        if skipped_in_a_row == PATIENCE:
+            bar.close()
+            raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {loss}, gradient norm "
+                             f"{grad_norm}); stopped at iteration {i} with {path} as it was: lower lr (now {lr:.1e}) or "
+                             "grad_clip, or lengthen warmup_iters")
+        if validating:
+            values = validate(ema, i)
+            if rank == 0:
+                log.write(iter=i, **values)
+                bar.write(f"iteration {i}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
+            since = time.perf_counter()  # the rate is that of training
+        if validating or finished:
+            save(i)
+        if asked and i < config["max_iters"]:
+            bar.close()
+            if rank == 0:
+                print(f"interrupted: {path} holds iteration {i}; continue with --init_from=resume")
+            break
+    bar.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()

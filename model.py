@@ -1,0 +1,295 @@
+"""Normalizing Trajectory Models: the predictor, the exact likelihood, four-step sampling and the learned denoiser.
+
+Notable about the model:
+- a reverse step p(x_s | x_t) is a conditional flow: the transporter (flow.py) carries both levels into u-space, the
+  predictor puts a Gaussian there over u_s given u_t, and the change of variables makes the likelihood exact;
+- the T levels of a trajectory are one batch: a step needs its own u_t and nothing else (the chain is Markov), so one
+  pass gives every step's Gaussian, with no causal mask and no loop in training;
+- text and image tokens share one full-attention Transformer, with adaptive norms for (t, s, T), normalised queries
+  and keys, and 2-D positions;
+- what is learned is a density, so it has a score: score_denoise() cleans a sampled trajectory with it, and the
+  Denoiser learns to do the same in one pass.
+
+Text id 0 is padding, 1 the null caption. Images are in [-1, 1]. Equation numbers as in flow.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from flow import (Layer, TimeEmbedding, Transporter, forward_trajectory, full_precision, reverse_posterior, time_grid,
+                  trajectory_covariance, zeroed)
+
+PAD, NULL = 0, 1
+
+
+@dataclass
+class NTMConfig:
+    image_size: int | tuple = 8  # side, or (height, width)
+    channels: int = 1
+    patch_size: int = 2  # the fewer numbers in a token, the more the transporter can do between them
+    vocab_size: int = 514
+    text_len: int = 8
+    width: int = 128  # of the predictor
+    depth: int = 4
+    heads: int = 4
+    transporter_width: int = 64
+    transporter_blocks: int = 3
+    transporter_layers: int = 2
+    transporter_heads: int = 2
+    parametrization: str = "direct"  # or "posterior": the head emits a velocity, to start from flow matching
+    steps: int | tuple = 4  # T; with several, every batch of training draws one
+    shift: float | None = None  # e^m of the time grid; None: from the number of tokens
+    max_t_min: float = 0.05  # training draws t_0 uniformly below this
+    pairs: bool = False  # train on one random step of a trajectory per example instead of all T
+
+    def __post_init__(self):
+        height, width = self.image_size = _pair(self.image_size)
+        self.steps = tuple(self.steps) if isinstance(self.steps, (tuple, list)) else (self.steps,)
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"image_size {height}x{width} is not divisible by patch_size {self.patch_size}")
+        if self.parametrization not in ("direct", "posterior"):
+            raise ValueError(f"parametrization {self.parametrization!r} is unknown: choose 'direct' or 'posterior'")
+        for steps in self.steps:
+            time_grid(steps, self.max_t_min, self.num_tokens, self.shift)  # says so if it is above the first level
+
+    @property
+    def grid(self):
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_tokens(self):
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def token_dim(self):
+        return self.channels * self.patch_size**2
+
+
+def _pair(size):
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+class CaptionedTransformer(nn.Module):
+    """Full attention over [caption tokens; image tokens], conditioned on times: the trunk of predictor and denoiser."""
+
+    def __init__(self, config, times):
+        super().__init__()
+        rows, columns = config.grid
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.proj_in = nn.Linear(config.token_dim, config.width)
+        self.word_position = nn.Parameter(0.02 * torch.randn(config.text_len, config.width))
+        self.row = nn.Parameter(0.02 * torch.randn(rows, 1, config.width))
+        self.column = nn.Parameter(0.02 * torch.randn(1, columns, config.width))
+        self.time = TimeEmbedding(times, config.width)
+        self.layers = nn.ModuleList(Layer(config.width, config.heads) for _ in range(config.depth))
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, tokens, text, times):
+        """tokens (B, N, D), text (B, L), times (B, count) to hidden states of the image tokens (B, N, width)."""
+        c = self.time(times)
+        words = self.embed(text) + self.word_position
+        patches = self.proj_in(tokens).to(words.dtype) + (self.row + self.column).flatten(0, 1)
+        h = torch.cat([words, patches], dim=1)
+        for layer in self.layers:
+            h = layer(h, c)
+        h = h[:, text.shape[1]:]
+        return F.layer_norm(h, h.shape[-1:])
+
+
+class Predictor(nn.Module):
+    """f_P: the network of the Gaussian p(u_s | u_t, y). Deep, without any mask, one level of one trajectory a row."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.trunk = CaptionedTransformer(config, times=3)
+        self.head = zeroed(nn.Linear(config.width, 2 * config.token_dim))
+
+    def forward(self, u, t, s, steps, text):
+        """u (B, N, D), t, s, steps (B,), text (B, L) to two tensors like u, in full precision."""
+        h = self.trunk(u, text, torch.stack([t, s, 1 / steps], dim=1))
+        return full_precision(self.head, h).chunk(2, dim=-1)
+
+
+class Denoiser(nn.Module):
+    """g_phi: the cleanest level in u-space to the clean picture, in one pass; distilled from NTM.score_denoise."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.trunk = CaptionedTransformer(config, times=1)
+        self.head = zeroed(nn.Linear(config.width, config.token_dim))
+
+    def forward(self, u0, text):
+        """u0 (B, N, D) at t_min, text (B, L). Returns x0 (B, N, D)."""
+        h = self.trunk(u0, text, u0.new_zeros(len(u0), 1))  # it serves one noise level, so its time is a constant
+        return full_precision(self.head, h)
+
+
+def gaussian_nll(z):
+    """-log N(z; 0, I) in nats, summed over all but the first two dimensions: (B, K, N, D) to (B, K)."""
+    return (0.5 * z**2 + 0.5 * math.log(2 * math.pi)).sum(dim=(2, 3))
+
+
+def guide(conditional, unconditional, weight):
+    """The Gaussian proportional to p_c^(1+w) / p_u^w; each a pair (mean, log_std).
+
+    Where the caption leaves a number *less* certain (sigma_c > sigma_u) the ratio is held at 1, which keeps the result
+    a density for every w: there the mean is still extrapolated, and the spread stays sigma_c.
+    """
+    (mean_c, log_std_c), (mean_u, log_std_u) = conditional, unconditional
+    ratio = torch.exp(2 * (log_std_c - log_std_u)).clamp(max=1)
+    d = 1 + weight - weight * ratio
+    return ((1 + weight) * mean_c - weight * ratio * mean_u) / d, log_std_c - 0.5 * torch.log(d)
+
+
+def null_caption(text):
+    """The caption that says nothing, shaped like text (B, L)."""
+    null = torch.full_like(text, PAD)
+    null[:, 0] = NULL
+    return null
+
+
+class NTM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transporter = Transporter(config.num_tokens, config.token_dim, config.transporter_width,
+                                       config.transporter_blocks, config.transporter_layers, config.transporter_heads)
+        self.predictor = Predictor(config)
+
+    def patchify(self, images):
+        """(B, C, H, W) to tokens (B, N, D), row by row."""
+        p = self.config.patch_size
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+    def unpatchify(self, tokens):
+        """(B, N, D) to images (B, C, H, W)."""
+        p, (rows, columns) = self.config.patch_size, self.config.grid
+        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Likelihood
+
+    def forward(self, images, text, draws=None):
+        """The training loss: mean -log p(x_s | x_t) in nats per dimension, a scalar.
+
+        images (B, C, H, W), text (B, L). draws: what is random about it, as from draw(); drawn here when None.
+        """
+        steps, ts, noise = self.draw(len(images), images.device) if draws is None else draws
+        x = forward_trajectory(self.patchify(images), ts, noise=noise)
+        return self.transition_nll(x, ts, text, steps).mean() / noise[0, 0].numel()
+
+    def draw(self, batch, device=None, generator=None):
+        """The randomness of a batch: steps (B,), times ts (B, K) and noise (B, K, N, D).
+
+        K = T+1, the whole trajectory; or 2, one of its T steps drawn uniformly, which has the same expected loss.
+        """
+        kwargs = dict(generator=generator, device=device)
+        choice = torch.randint(len(self.config.steps), (1,), generator=generator, device=device)
+        T = self.config.steps[choice.item() if len(self.config.steps) > 1 else 0]
+        t_min = self.config.max_t_min * torch.rand(batch, **kwargs)
+        ts = time_grid(T, t_min, self.config.num_tokens, self.config.shift)
+        if self.config.pairs:
+            k = torch.randint(T, (batch, 1), **kwargs)
+            ts = ts.gather(1, torch.cat([k, k + 1], dim=1))
+        noise = torch.randn(*ts.shape, self.config.num_tokens, self.config.token_dim, **kwargs)
+        return torch.full((batch,), T, device=device), ts, noise
+
+    def transition_nll(self, x, ts, text, steps):
+        """-log p(x_{t_{k-1}} | x_{t_k}) in nats for all neighbouring levels of x, in one pass.
+
+        x (B, K, N, D), ts (B, K) ascending, text (B, L), steps (B,): T, which ts need not cover. Returns (B, K-1).
+
+        One step: z = (u_s - mu) / sigma,  -log p = |z|^2/2 + (ND/2) log 2 pi + sum log sigma - log|det df_T(x_s)/dx_s|.
+        """
+        K = x.shape[1]
+        u, logdet = self.transporter(x.flatten(0, 1), ts.flatten(), steps.repeat_interleave(K))
+        u, logdet = u.unflatten(0, (-1, K)), logdet.unflatten(0, (-1, K))
+        mean, log_std = self.predict(u[:, 1:].flatten(0, 1), ts[:, 1:].flatten(), ts[:, :-1].flatten(),
+                                     steps.repeat_interleave(K - 1), text.repeat_interleave(K - 1, dim=0))
+        mean, log_std = mean.unflatten(0, (-1, K - 1)), log_std.unflatten(0, (-1, K - 1))
+        z = (u[:, :-1] - mean) * torch.exp(-log_std)
+        return gaussian_nll(z) + log_std.sum(dim=(2, 3)) - logdet[:, :-1]
+
+    def step_nll(self, x_s, x_t, s, t, steps, text):
+        """Exact -log p(x_s | x_t, text) in nats, (B,). x_s, x_t (B, N, D); s < t and steps (B,); text (B, L)."""
+        x, ts = torch.stack([x_s, x_t], dim=1), torch.stack([s, t], dim=1)
+        return self.transition_nll(x, ts, text, steps)[:, 0]
+
+    def trajectory_nll(self, x, ts, text):
+        """Exact -log p of each part of a trajectory in nats, (B, T+1); the row sum is that of the whole.
+
+        x (B, T+1, N, D), ts (B, T+1), text (B, L). Column k < T is the step that ends at t_k, column T the prior N(0, I).
+        """
+        steps = torch.full((len(x),), ts.shape[1] - 1, device=x.device)
+        return torch.cat([self.transition_nll(x, ts, text, steps), gaussian_nll(x[:, -1:])], dim=1)
+
+    def predict(self, u, t, s, steps, text):
+        """Mean and log standard deviation of p(u_s | u_t = u), each (B, N, D); t, s, steps (B,), text (B, L).
+
+        "direct": the head emits both. "posterior": it emits a velocity v, an estimate x_0 = u - t v, and a correction
+        delta to the standard deviation of the exact posterior q(x_s | x_t, x_0), which this is with delta = 0.
+        """
+        first, second = self.predictor(u, t, s, steps, text)
+        if self.config.parametrization == "direct":
+            return first, second
+        A, B, C = (a[:, None, None] for a in reverse_posterior(t, s))
+        return A * u + B * (u - t[:, None, None] * first), C.log() + second
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Sampling
+
+    @torch.no_grad()
+    def sample(self, text, ts, guidance=0.0, generator=None, noise=None):
+        """Draw a trajectory in u-space, noisiest level first, all tokens in parallel.
+
+        text (B, L); ts (T+1,); guidance: weight w >= 0, 0 for the conditional model itself; noise (B, T+1, N, D)
+        standard normal, drawn with `generator` when None. Returns u (B, T+1, N, D), cleanest level first.
+        """
+        B, T = len(text), len(ts) - 1
+        if noise is None:
+            noise = torch.randn(B, T + 1, self.config.num_tokens, self.config.token_dim, generator=generator,
+                                dtype=self.predictor.head.weight.dtype, device=text.device)
+        steps = torch.full((B,), T, device=text.device)
+        u = noise.clone()  # the last level is the noise itself
+        for k in reversed(range(T)):
+            t, s = ts[k + 1].expand(B), ts[k].expand(B)
+            gaussian = self.predict(u[:, k + 1], t, s, steps, text)
+            if guidance:
+                unconditional = self.predict(u[:, k + 1], t, s, steps, null_caption(text))
+                gaussian = guide(gaussian, unconditional, guidance)
+            mean, log_std = gaussian
+            u[:, k] = mean + torch.exp(log_std) * noise[:, k]
+        return u
+
+    def invert(self, u, ts, method="cache"):
+        """Every level of u (B, T+1, N, D) back to x-space, as one batch. ts: (T+1,) or (B, T+1)."""
+        B, levels = u.shape[:2]
+        ts = ts.expand(B, levels)
+        steps = torch.full((B * levels,), levels - 1, device=u.device)
+        x = self.transporter.inverse(u.flatten(0, 1), ts.flatten(), steps, method)
+        return x.unflatten(0, (B, levels))
+
+    @torch.enable_grad()
+    def score_denoise(self, x, ts, text, clip=None):
+        """E[x_0 | x_{t_0}, ..., x_{t_T}] under the model, by Tweedie's formula for the whole correlated trajectory.
+
+        With g the gradient of -log p(x_{t_0:T}) and S the trajectory's covariance,
+            x_0 = (x_{t_0} - sum_j S_0j g_j) / (1 - t_0).
+        x (B, T+1, N, D), ts (B, T+1) or (T+1,), text (B, L). clip: a quantile in (0, 1) of |g|, per level, beyond which
+        the gradient is cut. Returns (B, N, D).
+        """
+        x = x.detach().requires_grad_()
+        ts = ts.expand(x.shape[:2])
+        g, = torch.autograd.grad(self.trajectory_nll(x, ts, text).sum(), x)
+        if clip is not None:
+            limit = g.abs().flatten(2).quantile(clip, dim=2)[..., None, None]
+            g = g.clamp(-limit, limit)
+        weights = trajectory_covariance(ts)[:, 0, :, None, None]
+        t0 = ts[:, 0, None, None]
+        return (x[:, 0].detach() - (weights * g).sum(dim=1)) / (1 - t0)

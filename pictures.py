@@ -1,0 +1,59 @@
+"""Images in, one picture out: grids of enlarged, captioned samples for people to look at."""
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+PAPER, INK = (255, 255, 255), (20, 20, 20)
+GAP = 8  # pixels between cells, and around them
+FONT_SIZE = 13
+MIN_CELL = 96  # a narrower cell would have no room for its caption
+
+
+def wrap(text, font, width):
+    """Breaks `text` between words into lines of at most `width` pixels (one long word may stick out)."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def grid(images, captions=None, columns=None, scale=None):
+    """
+    images: (B, C, H, W) in [-1, 1], C 1 or 3; captions: B strings, put underneath. Fills rows of `columns` cells (default:
+    about square), each pixel enlarged to scale x scale (default: cells at least 96 wide). Returns an RGB PIL.Image.
+    """
+    pixels = ((images.detach().float().cpu().numpy() + 1) * 128).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+    count, height, width, _ = pixels.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    scale = scale or -(-MIN_CELL // width)
+    height, width = height * scale, width * scale
+
+    font = ImageFont.load_default(FONT_SIZE)
+    texts = [wrap(caption, font, width) for caption in captions or [""] * count]
+    line = FONT_SIZE + 4  # Pillow puts 4 pixels between lines
+    text_height = line * max(text.count("\n") + 1 for text in texts) if captions else 0
+
+    cell_w, cell_h = width + GAP, height + text_height + GAP
+    sheet = Image.new("RGB", (columns * cell_w + GAP, -(-count // columns) * cell_h + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(pixels, texts)):
+        x, y = GAP + i % columns * cell_w, GAP + i // columns * cell_h
+        sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        draw.multiline_text((x, y + height + 2), text, fill=INK, font=font)
+    return sheet
+
+
+def save(image, path):
+    """Writes a PIL.Image as PNG, whole or not at all; makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    image.save(part, format="PNG")
+    os.replace(part, path)

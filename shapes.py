@@ -1,0 +1,141 @@
+"""
+The "shapes" data set: coloured circles, squares and triangles on a dark ground, with a caption that is always true.
+
+- four kinds of caption, equally often: one object ("a red circle"), two to four of a kind ("three blue circles"),
+  two joined by "and" ("a red circle and a blue square"), two in a relation ("a red square left of a green circle")
+- scene i of a seed is a pure function of (seed, i): a hash takes the place of a random generator's state, so that any
+  batch of scenes is one vectorised call, and neither order nor batching changes a scene
+- objects never touch, by construction: the picture is cut into as many rectangles as there are objects, at random
+  places, and each object stays well inside its own
+- one unit is the picture's width, x runs right and y down, so that a scene can be drawn at any size
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {  # well apart from one another, from the ground, and still apart as greys
+    "red": (230, 40, 30),
+    "green": (60, 200, 60),
+    "blue": (30, 60, 230),
+    "yellow": (250, 225, 50),
+    "purple": (180, 60, 210),
+    "cyan": (70, 225, 240),
+}
+GROUND = (16, 16, 24)
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")  # of the first object to the second
+KINDS = ("one", "several", "and", "relation")
+
+MAX_OBJECTS = 4
+MARGIN = 0.045  # from an object to its rectangle's edge: at 16x16, 1.4 pixels of ground between any two objects
+MIN_RADIUS = 0.15  # 2.4 pixels at 16x16: below that a circle is a square
+LONE_RADIUS = 0.19, 0.36  # an object that has the picture to itself is larger
+CUT = 0.4, 0.6  # where a cut may fall; the narrowest rectangle still holds 2 (MIN_RADIUS + MARGIN)
+
+
+class Scene(NamedTuple):
+    """B scenes of up to 4 objects each. Columns from `count` on are meaningless, and so is `relation` where `kind` is
+    not 3. Integers index the constants above; x, y and radius are in units of the picture's width."""
+    kind: np.ndarray  # (B,)
+    relation: np.ndarray  # (B,)
+    count: np.ndarray  # (B,)
+    shape: np.ndarray  # (B, 4)
+    colour: np.ndarray  # (B, 4)
+    x: np.ndarray  # (B, 4) the centre of the bounding square
+    y: np.ndarray  # (B, 4)
+    radius: np.ndarray  # (B, 4) half the side of the bounding square
+
+
+def mix(z):
+    """The finalizer of splitmix64: uint64 -> uint64, every bit of the input stirs every bit of the output."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def uniforms(seed, indices, n):
+    """Numbers in [0, 1), float64 (B, n), that depend on (seed, indices[b], column) alone. Any integers will do."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    start = mix(np.array([seed % 2**64], dtype=np.uint64) + golden)
+    stream = mix(start + np.asarray(indices, dtype=np.int64).astype(np.uint64) * golden)
+    bits = mix(stream[:, None] + np.arange(1, n + 1, dtype=np.uint64) * golden)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def scenes(seed, indices):
+    """Scenes number `indices` (B integers, negative ones too) of the endless sequence `seed`. Returns a Scene."""
+    u = uniforms(seed, indices, 8 + 3 * MAX_OBJECTS)
+    kind, relation = (u[:, 0] * len(KINDS)).astype(int), (u[:, 1] * len(RELATIONS)).astype(int)
+    count = np.select([kind == 0, kind == 1], [1, 2 + (u[:, 2] * len(NUMBERS)).astype(int)], 2)
+
+    # what: one of the 18 coloured shapes; "several" repeat it, a pair's second is one of the other 17
+    things = len(SHAPES) * len(COLOURS)
+    first = (u[:, 3] * things).astype(int)
+    second = np.where(kind == 1, first, (first + 1 + (u[:, 4] * (things - 1)).astype(int)) % things)
+    colour, shape = np.divmod(np.stack([first, second, first, second], 1), len(SHAPES))
+
+    # where: one cut makes two halves, "along" the cut axis; in pictures of three and four a half is cut again, "across".
+    # The relation names the layout: which axis is cut, and which half comes first.
+    cuts = CUT[0] + (CUT[1] - CUT[0]) * u[:, 5:8]
+    half, quarter = np.arange(MAX_OBJECTS) % 2, np.arange(MAX_OBJECTS) // 2
+    alone, again = (count == 1)[:, None], count[:, None] > 2 + half
+    cut_again = cuts[:, 1 + half]
+    along_lo, along_hi = np.where(half == 0, 0, cuts[:, :1]), np.where((half == 0) & ~alone, cuts[:, :1], 1)
+    across_lo = np.where(again & (quarter == 1), cut_again, 0)
+    across_hi = np.where(again & (quarter == 0), cut_again, 1)
+
+    size, place_along, place_across = u[:, 8:].reshape(-1, 3, MAX_OBJECTS).transpose(1, 0, 2)
+    largest = np.minimum(np.minimum(along_hi - along_lo, across_hi - across_lo) / 2 - MARGIN, LONE_RADIUS[1])
+    smallest = np.where(alone, LONE_RADIUS[0], MIN_RADIUS)
+    radius = smallest + (largest - smallest) * size
+    room = radius + MARGIN
+    along = along_lo + room + (along_hi - along_lo - 2 * room) * place_along
+    across = across_lo + room + (across_hi - across_lo - 2 * room) * place_across
+
+    # "left of" must not be mistaken for "above": the two stand at most half as far apart across as along
+    apart = (along[:, 1] - along[:, 0]) * (place_across[:, 1] - 0.5)
+    beside = np.clip(across[:, 0] + apart, room[:, 1], 1 - room[:, 1])
+    across[:, 1] = np.where(kind == 3, beside, across[:, 1])
+
+    along = np.where(relation[:, None] % 2 == 0, along, 1 - along)
+    x, y = np.where(relation[:, None] < 2, (along, across), (across, along))
+    return Scene(kind, relation, count, shape, colour, x, y, radius)
+
+
+def captions(scene):
+    """The captions of a Scene, a list of B strings."""
+    names = list(COLOURS)
+    things = [f"{colour} {shape}" for colour in names for shape in SHAPES]
+    first, second = (scene.colour * len(SHAPES) + scene.shape)[:, :2].T.tolist()
+    texts = []
+    for kind, relation, count, a, b in zip(
+            scene.kind.tolist(), scene.relation.tolist(), scene.count.tolist(), first, second):
+        if KINDS[kind] == "one":
+            texts.append(f"a {things[a]}")
+        elif KINDS[kind] == "several":
+            texts.append(f"{NUMBERS[count]} {things[a]}s")
+        else:
+            joint = "and" if KINDS[kind] == "and" else RELATIONS[relation]
+            texts.append(f"a {things[a]} {joint} a {things[b]}")
+    return texts
+
+
+def render(scene, image_size):
+    """Draws a Scene, anti-aliased. Returns uint8 (B, 3, image_size, image_size)."""
+    pixel = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
+    centre_x, centre_y, r = (a.astype(np.float32)[:, :, None, None] for a in (scene.x, scene.y, scene.radius))
+    dx, dy = np.abs(pixel - centre_x), pixel[:, None] - centre_y  # (B, 4, 1, W) and (B, 4, H, 1)
+
+    # signed distances to the outline, negative inside; coverage falls from one to zero across one pixel
+    distance = np.select(
+        [scene.shape[:, :, None, None] == k for k in range(2)],
+        [np.sqrt(dx**2 + dy**2) - r, np.maximum(dx, np.abs(dy)) - r],
+        np.maximum(dy - r, (2 * dx - dy - r) / np.sqrt(np.float32(5))))  # base 2r, height 2r, apex up
+    coverage = np.clip(0.5 - distance * image_size, 0, 1)
+
+    ground = np.array(GROUND, dtype=np.float32)
+    paint = np.array(list(COLOURS.values()), dtype=np.float32)[scene.colour] - ground
+    paint *= (np.arange(MAX_OBJECTS) < scene.count[:, None])[:, :, None]
+    images = paint.transpose(0, 2, 1) @ coverage.reshape(*coverage.shape[:2], -1) + ground[:, None]
+    return (images + 0.5).astype(np.uint8).reshape(-1, 3, image_size, image_size)

@@ -1,0 +1,364 @@
+import gzip
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from PIL import Image
+
+import data
+import pictures
+import shapes
+
+LABELLED_SIZES = {"digits": 8, "fashion": 28}
+
+
+def write_idx(path, array):
+    payload = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(payload) if path.suffix == ".gz" else payload)
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """A folder with a Fashion-MNIST of 40 and 20 noise images; the first part gzipped, the second not."""
+    rng = np.random.default_rng(0)
+    for part, n, suffix in (("train", 40, ".gz"), ("t10k", 20, "")):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte{suffix}", images)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte{suffix}", np.arange(n, dtype=np.uint8) % 10)
+    return tmp_path
+
+
+def every_set(fashion, split="train", seed=0):
+    yield data.get_dataset("shapes", split, 16, 3, seed)
+    yield data.get_dataset("shapes", split, 16, 1, seed)
+    yield data.get_dataset("digits", split, 8, 1, seed)
+    yield data.get_dataset("fashion", split, 28, 1, seed, str(fashion))
+    yield data.get_dataset("fashion", split, (14, 14), 3, seed, str(fashion))
+
+
+def same(a, b):
+    return torch.equal(a[0], b[0]) and a[1] == b[1]
+
+
+# -----------------------------------------------------------------------------
+# pixels
+
+
+def test_every_level_survives_the_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8)
+    pixels = data.to_pixels(levels)
+    assert pixels.dtype == torch.float32
+    assert torch.equal(pixels.double(), (2 * levels.double() + 1) / 256 - 1)
+    assert torch.equal(data.to_uint8(pixels), levels)
+    assert data.to_uint8(torch.tensor([-9.0, -1.0, 1.0, 9.0])).tolist() == [0, 0, 255, 255]
+
+
+def test_dequantize_fills_the_bin_and_no_more():
+    levels = torch.arange(256, dtype=torch.uint8).repeat(4_000)
+    pixels = data.to_pixels(levels)
+    spread = data.dequantize(pixels, torch.Generator().manual_seed(0))
+    assert torch.equal(data.to_uint8(spread), levels)  # not one of a million pixels leaves its bin
+    within = (spread - pixels) * 128  # uniform in [-1/2, 1/2)
+    assert within.min() < -0.4999 and within.max() > 0.4999
+    assert within.mean().abs() < 1e-3 and within.std() == pytest.approx(12**-0.5, abs=1e-3)
+
+
+def test_dequantize_is_fresh_unless_told_otherwise():
+    pixels = torch.zeros(100)
+    assert not torch.equal(data.dequantize(pixels), data.dequantize(pixels))
+    assert torch.equal(*(data.dequantize(pixels, torch.Generator().manual_seed(1)) for _ in range(2)))
+
+
+# -----------------------------------------------------------------------------
+# data sets
+
+
+def test_items_are_8_bit_images_with_captions(fashion):
+    for ds, shape in zip(every_set(fashion), [(3, 16, 16), (1, 16, 16), (1, 8, 8), (1, 28, 28), (3, 14, 14)]):
+        image, caption = ds[7]
+        assert image.shape == shape and image.dtype == torch.float32
+        assert torch.equal(image, data.to_pixels(data.to_uint8(image)))
+        assert isinstance(caption, str) and caption
+
+
+def test_item_is_a_function_of_seed_and_number(fashion):
+    for split in ("train", "val"):
+        for ds, again, other in zip(*(every_set(fashion, split, seed) for seed in (3, 3, 4))):
+            batch = ds.__getitems__(list(range(20)))
+            assert all(same(item, again[i]) for i, item in enumerate(batch))
+            assert same(batch[11], ds[np.int64(11)]) and same(batch[11], ds[torch.tensor(11)])
+            assert [caption for _, caption in batch] != [other[i][1] for i in range(20)]
+
+
+def test_captions_do_not_depend_on_size_and_channels():
+    sets = [data.get_dataset("shapes", "val", size, channels) for size, channels in ((16, 3), (32, 3), (16, 1))]
+    captions = [[caption for _, caption in ds.__getitems__(list(range(50)))] for ds in sets]
+    assert captions[0] == captions[1] == captions[2]
+
+
+def test_out_of_range_is_an_index_error(fashion):
+    for ds in every_set(fashion):
+        for i in (-1, len(ds)):
+            with pytest.raises(IndexError, match=f"item {i} is outside"):
+                ds[i]
+            with pytest.raises(IndexError):
+                ds.__getitems__([0, i])
+
+
+def test_data_loader_gets_batches():
+    loader = torch.utils.data.DataLoader(data.get_dataset("shapes", "val", 16, 3), batch_size=32)
+    images, captions = next(iter(loader))
+    assert images.shape == (32, 3, 16, 16) and len(captions) == 32
+
+
+def test_shapes_are_the_scenes_of_shapes_py():
+    ds, numbers = data.get_dataset("shapes", "val", 16, 3, seed=5), [-1, -2, -3]
+    assert len(ds) == 10_000 and len(data.get_dataset("shapes", "train", 16, 3)) == 1_000_000
+    scene = shapes.scenes(5, numbers)
+    images, captions = zip(*ds.__getitems__([0, 1, 2]))
+    assert torch.equal(data.to_uint8(torch.stack(images)), torch.as_tensor(shapes.render(scene, 16)))
+    assert list(captions) == shapes.captions(scene)
+
+
+def test_shapes_train_and_val_have_no_picture_in_common():
+    train, val = (data.get_dataset("shapes", split, 16, 3).__getitems__(list(range(10_000))) for split in ("train", "val"))
+    pixels = [{image.numpy().tobytes() for image, _ in items} for items in (train, val)]
+    assert not pixels[0] & pixels[1]
+
+
+def test_digits_are_balanced_disjoint_and_captioned_by_their_label():
+    train, val = (data.get_dataset("digits", split, 8, 1) for split in ("train", "val"))
+    assert (len(train), len(val)) == (1500, 297)
+    assert np.bincount(val.labels).tolist() == pytest.approx([29.7] * 10, abs=1)
+    pixels = [{image.numpy().tobytes() for image, _ in ds} for ds in (train, val)]
+    assert not pixels[0] & pixels[1]
+    assert train[0][0].min() == 1 / 256 - 1 and train.images.max() == 255
+    for word_or_number, n in [*((w, n) for n, w in enumerate(data.DIGITS)), *((str(n), n) for n in range(10))]:
+        items = [i for i in range(1500) if train[i][1].split()[-1] == word_or_number]
+        assert items and all(train.label(i) == n for i in items)
+
+
+def test_a_digit_is_the_right_way_up():
+    ds = data.get_dataset("digits", "train", 8, 1)
+    mean = [ds.images[ds.labels == n].mean((0, 1)) for n in range(10)]
+    assert mean[7][:4].sum() > mean[7][4:].sum()  # a seven is heavy above,
+    assert mean[6][:4].sum() < mean[6][4:].sum()  # a six below,
+    assert mean[6][2:4, :4].sum() > mean[6][2:4, 4:].sum()  # and its stem is on the left
+
+
+def test_fashion_sizes_channels_and_captions(fashion):
+    full, half, colour = (data.get_dataset("fashion", "train", size, channels, data_dir=str(fashion))
+                          for size, channels in ((28, 1), (14, 1), (14, 3)))
+    assert len(full) == 40 and len(data.get_dataset("fashion", "val", 28, 1, data_dir=str(fashion))) == 20
+    block = data.to_uint8(full[3][0])[0, 4:6, 10:12].float()
+    assert data.to_uint8(half[3][0])[0, 2, 5] == int(block.mean() + 0.5)
+    assert torch.equal(colour[3][0], half[3][0].expand(3, 14, 14))
+    for i in range(40):
+        assert full[i][1] in data.WORDINGS["fashion"][full.label(i)]
+    assert len({full[i][1] for i in range(0, 40, 10)}) > 1  # one label, several wordings
+
+
+@pytest.mark.skipif(not data.Path(data.FASHION_DIR).exists(), reason="dataset-fashion-mnist is not installed")
+def test_fashion_of_the_package():
+    train, val = (data.get_dataset("fashion", split, 28, 1) for split in ("train", "val"))
+    assert (len(train), len(val)) == (60_000, 10_000)
+    assert np.bincount(train.labels).tolist() == [6000] * 10
+    trousers = train.images[train.labels == 1].mean((0, 1))
+    assert trousers[20, 10:12].mean() > 3 * trousers[20, 0:4].mean()
+
+
+def test_missing_fashion_names_the_package_the_folder_and_the_files(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        data.get_dataset("fashion", "train", 28, 1, data_dir=str(tmp_path))
+    for part in ("apt-get install dataset-fashion-mnist", str(tmp_path), "t10k-labels-idx1-ubyte.gz"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def break_gzip(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def not_gzip(path):
+    path.write_bytes(b"<html>not found</html>")
+
+
+def empty(path):
+    path.write_bytes(gzip.compress(b""))
+
+
+def too_short(path):
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1]))
+
+
+def not_bytes(path):
+    path.write_bytes(gzip.compress(b"\0\0\x0d" + gzip.decompress(path.read_bytes())[3:]))
+
+
+@pytest.mark.parametrize("damage", [break_gzip, not_gzip, empty, too_short, not_bytes])
+def test_damaged_fashion_names_the_file(fashion, damage):
+    path = fashion / "train-images-idx3-ubyte.gz"
+    damage(path)
+    with pytest.raises(ValueError, match=f"{path} is damaged") as error:
+        data.get_dataset("fashion", "train", 28, 1, data_dir=str(fashion))
+    assert "\n" not in str(error.value)
+
+
+def test_fashion_parts_must_belong_together(fashion):
+    write_idx(fashion / "train-labels-idx1-ubyte.gz", np.zeros(39, dtype=np.uint8))
+    with pytest.raises(ValueError, match="do not belong together"):
+        data.get_dataset("fashion", "train", 28, 1, data_dir=str(fashion))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("shape", "train", 16, 3), "data set 'shape' is unknown; there are shapes, fashion, digits"),
+    (("shapes", "test", 16, 3), "split 'test' is unknown; there are train and val"),
+    (("shapes", "train", (16, 24), 3), "shapes has no 16x24 images; image_size may be 8x8 to 1024x1024, square"),
+    (("shapes", "train", 4, 3), "shapes has no 4x4 images"),
+    (("shapes", "train", 16, 4), "shapes has no images of 4 channels; channels may be 1 or 3"),
+    (("fashion", "train", 32, 1), "fashion has no 32x32 images; image_size may be 28x28 or 14x14"),
+    (("digits", "train", 28, 1), "digits has no 28x28 images; image_size may be 8x8"),
+])
+def test_unsupported_settings_say_what_is_allowed(arguments, message):
+    with pytest.raises(ValueError) as error:
+        data.get_dataset(*arguments)
+    assert message in str(error.value)
+
+
+def test_class_captions():
+    assert data.dataset_class_captions("fashion")[1::8] == ["trousers", "an ankle boot"]
+    assert data.dataset_class_captions("digits")[7] == "the digit seven"
+    assert data.dataset_class_captions("shapes") is None
+    assert "an 8" in data.WORDINGS["digits"][8] and "a 7" in data.WORDINGS["digits"][7]
+
+
+# -----------------------------------------------------------------------------
+# captions to ids
+
+
+def test_encode_pads_truncates_and_marks_the_empty_caption():
+    tokenizer = data.get_tokenizer("captions")
+    ids = tokenizer.encode(["a red circle above a blue square", "", "  ", "a bag"], 4)
+    assert ids.shape == (4, 4) and ids.dtype == torch.int64
+    assert ids[1].tolist() == ids[2].tolist() == [data.NULL, data.PAD, data.PAD, data.PAD] == [1, 0, 0, 0]
+    assert (ids[0] > 1).all() and (ids[3] > 1).tolist() == [True, True, False, False]
+    assert ids[3, 2:].tolist() == [data.PAD] * 2
+    assert torch.equal(tokenizer.encode(["a red circle above a blue square"], 9)[0, :4], ids[0])
+    assert ids.max() < tokenizer.vocab_size
+    assert tokenizer.encode([], 4).shape == (0, 4)
+
+
+def test_each_word_is_one_token(fashion):
+    tokenizer = data.get_tokenizer()
+    for ds in every_set(fashion):
+        for _, caption in ds.__getitems__(list(range(min(len(ds), 2_000)))):
+            assert len(tokenizer.tokens(caption)) == len(caption.split())
+    assert tokenizer.encode(["a red circle above a blue square"], 16).count_nonzero() == 7
+
+
+@pytest.mark.parametrize("text", ["a red circle and a blue square", "three green triangles", "A café, 3 naïve 猫!",
+                                  "two  spaces\tand\na line"])
+def test_decode_gives_the_caption_back(text):
+    tokenizer = data.get_tokenizer()
+    assert tokenizer.decode(tokenizer.encode([text], 64)[0]) == text
+
+
+def test_vocabulary_is_reproducible():
+    shipped = (data.ASSETS / "captions.tiktoken").read_bytes()
+    assert data.caption_vocabulary() == shipped
+    assert data.get_tokenizer().vocab_size == 2 + len(shipped.splitlines()) <= 514
+
+
+def test_bpe_joins_the_most_frequent_pair_first():
+    vocab = data.train_bpe({b"abab": 3, b"bc": 4}, 300)
+    assert vocab[256:] == [b"ab", b"bc", b"abab"]
+    assert data.train_bpe({b"abab": 3, b"bc": 4}, 257)[256:] == [b"ab"]
+
+
+def test_gpt2_without_a_network_names_the_remedies(monkeypatch):
+    def offline(name):
+        raise OSError("Max retries exceeded")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ConnectionError) as error:
+        data.get_tokenizer("gpt2")
+    for remedy in ("network", "TIKTOKEN_CACHE_DIR", "tokenizer='captions'"):
+        assert remedy in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_tokenizer_names_the_known():
+    with pytest.raises(ValueError, match="'bpe' is unknown; there are captions and gpt2"):
+        data.get_tokenizer("bpe")
+
+
+# -----------------------------------------------------------------------------
+# pictures and the command line
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_shows_every_image_and_caption(channels):
+    images = data.to_pixels(torch.randint(256, (5, channels, 16, 16), dtype=torch.uint8))
+    sheet = pictures.grid(images, ["a long caption that needs more than one line"] * 5, columns=3)
+    bare = pictures.grid(images, columns=3)
+    assert bare.size == (3 * (96 + pictures.GAP) + pictures.GAP, 2 * (96 + pictures.GAP) + pictures.GAP)
+    assert sheet.width == bare.width and sheet.height > bare.height + 60
+    cell = np.asarray(bare)[pictures.GAP:pictures.GAP + 96:6, pictures.GAP:pictures.GAP + 96:6]
+    assert (cell.transpose(2, 0, 1) == data.to_uint8(images[0]).expand(3, 16, 16).numpy()).all()
+    under = np.asarray(sheet)[pictures.GAP + 96:pictures.GAP + 150, :96]
+    assert (under < 100).any()  # ink
+
+
+def test_grid_scale_and_wrapping():
+    assert pictures.grid(torch.zeros(1, 1, 28, 28), scale=2).size == (56 + 2 * pictures.GAP,) * 2
+    font = pictures.ImageFont.load_default(pictures.FONT_SIZE)
+    lines = pictures.wrap("a purple triangle left of a yellow square", font, 96).split("\n")
+    assert " ".join(lines) == "a purple triangle left of a yellow square"
+    assert len(lines) > 1 and max(font.getlength(line) for line in lines) <= 96
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
+    data.main()
+
+
+def test_command_prints_and_draws(monkeypatch, capsys, tmp_path, fashion):
+    for name in ("shapes", "digits", "fashion"):
+        out = tmp_path / "new" / f"{name}.png"
+        run(monkeypatch, name, f"--data_dir={fashion}", f"--out={out}")
+        said = capsys.readouterr().out
+        assert "to train on" in said and "tokens a caption" in said and str(out) in said
+        with Image.open(out) as sheet:
+            assert sheet.width > 6 * 96 and len(sheet.convert("RGB").getcolors(2**20)) > 10
+        assert list(out.parent.glob("*.part")) == []
+
+
+def test_command_makes_the_vocabulary(monkeypatch, tmp_path):
+    shipped = (data.ASSETS / "captions.tiktoken").read_bytes()
+    monkeypatch.setattr(data, "ASSETS", tmp_path)
+    run(monkeypatch, "vocab")
+    assert (tmp_path / "captions.tiktoken").read_bytes() == shipped
+
+
+@pytest.mark.parametrize("arguments, part", [
+    (["cifar"], "invalid choice: 'cifar'"),
+    ([], "required: name"),
+    (["shapes", "--spilt=val"], "--spilt=val"),
+    (["shapes", "--split=test"], "there are train and val"),
+    (["digits", "--image_size=28"], "image_size may be 8x8"),
+    (["fashion", "--data_dir=/nowhere"], "/nowhere"),
+])
+def test_command_answers_mistakes_with_one_line(monkeypatch, arguments, part):
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, *arguments)
+    assert part in exit.value.code and "\n" not in exit.value.code
+
+
+def test_command_exits_with_a_status_and_no_traceback():
+    program = data.ASSETS.parent / "data.py"
+    done = subprocess.run([sys.executable, program, "digits", "--image_size=9"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
