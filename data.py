@@ -12,7 +12,7 @@ function of (seed, item) alone. Captions become ids by byte-pair encoding: 0 is 
     python data.py NAME      prepares and checks a data set: sizes, captions, tokens, a contact sheet in out/NAME.png
     python data.py vocab     makes assets/captions.tiktoken anew
 
-What a user can get wrong raises ValueError (a setting, a damaged file) or OSError (something is not there), one line each.
+What a user can get wrong raises ValueError (a setting, a damaged file) or OSError (something missing), in one line.
 """
 import argparse
 import base64
@@ -248,8 +248,8 @@ def get_tokenizer(name="captions"):
 
 def train_bpe(words, vocab_size):
     """
-    Byte-pair encoding. `words` is a Counter of byte strings. Joins the most frequent pair of tokens, over and over, until
-    there are `vocab_size` tokens or every word is one. Returns the tokens by rank, the 256 bytes first.
+    Byte-pair encoding. `words` is a Counter of byte strings. Joins the most frequent pair of tokens, over and over,
+    until there are `vocab_size` tokens or every word is one. Returns the tokens by rank, the 256 bytes first.
     """
     vocab = [bytes([b]) for b in range(256)]
     splits = {word: [bytes([b]) for b in word] for word in words}
@@ -304,7 +304,7 @@ def prepare(name, image_size, split, data_dir, seed, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prepares a data set and draws a contact sheet of it.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Checks a data set and draws a contact sheet.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"data.py: {message}")
     parser.add_argument("name", choices=(*DATASETS, "vocab"), help="vocab makes assets/captions.tiktoken anew")
     parser.add_argument("--image_size", type=int, help="default: 16 for shapes, 28 for fashion, 8 for digits")

@@ -33,7 +33,7 @@ def one_line_errors():
     try:
         yield
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(str(error)) from error
 
 
 def find_device(name=""):

@@ -23,13 +23,24 @@ def wrap(text, font, width):
     return "\n".join(lines)
 
 
+def pixels_of(images):
+    """(..., C, H, W) in [-1, 1], C 1 or 3, to uint8 arrays (..., H, W, 3)."""
+    pixels = np.moveaxis(((images.detach().float().cpu().numpy() + 1) * 128).clip(0, 255).astype(np.uint8), -3, -1)
+    return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
+
+
+def picture(image):
+    """One image (C, H, W) in [-1, 1], pixel for pixel, as an RGB PIL.Image."""
+    return Image.fromarray(pixels_of(image))
+
+
 def grid(images, captions=None, columns=None, scale=None):
     """
-    images: (B, C, H, W) in [-1, 1], C 1 or 3; captions: B strings, put underneath. Fills rows of `columns` cells (default:
-    about square), each pixel enlarged to scale x scale (default: cells at least 96 wide). Returns an RGB PIL.Image.
+    images: (B, C, H, W) in [-1, 1], C 1 or 3; captions: B strings, put underneath, "" for none. Fills rows of `columns`
+    cells (default: about square), each pixel enlarged to scale x scale (default: cells at least 96 wide).
+    Returns an RGB PIL.Image.
     """
-    pixels = ((images.detach().float().cpu().numpy() + 1) * 128).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+    pixels = pixels_of(images)
     count, height, width, _ = pixels.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     scale = scale or -(-MIN_CELL // width)

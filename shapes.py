@@ -75,8 +75,8 @@ def scenes(seed, indices):
     second = np.where(kind == 1, first, (first + 1 + (u[:, 4] * (things - 1)).astype(int)) % things)
     colour, shape = np.divmod(np.stack([first, second, first, second], 1), len(SHAPES))
 
-    # where: one cut makes two halves, "along" the cut axis; in pictures of three and four a half is cut again, "across".
-    # The relation names the layout: which axis is cut, and which half comes first.
+    # where: one cut makes two halves, one after the other "along" an axis; three and four objects need halves cut
+    # again, "across" it. The relation names the layout: which axis it is, and which half comes first.
     cuts = CUT[0] + (CUT[1] - CUT[0]) * u[:, 5:8]
     half, quarter = np.arange(MAX_OBJECTS) % 2, np.arange(MAX_OBJECTS) // 2
     alone, again = (count == 1)[:, None], count[:, None] > 2 + half

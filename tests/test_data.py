@@ -2,6 +2,7 @@ import gzip
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,6 @@ from PIL import Image
 import data
 import pictures
 import shapes
-
-LABELLED_SIZES = {"digits": 8, "fashion": 28}
 
 
 def write_idx(path, array):
@@ -125,7 +124,8 @@ def test_shapes_are_the_scenes_of_shapes_py():
 
 
 def test_shapes_train_and_val_have_no_picture_in_common():
-    train, val = (data.get_dataset("shapes", split, 16, 3).__getitems__(list(range(10_000))) for split in ("train", "val"))
+    train, val = (data.get_dataset("shapes", split, 16, 3).__getitems__(list(range(10_000)))
+                  for split in ("train", "val"))
     pixels = [{image.numpy().tobytes() for image, _ in items} for items in (train, val)]
     assert not pixels[0] & pixels[1]
 
@@ -162,7 +162,7 @@ def test_fashion_sizes_channels_and_captions(fashion):
     assert len({full[i][1] for i in range(0, 40, 10)}) > 1  # one label, several wordings
 
 
-@pytest.mark.skipif(not data.Path(data.FASHION_DIR).exists(), reason="dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not Path(data.FASHION_DIR).exists(), reason="dataset-fashion-mnist is not installed")
 def test_fashion_of_the_package():
     train, val = (data.get_dataset("fashion", split, 28, 1) for split in ("train", "val"))
     assert (len(train), len(val)) == (60_000, 10_000)

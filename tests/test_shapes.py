@@ -30,7 +30,7 @@ def holds(relation, dx, dy):
 
 
 def components(colours):
-    """(B, H, W) colour numbers, -1 for ground -> labels (B, H, W): alike where connected and of one colour, 0 ground."""
+    """Colour numbers (B, H, W), -1 for ground -> labels (B, H, W): one for each connected colour, 0 for ground."""
     labels = np.where(colours >= 0, 1 + np.arange(colours[0].size).reshape(colours.shape[1:]), 0)
     while True:
         before = labels.copy()
@@ -59,7 +59,8 @@ def read_pixels(images):
         for k in np.unique(label[label > 0]):
             ys, xs = np.nonzero(label == k)
             box = slice(ys.min() - 1, ys.max() + 2), slice(xs.min() - 1, xs.max() + 2)  # with its soft edge
-            own = np.where((label[box] == k) | (label[box] == 0) & (colour[box] == colour[ys[0], xs[0]]), amount[box], 0)
+            mine = (label[box] == k) | (label[box] == 0) & (colour[box] == colour[ys[0], xs[0]])
+            own = np.where(mine, amount[box], 0)
             full = own.sum() / (own.sum(0).max() * own.sum(1).max())  # share of its bounding box: 1 or pi/4
             rows = own.sum(1) / own.sum()
             up = rows @ np.arange(len(rows)) - np.arange(len(rows))
@@ -171,7 +172,7 @@ def test_scenes_stay_what_they_were():
 
 def test_all_captions_occur_and_kinds_are_equally_frequent():
     scene = shapes.scenes(0, range(100_000))
-    # 18 alone, 18 in threes numbers, 18 x 17 pairs joined by "and" or by one of four relations
+    # 18 alone, 18 in three numbers, 18 x 17 pairs joined by "and" or by one of four relations
     assert len(set(shapes.captions(scene))) == 18 + 3 * 18 + 5 * 18 * 17
     assert np.abs(np.bincount(scene.kind) / 100_000 - 0.25).max() < 0.01
 

@@ -1,0 +1,140 @@
+"""Draws pictures from prompts in a few steps, with their exact likelihood.
+
+    python sample.py --prompt="a handwritten seven" --num_samples=16 --seed=1
+    python sample.py --out_dir=out/shapes --prompts=prompts.txt --guidance=2 --denoise=score --show_trajectory=True
+
+Leaves in out_dir/pictures: grid.png with the prompts under the pictures, the single pictures 0000.png, 0001.png, ... and,
+with --show_trajectory=True, a strip of every level from noise to picture for each, 0000_trajectory.png, ...
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import pictures
+from configurator import configure
+from data import dataset_class_captions, get_dataset, get_tokenizer
+from flow import time_grid
+from loop import find_device, one_line_errors
+
+out_dir = "out/digits"  # holds ckpt.pt and, for --denoise=learned, denoiser.pt
+prompt = ""  # one caption; empty, and without `prompts`: captions of the data the model was trained on
+prompts = ""  # a text file with one caption a line; an empty line asks for anything
+num_samples = 16  # pictures of the one prompt or of each line of the file; without either, pictures in all
+steps = 0  # T; 0: as trained
+guidance = 1.0  # how much more than the caption asks for: 0 is the model itself
+denoise = "learned"  # by the denoiser in one pass; "score": by the model's own score; "none": as sampled, at t_min
+t_min = 0.02  # the noise level where sampling ends; the denoiser knows its own
+seed = 0  # the same seed gives the same pictures, whatever the batch size
+batch_size = 64
+show_trajectory = False  # also a strip of every level for each picture
+device = ""  # cuda, mps or cpu; empty: the best there is
+
+config = configure(globals())
+
+
+def read_prompts(settings):
+    """The captions to draw, one for each picture."""
+    if prompts:
+        lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        if not lines:
+            raise ValueError(f"{prompts} holds no prompts: write one a line")
+        return [line for line in lines for _ in range(num_samples)]
+    if prompt:
+        return [prompt] * num_samples
+    captions = dataset_class_captions(settings["dataset"])
+    if captions is None:
+        dataset = get_dataset(settings["dataset"], "val", settings["image_size"], settings["channels"])
+        captions = [dataset[i][1] for i in range(num_samples)]
+    return [captions[i % len(captions)] for i in range(num_samples)]
+
+
+class Clock:
+    """Seconds of each stage, the accelerator waited for."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    def __call__(self, stage, function, *args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
+        return result
+
+
+with one_line_errors():
+    device = find_device(config["device"])
+    path = Path(out_dir) / "ckpt.pt"
+    trained = checkpoint.load(path, "ntm", device)
+    model = checkpoint.network_of(trained, path, device)
+    if denoise not in ("learned", "score", "none"):
+        raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}, but both must be at least 1")
+    if guidance < 0:
+        raise ValueError(f"guidance is {guidance}, but must be at least 0")
+    if denoise == "learned":
+        path = Path(out_dir) / "denoiser.pt"
+        if not path.exists():
+            raise ValueError(f"there is no {path}: make it with distill.py, or choose --denoise=score")
+        distilled = checkpoint.load(path, "denoiser", device)
+        denoiser = checkpoint.network_of(distilled, path, device)
+        t_min = distilled["settings"]["t_min"]
+    captions = read_prompts(trained["settings"])
+    tokenizer = get_tokenizer(trained["settings"]["tokenizer"])
+    grid = time_grid(steps or model.config.steps[0], t_min, model.config.num_tokens, model.config.shift)
+texts = tokenizer.encode(captions, model.config.text_len).to(device)
+ts = grid.to(device)
+shape = len(grid), model.config.num_tokens, model.config.token_dim
+
+
+@torch.no_grad()
+def draw(rows, clock):
+    """The pictures of some rows: images (b, C, H, W), trajectories (b, T+1, N, D) or None, their NLL in nats or None."""
+    text = texts[rows.start:rows.stop]
+    # each picture has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in rows])
+    u = clock(f"sampling in {len(grid) - 1} steps", model.sample, text, ts, guidance, noise=noise.to(device))
+    x = nll = None
+    if denoise != "learned" or show_trajectory:
+        x = clock("inversion", model.invert, u, ts)
+        nll = model.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)
+    if denoise == "learned":
+        tokens = clock("learned denoising", denoiser, u[:, 0], text)
+    else:
+        tokens = clock("score denoising", model.score_denoise, x, ts, text) if denoise == "score" else x[:, 0]
+    return model.unpatchify(tokens), x, nll
+
+
+def strip(x, image):
+    """A trajectory (T+1, N, D) and its picture (C, H, W) side by side, noise first."""
+    levels = torch.cat([model.unpatchify(x.flip(0)), image[None]])
+    names = [f"t = {t:.2f}" for t in grid.flip(0).tolist()] + [f"denoise: {denoise}"]
+    return pictures.grid(levels, names, columns=len(levels))
+
+
+folder = Path(out_dir) / "pictures"
+clock, images, nlls = Clock(), [], []
+for start in range(0, len(captions), batch_size):
+    rows = range(start, min(start + batch_size, len(captions)))
+    batch, x, nll = draw(rows, clock)
+    images.append(batch)
+    nlls += [] if nll is None else nll.tolist()
+    for j, i in enumerate(rows):
+        pictures.save(pictures.picture(batch[j]), folder / f"{i:04d}.png")
+        if show_trajectory:
+            pictures.save(strip(x[j], batch[j]), folder / f"{i:04d}_trajectory.png")
+pictures.save(pictures.grid(torch.cat(images), captions), folder / "grid.png")
+
+for stage, seconds in clock.seconds.items():
+    print(f"{stage}: {len(captions) / seconds:.1f} images/s")
+print(f"all together: {len(captions) / sum(clock.seconds.values()):.1f} images/s on {device.type}")
+if nlls:
+    mean = sum(nlls) / len(nlls)
+    numbers = shape[0] * shape[1] * shape[2]
+    print(f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers")
+print(f"wrote {folder / 'grid.png'}")

@@ -1,0 +1,26 @@
+"""Shared by all tests: the repository root on the path, one thread, the same random numbers for every test."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(1)  # the models here are tiny: more threads only wait for one another
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def randomize(module, scale=1.0):
+    """Gives every parameter, those that start at zero too, a random value: layers then emit numbers of size `scale`.
+
+    A model at initialisation is the identity and hides most mistakes; this one stretches, gates and depends.
+    """
+    for parameter in module.parameters():
+        fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
+        nn.init.normal_(parameter, std=scale / fan_in**0.5)
+    return module

@@ -1,0 +1,369 @@
+"""The mathematics of one step: closed forms against Bayes' rule, log-determinants against autograd's full Jacobian."""
+import math
+
+import pytest
+import torch
+from conftest import randomize
+from torch.distributions import MultivariateNormal, Normal
+
+from flow import (Transporter, forward_log_prob, forward_trajectory, reverse_posterior, time_grid,
+                  trajectory_covariance)
+
+TOKENS, DIM = 5, 3
+GRID = torch.tensor([0.02, 0.263, 0.509, 0.754, 1.0], dtype=torch.float64)
+
+
+def alpha_beta(t, s):
+    """The Markov step as the paper states it, before any rearrangement."""
+    alpha = (1 - t) / (1 - s)
+    return alpha, (t**2 - alpha**2 * s**2) ** 0.5
+
+
+def covariance(ts):
+    """S_ij entry by entry, ts a sequence of numbers."""
+    def entry(a, b):
+        low, high = min(a, b), max(a, b)
+        return 1.0 if low == 1 else low**2 * (1 - high) / (1 - low)
+    return torch.tensor([[entry(float(a), float(b)) for b in ts] for a in ts], dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Time grid
+
+
+def test_grid_has_the_published_levels():
+    # e^m = e^0.5 at 256 tokens; at 4096, m = 0.5 + 0.65
+    torch.testing.assert_close(time_grid(4, 0.02, 256), torch.tensor([0.02, 0.35466, 0.62246, 0.83182, 1.0]),
+                               atol=1e-5, rtol=0)
+    a = math.exp(1.15)
+    torch.testing.assert_close(time_grid(2, 0.0, 4096), torch.tensor([0, a / (a + 1), 1]))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 16, 64])
+@pytest.mark.parametrize("shift", [None, 0.1, 1.0, 3.0])
+def test_grid_ascends_to_exactly_one(steps, shift):
+    ts = time_grid(steps, 0.001, 37, shift)
+    assert ts.shape == (steps + 1,) and ts[-1] == 1
+    assert (ts.diff() > 0).all()
+
+
+def test_shift_replaces_the_formula():
+    torch.testing.assert_close(time_grid(4, 0.0, 9, shift=1.0), torch.tensor([0, 0.25, 0.5, 0.75, 1]))
+    # sigma / (1 - sigma) = shift * k / (T - k): the shift multiplies the odds of every level
+    sigma = time_grid(5, 0.0, 9, shift=0.3)[1:-1]
+    torch.testing.assert_close(sigma / (1 - sigma), 0.3 * torch.tensor([1 / 4, 2 / 3, 3 / 2, 4 / 1]))
+
+
+def test_grid_per_example():
+    t_min = torch.tensor([0.0, 0.01, 0.05], dtype=torch.float64)
+    ts = time_grid(4, t_min, 256)
+    assert ts.shape == (3, 5) and ts.dtype == torch.float64
+    for row, start in zip(ts, t_min):
+        torch.testing.assert_close(row.float(), time_grid(4, start.item(), 256))
+
+
+@pytest.mark.parametrize("t_min", [-0.01, 0.25, 0.6])
+def test_grid_refuses_a_start_outside_the_first_step(t_min):
+    with pytest.raises(ValueError, match=str(t_min)):
+        time_grid(4, t_min, 64, shift=1.0)  # whose first level is 1/4
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Forward trajectory
+
+
+@pytest.mark.parametrize("ts", [GRID, GRID[:2], GRID[2:4], GRID[3:], torch.tensor([0, 0.3, 1]).double()])
+def test_forward_is_linear_with_the_right_mean_and_covariance(ts):
+    K = len(ts)
+    x0 = torch.randn(K, 2, 3).double()
+    mean = forward_trajectory(x0, ts.expand(K, K), noise=torch.zeros(K, K, 2, 3).double())
+    torch.testing.assert_close(mean, (1 - ts)[:, None, None] * x0[:, None])
+    # example k has unit noise at level k only, so what comes out is column k of a factor of the covariance
+    noise = torch.eye(K).double()[:, :, None, None].expand(K, K, 2, 3)
+    factor = (forward_trajectory(x0, ts.expand(K, K), noise=noise) - mean).permute(2, 3, 1, 0)
+    torch.testing.assert_close(factor @ factor.mT, covariance(ts).expand(2, 3, K, K))
+    assert (factor.triu(1) == 0).all()  # no level knows the noise of a later one
+
+
+def test_forward_draws_have_the_right_mean_and_covariance():
+    n, x0 = 100_000, torch.tensor([0.7, -0.4]).double()
+    x = forward_trajectory(x0[:, None].expand(n, 2, 1), GRID.expand(n, 5), torch.Generator().manual_seed(1))
+    noise = x[..., 0] - (1 - GRID)[:, None] * x0  # (n, levels, tokens)
+    S = covariance(GRID)
+    # the sample mean of a normal variable has the standard error sqrt(S_ii / n), a sample covariance
+    # sqrt((S_ii S_jj + S_ij^2) / n): five of them, for a chance of one in 10^5 over the entries compared here
+    assert (noise.mean(0).abs() < 5 * (S.diag() / n).sqrt()[:, None]).all()
+    error = 5 * ((S.diag()[:, None] * S.diag() + S**2) / n).sqrt()
+    for token in noise.unbind(2):
+        assert ((token.T @ token / n - S).abs() < error).all()
+    assert ((noise[:, :, 0].T @ noise[:, :, 1] / n).abs() < error).all()  # tokens are independent
+
+
+def test_forward_takes_a_grid_per_example():
+    x0, noise = torch.randn(2, 4, 3), torch.randn(2, 5, 4, 3)
+    ts = time_grid(4, torch.tensor([0.0, 0.05]), 256)
+    x = forward_trajectory(x0, ts, noise=noise)
+    for b in range(2):
+        torch.testing.assert_close(x[b:b + 1], forward_trajectory(x0[b:b + 1], ts[b:b + 1], noise=noise[b:b + 1]))
+    assert torch.equal(x[0, 0], x0[0])  # t_0 = 0 is the data itself
+    assert torch.equal(x[:, -1], noise[:, -1])  # t_T = 1 is noise and nothing else
+
+
+def test_forward_is_reproducible_from_its_generator():
+    draw = lambda seed: forward_trajectory(torch.ones(2, 4, 3), GRID.expand(2, 5).float(),
+                                           torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
+    assert draw(3).shape == (2, 5, 4, 3)
+
+
+@pytest.mark.parametrize("t, s, expected", [(0.754, 0.509, (0.2283, 0.4348, 0.4790)),
+                                            (0.509, 0.263, (0.1779, 0.6497, 0.2469)),
+                                            (0.263, 0.020, (0.0043, 0.9768, 0.0200)),
+                                            (1.0, 0.300, (0, 0.7, 0.3)),
+                                            (0.4, 0.0, (0, 1, 0))])
+def test_posterior_has_the_published_coefficients(t, s, expected):
+    result = torch.stack(reverse_posterior(torch.tensor(t).double(), torch.tensor(s).double()))
+    torch.testing.assert_close(result, torch.tensor(expected).double(), atol=6e-5, rtol=0)
+
+
+def test_posterior_is_bayes_rule():
+    times = torch.rand(20, 2).double() * 0.96 + 0.02
+    for s, t in times.sort(dim=1).values:
+        x0, noise = torch.randn(2).double()
+        xt = (1 - t) * x0 + t * noise
+        alpha, beta = alpha_beta(t, s)
+        grid = (1 - s) * x0 + s * torch.linspace(-12, 12, 20_001).double()  # where the prior of x_s has its mass
+        log_density = Normal((1 - s) * x0, s).log_prob(grid) + Normal(alpha * grid, beta).log_prob(xt)
+        weight = log_density.softmax(0)
+        mean = (weight * grid).sum()
+        std = (weight * (grid - mean)**2).sum().sqrt()
+        A, B, C = reverse_posterior(t, s)
+        torch.testing.assert_close(torch.stack([A * xt + B * x0, C]), torch.stack([mean, std]), atol=1e-9, rtol=1e-9)
+
+
+def test_posterior_keeps_its_shape_and_its_digits():
+    t, s = torch.rand(4) * 0.5 + 0.5, torch.rand(4) * 0.5
+    for result, exact in zip(reverse_posterior(t, s), reverse_posterior(t.double(), s.double())):
+        assert result.shape == (4,) and result.dtype == torch.float32
+        torch.testing.assert_close(result, exact.float(), rtol=1e-5, atol=0)
+    # nearby times: beta^2 = t^2 - alpha^2 s^2 written so would have lost half of float32's digits
+    t, s = torch.tensor(0.5001), torch.tensor(0.5)
+    for result, exact in zip(reverse_posterior(t, s), reverse_posterior(t.double(), s.double())):
+        torch.testing.assert_close(result, exact.float(), rtol=1e-5, atol=0)
+
+
+def test_covariance_is_the_formula():
+    ts = time_grid(4, torch.tensor([0.0, 0.02, 0.05]).double(), 256)
+    S = trajectory_covariance(ts)
+    for row, result in zip(ts, S):
+        torch.testing.assert_close(result, covariance(row))
+    torch.testing.assert_close(trajectory_covariance(ts[1]), S[1])
+    assert (S[:, -1, -1] == 1).all() and (S[:, -1, :-1] == 0).all()  # pure noise, independent of the rest
+    assert (S[0, 0] == 0).all()  # nothing is noisy at t = 0
+    assert (torch.linalg.eigvalsh(S) > -1e-12).all()
+
+
+def test_forward_log_prob_is_the_joint_normal_over_the_marginal():
+    """q(x_{t_1:T} | x_{t_0}) = q(x_{t_0:T} | x_0) / q(x_{t_0} | x_0), whatever x_0 is, for the chain is Markov."""
+    ts = time_grid(4, torch.tensor([0.01, 0.05]).double(), 256)
+    x = torch.randn(2, 5, 4, 3).double()
+    for b in range(2):
+        for x0 in (-0.8, 0.0, 1.3):
+            mean, levels = (1 - ts[b]) * x0, x[b].permute(1, 2, 0)
+            joint = MultivariateNormal(mean, covariance(ts[b])).log_prob(levels).sum()
+            first = Normal(mean[0], ts[b, 0]).log_prob(levels[..., 0]).sum()
+            torch.testing.assert_close(forward_log_prob(x, ts)[b], joint - first)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Transporter
+
+
+def make_transporter(blocks=3, scale=1.0, dtype=torch.float64, num_tokens=TOKENS):
+    return randomize(Transporter(num_tokens, DIM, 16, blocks, 2, 2), scale).to(dtype)
+
+
+def make_input(batch=3, dtype=torch.float64, num_tokens=TOKENS):
+    """x, t and steps; no two examples have the same."""
+    steps = torch.tensor([4, 8, 16, 2])[:batch]
+    return torch.randn(batch, num_tokens, DIM, dtype=dtype), torch.linspace(0.02, 0.9, batch, dtype=dtype), steps
+
+
+def jacobian(function, x):
+    """d function(x) / dx of one example, (..., ...) by reverse-mode autograd, row by row."""
+    return torch.autograd.functional.jacobian(function, x)
+
+
+def log_scales(transporter, x, t, steps):
+    """Every log-scale l as the map itself shows it: u_n = (x_n - mu) exp(-l), so l = -log du_n/dx_n."""
+    result, c = [], transporter.condition(t, steps)
+    for block in transporter.blocks:
+        unit = torch.eye(x[0].numel(), dtype=x.dtype)
+        for example, condition in zip(x, c):
+            J = jacobian(lambda one: block(one[None], condition[None])[0][0], example).reshape_as(unit)
+            result.append(-J.diag().log())
+        x = block(x, c)[0]
+    return torch.cat(result)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_logdet_is_that_of_the_full_jacobian(blocks):
+    transporter, (x, t, steps) = make_transporter(blocks), make_input()
+    u, logdet = transporter(x, t, steps)
+    for b in range(len(x)):
+        J = jacobian(lambda one: transporter(one[None], t[b:b + 1], steps[b:b + 1])[0][0], x[b])
+        sign, expected = torch.linalg.slogdet(J.reshape(TOKENS * DIM, -1))
+        assert sign == 1
+        torch.testing.assert_close(logdet[b], expected, rtol=1e-8, atol=0)
+    assert logdet.abs().min() > 0.5  # otherwise a sign would not show
+
+
+def test_blocks_are_triangular_in_alternating_order():
+    transporter, (x, t, steps) = make_transporter(4), make_input(1)
+    c = transporter.condition(t, steps)
+    for i, block in enumerate(transporter.blocks):
+        J = jacobian(lambda one: block(one[None], c)[0][0], x[0]).permute(0, 2, 1, 3)  # (n, m, d, e): du_nd / dx_me
+        for n in range(TOKENS):
+            for m in range(TOKENS):
+                before = m < n if i % 2 == 0 else m > n
+                if before:
+                    assert (J[n, m] != 0).all()
+                elif m == n:
+                    assert (J[n, n].diag() > 0).all() and (J[n, n] - J[n, n].diag().diag() == 0).all()
+                else:
+                    assert (J[n, m] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_moves_no_parameters_at_or_before_itself(dtype):
+    block, c = make_transporter(1, dtype=dtype).blocks[0], torch.randn(2, 16, dtype=dtype)
+    x = make_input(2, dtype)[0]
+    before = block.affine(x, c)
+    for n in range(TOKENS):
+        moved = x.clone()
+        moved[:, n] += 10
+        for a, b in zip(before, block.affine(moved, c)):
+            assert torch.equal(a[:, :n + 1], b[:, :n + 1])
+            assert (a[:, n + 1:] != b[:, n + 1:]).all()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("method", ["cache", "jacobi"])
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_inverse_undoes_forward_and_forward_inverse(blocks, method, dtype, atol):
+    transporter, (x, t, steps) = make_transporter(blocks, dtype=dtype), make_input(dtype=dtype)
+    size = log_scales(transporter, x, t, steps).abs()
+    assert 0.5 < size.mean() < 2 and size.max() > 1.5  # the scales really stretch
+    u = transporter(x, t, steps)[0]
+    assert (u - x).abs().mean() > 0.5
+    back = transporter.inverse(u, t, steps, method, tol=0)
+    torch.testing.assert_close(back, x, atol=atol, rtol=0)
+    there = transporter(transporter.inverse(x, t, steps, method, tol=0), t, steps)[0]
+    torch.testing.assert_close(there, x, atol=atol, rtol=0)
+
+
+def test_log_scales_stay_bounded():
+    transporter, (x, t, steps) = make_transporter(1, scale=30.0), make_input()
+    size = log_scales(transporter, x, t, steps).abs()
+    assert 3.9 < size.max() <= 4
+
+
+def test_jacobi_counts_sweeps_and_is_exact_after_as_many_as_tokens():
+    transporter, (x, t, steps) = make_transporter(3), make_input()
+    u = transporter(x, t, steps)[0]
+    back = transporter.inverse(u, t, steps, "jacobi", tol=0)
+    assert transporter.sweeps == [TOKENS] * 3
+    torch.testing.assert_close(back, x, atol=1e-10, rtol=0)
+
+
+def test_jacobi_stops_early_where_tokens_depend_weakly():
+    transporter, (x, t, steps) = make_transporter(2, scale=0.3, num_tokens=24), make_input(num_tokens=24)
+    u = transporter(x, t, steps)[0]
+    sweeps = []
+    for tol in (1e-2, 1e-5, 1e-8):
+        back = transporter.inverse(u, t, steps, "jacobi", tol=tol)
+        torch.testing.assert_close(back, x, atol=10 * tol, rtol=0)
+        sweeps.append(max(transporter.sweeps))
+    assert 1 < sweeps[0] < sweeps[1] < sweeps[2] < 24
+
+
+def test_identity_at_initialisation():
+    x, t, steps = make_input(dtype=torch.float32)
+    transporter = Transporter(TOKENS, DIM, 16, 3, 2, 2)
+    u, logdet = transporter(x, t, steps)
+    assert torch.equal(u, x) and (logdet == 0).all()
+    for method in ("cache", "jacobi"):
+        assert torch.equal(transporter.inverse(x, t, steps, method), x)
+
+
+def test_identity_at_pure_noise():
+    transporter, (x, t, steps) = make_transporter(), make_input()
+    t[1] = 1
+    u, logdet = transporter(x, t, steps)
+    assert torch.equal(u[1], x[1]) and logdet[1] == 0
+    assert not (u[::2] == x[::2]).any() and (logdet[::2] != 0).all()
+    for method in ("cache", "jacobi"):
+        back = transporter.inverse(x, t, steps, method)
+        assert torch.equal(back[1], x[1]) and not (back[::2] == x[::2]).any()
+
+
+def test_no_blocks_is_the_identity():
+    transporter, (x, t, steps) = make_transporter(0), make_input()
+    u, logdet = transporter(x, t, steps)
+    assert torch.equal(u, x) and torch.equal(logdet, torch.zeros(3).double())
+    for method in ("cache", "jacobi"):
+        assert torch.equal(transporter.inverse(x, t, steps, method), x)
+
+
+def test_unknown_inversion_method_is_named():
+    with pytest.raises(ValueError, match="newton"):
+        make_transporter().inverse(*make_input(), method="newton")
+
+
+def test_time_and_step_count_condition_every_token():
+    transporter, (x, t, steps) = make_transporter(1), make_input()
+    u = transporter(x, t, steps)[0]
+    assert not (u == transporter(x, t + 0.01, steps)[0]).any()
+    assert not (u == transporter(x, t, 2 * steps)[0]).any()
+
+
+def test_examples_do_not_mix():
+    transporter, (x, t, steps) = make_transporter(), make_input()
+    u, logdet = transporter(x, t, steps)
+    back = transporter.inverse(x, t, steps)
+    for b in range(len(x)):
+        one = slice(b, b + 1)
+        torch.testing.assert_close(transporter(x[one], t[one], steps[one]), (u[one], logdet[one]))
+        torch.testing.assert_close(transporter.inverse(x[one], t[one], steps[one]), back[one])
+
+
+def test_logdet_is_float32_under_bfloat16():
+    transporter, (x, t, steps) = make_transporter(dtype=torch.float32), make_input(dtype=torch.float32)
+    u, logdet = transporter(x, t, steps)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough_u, rough = transporter(x, t, steps)
+        back = transporter.inverse(u, t, steps)
+    assert rough_u.dtype == rough.dtype == torch.float32
+    assert not torch.equal(rough, logdet)  # the layers did run in bfloat16
+    # bfloat16 keeps 8 bits: errors of some 2^-8 in each of the log-scales, blocks x tokens x numbers of them
+    assert (rough - logdet).abs().max() < 0.03 * 3 * TOKENS * DIM
+    assert torch.equal(back, transporter.inverse(u, t, steps))  # an inverse is never rough
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_trained_weights_invert(dtype, atol):
+    transporter = Transporter(TOKENS, DIM, 16, 2, 2, 2).to(dtype)
+    optimizer = torch.optim.Adam(transporter.parameters(), 1e-2)
+    x, t, steps = make_input(3, dtype)
+    walk = 0.3 * torch.randn(64, TOKENS, DIM, dtype=dtype).cumsum(1)  # a density with correlations to learn
+    for _ in range(40):
+        u, logdet = transporter(walk, t[:1].expand(64), steps[:1].expand(64))
+        loss = (0.5 * u**2).sum() / 64 - logdet.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    u, logdet = transporter(walk[:3], t, steps)
+    assert logdet.min() > 5  # it has learnt to widen the walk's steps
+    for method in ("cache", "jacobi"):
+        back = transporter.inverse(u, t, steps, method, tol=0)
+        torch.testing.assert_close(back, walk[:3], atol=atol, rtol=0)
