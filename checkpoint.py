@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read without running anything they contain.
 
 A checkpoint is a dict of tensors and plain values: `kind` ("ntm" or "denoiser"), `model_config` (the fields of
-NTMConfig), `settings` (those of the script that wrote it), `model`, `ema`, `optimizer` and `iter`.
+NTMConfig), `settings` (those of the script that wrote it), `model`, `ema`, `optimizers` (a list) and `iter`.
 """
 
 import os

@@ -43,6 +43,7 @@ t_min = 0.02  # the noise level it starts from
 batch_size = 64  # examples per update, over all ranks and accumulation passes
 grad_accum = 1  # passes per update and rank
 max_iters = 800
+optimizer = "adamw"  # or "muon", for the Transformer layers' matrices (torch 2.9 or newer)
 lr = 2e-3
 min_lr = 1e-6
 warmup_iters = 50

@@ -52,6 +52,7 @@ pairs = True  # train on one random step of each trajectory instead of all T
 batch_size = 64  # examples per update, over all ranks and accumulation passes
 grad_accum = 1  # passes per update and rank
 max_iters = 5000
+optimizer = "adamw"  # or "muon", for the Transformer layers' matrices (torch 2.9 or newer)
 lr = 2e-3
 min_lr = 1e-6
 warmup_iters = 100
@@ -94,7 +95,8 @@ def validate(ema, i):
             nll = ema.trajectory_nll(x, ts, text)
         bound = nll.sum(dim=1, keepdim=True) + forward_log_prob(x, ts)[:, None]
         sums += torch.cat([nll[:, :-1], bound, torch.ones_like(bound)], dim=1).sum(dim=0)
-    *nll, bound = (all_sum(sums)[:-1] / sums[-1] / x[0, 0].numel()).tolist()
+    numbers = model_config.num_tokens * model_config.token_dim
+    *nll, bound = (all_sum(sums)[:-1] / sums[-1] / numbers).tolist()
     if rank == 0:
         draw_samples(ema, f"{i:06d}")
     return {"val_loss": sum(nll) / len(nll), "val_bound": bound, **{f"val_step_{k}": v for k, v in enumerate(nll)}}

@@ -24,3 +24,11 @@ def randomize(module, scale=1.0):
         fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
         nn.init.normal_(parameter, std=scale / fan_in**0.5)
     return module
+
+
+def covariance(ts):
+    """S_ij = m^2 (1 - M) / (1 - m), m = min(t_i, t_j), M = max(t_i, t_j), entry by entry; ts a sequence of times."""
+    def entry(a, b):
+        m, M = min(a, b), max(a, b)
+        return 1.0 if m == 1 else m**2 * (1 - M) / (1 - m)
+    return torch.tensor([[entry(float(a), float(b)) for b in ts] for a in ts], dtype=torch.float64)
