@@ -5,7 +5,7 @@ RUN = .venv/bin/python
 demo: .venv/ready
 	$(RUN) train.py config/digits.py --init_from=auto
 	$(RUN) distill.py --out_dir=out/digits --init_from=auto
-	$(RUN) sample.py --out_dir=out/digits
+	$(RUN) sample.py --out_dir=out/digits --show_trajectory=True
 
 test: .venv/ready
 	$(RUN) -m pytest -q tests

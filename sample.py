@@ -4,7 +4,8 @@
     python sample.py --out_dir=out/shapes --prompts=prompts.txt --guidance=2 --denoise=score --show_trajectory=True
 
 Leaves in out_dir/pictures: grid.png with the prompts under the pictures, the single pictures 0000.png, 0001.png, ... and,
-with --show_trajectory=True, a strip of every level from noise to picture for each, 0000_trajectory.png, ...
+with --show_trajectory=True, a strip of every level from noise to picture for each, 0000_trajectory.png, ... Where the
+trajectory was carried back to x-space, for the strips or for --denoise=score|none, its -log p stands beside the prompt.
 """
 
 import time
@@ -128,7 +129,8 @@ for start in range(0, len(captions), batch_size):
         pictures.save(pictures.picture(batch[j]), folder / f"{i:04d}.png")
         if show_trajectory:
             pictures.save(strip(x[j], batch[j]), folder / f"{i:04d}_trajectory.png")
-pictures.save(pictures.grid(torch.cat(images), captions), folder / "grid.png")
+labels = [f"{caption} ({nll:.1f} nats)" for caption, nll in zip(captions, nlls)] or captions
+pictures.save(pictures.grid(torch.cat(images), labels), folder / "grid.png")
 
 for stage, seconds in clock.seconds.items():
     print(f"{stage}: {len(captions) / seconds:.1f} images/s")
