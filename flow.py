@@ -39,7 +39,7 @@ def time_grid(steps, t_min, num_tokens, shift=None):
                              f"choose 0 <= t_min < {first:.4f}, fewer steps or a larger shift")
         t_min = torch.tensor(float(t_min))
     k = torch.arange(1, steps + 1, dtype=t_min.dtype, device=t_min.device)
-    sigma = shift * k / (shift * k + steps - k)  # the formula times k/k: exactly 1 at k = T
+    sigma = shift * k / (shift * k + (steps - k))  # the formula times k/k, and so exactly 1 at k = T
     return torch.cat([t_min[..., None], sigma.expand(*t_min.shape, steps)], dim=-1)
 
 

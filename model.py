@@ -50,6 +50,10 @@ class NTMConfig:
     def __post_init__(self):
         height, width = self.image_size = _pair(self.image_size)
         self.steps = tuple(self.steps) if isinstance(self.steps, (tuple, list)) else (self.steps,)
+        for name, value in {**vars(self), "steps": min(self.steps)}.items():
+            least = 0 if name == "transporter_blocks" else 1
+            if type(value) is int and value < least:
+                raise ValueError(f"{name} is {value}, but must be at least {least}")
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"image_size {height}x{width} is not divisible by patch_size {self.patch_size}")
         if self.parametrization not in ("direct", "posterior"):
@@ -267,12 +271,12 @@ class NTM(nn.Module):
             u[:, k] = mean + torch.exp(log_std) * noise[:, k]
         return u
 
-    def invert(self, u, ts, method="cache"):
-        """Every level of u (B, T+1, N, D) back to x-space, as one batch. ts: (T+1,) or (B, T+1)."""
+    def invert(self, u, ts, method="cache", tol=1e-5):
+        """Every level of u (B, T+1, N, D) back to x-space, as one batch. ts: (T+1,) or (B, T+1); tol: Jacobi's."""
         B, levels = u.shape[:2]
         ts = ts.expand(B, levels)
         steps = torch.full((B * levels,), levels - 1, device=u.device)
-        x = self.transporter.inverse(u.flatten(0, 1), ts.flatten(), steps, method)
+        x = self.transporter.inverse(u.flatten(0, 1), ts.flatten(), steps, method, tol)
         return x.unflatten(0, (B, levels))
 
     @torch.enable_grad()
