@@ -1,5 +1,4 @@
-"""
-A script's own module-level names are its settings; this file overrides them from the command line.
+"""A script's own module-level names are its settings; this file overrides them from the command line.
 
     steps = 4                    # reverse steps
     shift: float | None = None   # time-grid shift; None takes the formula
@@ -12,6 +11,7 @@ wins; `--help` lists every setting with the comment beside it.
 A setting keeps the type of its default. Where that says too little (None, or an int that may also be a
 tuple) an annotation decides instead. A wrong key or value ends the program with one line that names it.
 """
+
 import ast
 import difflib
 import math

@@ -1,5 +1,4 @@
-"""
-Data: captioned images in, token ids in.
+"""Data: captioned images in, token ids in.
 
 - shapes   circles, squares and triangles, drawn on the fly; endless (see shapes.py)
 - fashion  Fashion-MNIST, 28x28 or 14x14 grey, from the files of Debian's package dataset-fashion-mnist
@@ -14,6 +13,7 @@ function of (seed, item) alone. Captions become ids by byte-pair encoding: 0 is 
 
 What a user can get wrong raises ValueError (a setting, a damaged file) or OSError (something missing), in one line.
 """
+
 import argparse
 import base64
 import gzip
@@ -45,7 +45,7 @@ WORDINGS = {  # for every class the captions it may have, the canonical one firs
 }
 DATASETS = ("shapes", *WORDINGS)
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # pixels
 
 
@@ -67,7 +67,7 @@ def dequantize(images, generator=None):
     return images + (2 * u - 1) / 256
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # data sets: ds[i] and ds.__getitems__([i, j, ...]), which torch's DataLoader calls for a whole batch at once
 
 
@@ -124,8 +124,7 @@ class Labelled:
 
 
 def get_dataset(name, split, image_size, channels, seed=0, data_dir=""):
-    """
-    The captioned data set `name`, one of DATASETS; `split` is "train" or "val". `image_size` is an int or (H, W).
+    """The captioned data set `name`, one of DATASETS; `split` is "train" or "val". `image_size` is an int or (H, W).
     `data_dir` is the folder of fashion's files, if not where Debian puts them.
     Returns a map-style data set: ds[i] -> (image float32 (C, H, W) in [-1, 1], caption), len(ds).
     Raises ValueError where the set cannot give that size or that many channels, or a file is damaged, and
@@ -197,7 +196,7 @@ def read_idx(folder, name):
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # captions to ids
 
 WORD = r" ?\S+|\s+"  # a word takes the space before it along, so that a common word is one token
@@ -228,8 +227,7 @@ class Tokenizer:
 
 
 def get_tokenizer(name="captions"):
-    """
-    "captions": the small vocabulary of this repository's data sets, in which each of their words is one token;
+    """"captions": the small vocabulary of this repository's data sets, in which each of their words is one token;
     "gpt2": GPT-2's 50,257, which tiktoken downloads once.
     Raises ValueError for any other name, ConnectionError where gpt2 cannot be had.
     """
@@ -247,8 +245,7 @@ def get_tokenizer(name="captions"):
 
 
 def train_bpe(words, vocab_size):
-    """
-    Byte-pair encoding. `words` is a Counter of byte strings. Joins the most frequent pair of tokens, over and over,
+    """Byte-pair encoding. `words` is a Counter of byte strings. Joins the most frequent pair of tokens, over and over,
     until there are `vocab_size` tokens or every word is one. Returns the tokens by rank, the 256 bytes first.
     """
     vocab = [bytes([b]) for b in range(256)]
@@ -277,7 +274,7 @@ def caption_vocabulary():
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(train_bpe(words, 512)))
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # python data.py NAME
 
 

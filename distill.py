@@ -3,9 +3,9 @@
     python distill.py --out_dir=out/digits
     torchrun --nproc_per_node=8 distill.py --out_dir=out/shapes32 --batch_size=512
 
-Reads out_dir/ckpt.pt, whose averaged weights stay frozen: real pictures are noised along the forward trajectory, and the
-target is the frozen model's score denoising of that trajectory. Leaves in out_dir: denoiser.pt, denoiser_log.jsonl and,
-from every validation, samples/denoiser_ITERATION.png.
+Reads out_dir/ckpt.pt, whose averaged weights stay frozen: real pictures are noised along the forward trajectory, and
+the target is the frozen model's score denoising of that trajectory. Leaves in out_dir: denoiser.pt, denoiser_log.jsonl
+and, from every validation, samples/denoiser_ITERATION.png.
 """
 
 import math
@@ -65,7 +65,8 @@ with one_line_errors():
     config = {**trained["settings"], **config, "data_dir": data_dir or trained["settings"]["data_dir"]}
     teacher = checkpoint.network_of(trained, Path(out_dir) / "ckpt.pt", device)
     train_set, val_set, tokenizer = load_data(config)
-    grid = time_grid(steps or teacher.config.steps[0], t_min, teacher.config.num_tokens, teacher.config.shift).to(device)
+    grid = time_grid(steps or teacher.config.steps[0], t_min, teacher.config.num_tokens, teacher.config.shift)
+    grid = grid.to(device)
     torch.manual_seed(seed)  # the same initial weights on every rank
     denoiser = Denoiser(replace(teacher.config, width=width, depth=depth, heads=heads)).to(device)
 

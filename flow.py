@@ -202,7 +202,7 @@ class FlowBlock(nn.Module):
 
     def affine(self, x, c):
         """mu and l of every token, each (B, N, D), from the tokens before it in the scan."""
-        # Shifting the input by one place makes it causal: place n holds token n-1, place 0 the start token with the time.
+        # Shifting the input by one place makes it causal: place n holds token n-1, place 0 the start token and time.
         start = (self.start + c)[:, None]
         h = torch.cat([start, self.proj_in(x[:, :-1]).to(start.dtype)], dim=1) + self.position
         for layer in self.layers:

@@ -30,7 +30,7 @@ PATIENCE = 10  # updates skipped in a row before a run gives up
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns what a setting can be wrong about (ValueError, OSError) into one line on the terminal and exit status 1."""
+    """Turns what a setting can be wrong about (ValueError, OSError) into one line and exit status 1."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -113,9 +113,9 @@ def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, worl
 
     Batches are dealt to ranks whole, so that sums over the ranks do not depend on how many there are.
     """
-    starts = range(0, min(count, len(dataset)), batch_size)
-    for start in starts[rank::world]:
-        images, captions = collate(dataset.__getitems__(list(range(start, min(start + batch_size, count, len(dataset))))))
+    count = min(count, len(dataset))
+    for start in range(0, count, batch_size)[rank::world]:
+        images, captions = collate(dataset.__getitems__(list(range(start, min(start + batch_size, count)))))
         generator = torch.Generator(device).manual_seed(start)
         images = dequantize(images.to(device), generator)
         yield images, tokenizer.encode(captions, text_len).to(device), captions, generator
@@ -240,7 +240,8 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
             optimizer.load_state_dict(state)
         start = resumed["iter"]
 
-    network = torch.compile(model) if (device.type == "cuda" if config["compile"] is None else config["compile"]) else model
+    compiled = device.type == "cuda" if config["compile"] is None else config["compile"]
+    network = torch.compile(model) if compiled else model
     if world > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -275,8 +276,8 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
         noise = dequantize(torch.zeros(shape, device=device), generator)[mine.start:mine.stop]
         images = images.to(device, non_blocking=True) + noise
         text = tokenizer.encode(captions, model.config.text_len).to(device)
-        dropped = torch.rand(batch_size, generator=generator, device=device)[mine.start:mine.stop] < config["caption_dropout"]
-        text = torch.where(dropped[:, None], null_caption(text), text)
+        dropped = torch.rand(batch_size, 1, generator=generator, device=device) < config["caption_dropout"]
+        text = torch.where(dropped[mine.start:mine.stop], null_caption(text), text)
         draws = [a[mine.start:mine.stop] for a in draw(batch_size, device, generator)]
 
         total = torch.zeros(2, device=device)  # loss, interrupt asked
@@ -313,8 +314,8 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
         if skipped_in_a_row == PATIENCE:
             bar.close()
             raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {loss}, gradient norm "
-                             f"{grad_norm}); stopped at iteration {i} with {path} as it was: lower lr (now {lr:.1e}) or "
-                             "grad_clip, or lengthen warmup_iters")
+                             f"{grad_norm}); stopped at iteration {i} with {path} as it was: lower lr (now {lr:.1e}) "
+                             "or grad_clip, or lengthen warmup_iters")
         if validating:
             values = validate(ema, i)
             if rank == 0:

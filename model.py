@@ -209,7 +209,7 @@ class NTM(nn.Module):
 
         x (B, K, N, D), ts (B, K) ascending, text (B, L), steps (B,): T, which ts need not cover. Returns (B, K-1).
 
-        One step: z = (u_s - mu) / sigma,  -log p = |z|^2/2 + (ND/2) log 2 pi + sum log sigma - log|det df_T(x_s)/dx_s|.
+        With z = (u_s - mu) / sigma,  -log p = |z|^2/2 + (ND/2) log 2 pi + sum log sigma - log|det df_T(x_s)/dx_s|.
         """
         K = x.shape[1]
         u, logdet = self.transporter(x.flatten(0, 1), ts.flatten(), steps.repeat_interleave(K))
@@ -228,7 +228,7 @@ class NTM(nn.Module):
     def trajectory_nll(self, x, ts, text):
         """Exact -log p of each part of a trajectory in nats, (B, T+1); the row sum is that of the whole.
 
-        x (B, T+1, N, D), ts (B, T+1), text (B, L). Column k < T is the step that ends at t_k, column T the prior N(0, I).
+        x (B, T+1, N, D), ts (B, T+1), text (B, L). Column k < T is the step that ends at t_k, column T the prior.
         """
         steps = torch.full((len(x),), ts.shape[1] - 1, device=x.device)
         return torch.cat([self.transition_nll(x, ts, text, steps), gaussian_nll(x[:, -1:])], dim=1)

@@ -1,4 +1,5 @@
 """Images in, one picture out: grids of enlarged, captioned samples for people to look at."""
+
 import os
 from pathlib import Path
 
@@ -35,10 +36,10 @@ def picture(image):
 
 
 def grid(images, captions=None, columns=None, scale=None):
-    """
-    images: (B, C, H, W) in [-1, 1], C 1 or 3; captions: B strings, put underneath, "" for none. Fills rows of `columns`
-    cells (default: about square), each pixel enlarged to scale x scale (default: cells at least 96 wide).
-    Returns an RGB PIL.Image.
+    """Images (B, C, H, W) in [-1, 1], C 1 or 3, with their captions underneath ("" for none), in rows of `columns`.
+
+    columns: by default about as many as there are rows. Each pixel is enlarged to scale x scale, by default until
+    pictures are 96 wide. Returns an RGB PIL.Image.
     """
     pixels = pixels_of(images)
     count, height, width, _ = pixels.shape

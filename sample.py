@@ -3,9 +3,10 @@
     python sample.py --prompt="a handwritten seven" --num_samples=16 --seed=1
     python sample.py --out_dir=out/shapes --prompts=prompts.txt --guidance=2 --denoise=score --show_trajectory=True
 
-Leaves in out_dir/pictures: grid.png with the prompts under the pictures, the single pictures 0000.png, 0001.png, ... and,
-with --show_trajectory=True, a strip of every level from noise to picture for each, 0000_trajectory.png, ... Where the
-trajectory was carried back to x-space, for the strips or for --denoise=score|none, its -log p stands beside the prompt.
+Leaves in out_dir/pictures: grid.png with the prompts under the pictures, the single pictures 0000.png, 0001.png, ...
+and, with --show_trajectory=True, a strip of every level from noise to picture for each, 0000_trajectory.png, ... Where
+the trajectory was carried back to x-space, for the strips or for --denoise=score|none, its -log p stands beside the
+prompt.
 """
 
 import time
@@ -95,10 +96,11 @@ shape = len(grid), model.config.num_tokens, model.config.token_dim
 
 @torch.no_grad()
 def draw(rows, clock):
-    """The pictures of some rows: images (b, C, H, W), trajectories (b, T+1, N, D) or None, their NLL in nats or None."""
+    """The pictures of some rows: images (b, C, H, W), trajectories (b, T+1, N, D) and their NLL in nats, or None."""
     text = texts[rows.start:rows.stop]
     # each picture has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in rows])
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in rows]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     u = clock(f"sampling in {len(grid) - 1} steps", model.sample, text, ts, guidance, noise=noise.to(device))
     x = nll = None
     if denoise != "learned" or show_trajectory:

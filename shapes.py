@@ -1,5 +1,4 @@
-"""
-The "shapes" data set: coloured circles, squares and triangles on a dark ground, with a caption that is always true.
+"""The "shapes" data set: coloured circles, squares and triangles on a dark ground, with a caption that is always true.
 
 - four kinds of caption, equally often: one object ("a red circle"), two to four of a kind ("three blue circles"),
   two joined by "and" ("a red circle and a blue square"), two in a relation ("a red square left of a green circle")

@@ -1,4 +1,4 @@
-"""Trains a Normalizing Trajectory Model from scratch; without arguments, on the handwritten digits, in minutes on a CPU.
+"""Trains a Normalizing Trajectory Model from scratch; without arguments, on handwritten digits, minutes on a CPU.
 
     python train.py config/shapes.py --batch_size=32
     torchrun --nproc_per_node=8 train.py config/shapes32.py
@@ -88,7 +88,8 @@ def validate(ema, i):
     """Held-out nats per dimension: -log p of each step of a trajectory, cleanest first, their mean val_loss, and
     val_bound, the upper bound on -log p(x_{t_min}), which unlike the loss does not depend on the time grid."""
     sums = torch.zeros(len(grid) + 1, device=device)  # of the steps, the bound, and the examples
-    for images, text, _, generator in validation_batches(val_set, tokenizer, text_len, val_examples, device, rank, world):
+    for images, text, _, generator in validation_batches(
+            val_set, tokenizer, text_len, val_examples, device, rank, world):
         ts = grid.expand(len(images), -1)
         x = forward_trajectory(ema.patchify(images), ts, generator)
         with autocast(config, device):
@@ -112,6 +113,7 @@ def draw_samples(ema, name):
 
 if rank == 0:
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.2f}M parameters, {sum(p.numel() for p in model.transporter.parameters()) / 1e6:.2f}M of them "
-          f"in the transporter; {len(train_set):,} examples; on {world} x {device.type}")
+    transporter = sum(p.numel() for p in model.transporter.parameters())
+    print(f"{parameters / 1e6:.2f}M parameters, {transporter / 1e6:.2f}M of them in the transporter; "
+          f"{len(train_set):,} examples; on {world} x {device.type}")
 fit(config, "ntm", model, train_set, tokenizer, model.draw, objective, validate, (device, rank, world))
