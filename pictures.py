@@ -13,15 +13,17 @@ MIN_CELL = 96  # a narrower cell would have no room for its caption
 
 
 def wrap(text, font, width):
-    """Breaks `text` between words into lines of at most `width` pixels (one long word may stick out)."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
+    """Breaks each line of `text` between words into lines of at most `width` pixels (one long word may stick out)."""
+    wrapped = []
+    for line in text.split("\n"):
+        wrapped.append("")
+        for word in line.split():
+            longer = f"{wrapped[-1]} {word}".strip()
+            if wrapped[-1] and font.getlength(longer) > width:
+                wrapped.append(word)
+            else:
+                wrapped[-1] = longer
+    return "\n".join(wrapped)
 
 
 def pixels_of(images):

@@ -131,7 +131,7 @@ for start in range(0, len(captions), batch_size):
         pictures.save(pictures.picture(batch[j]), folder / f"{i:04d}.png")
         if show_trajectory:
             pictures.save(strip(x[j], batch[j]), folder / f"{i:04d}_trajectory.png")
-labels = [f"{caption} ({nll:.1f} nats)" for caption, nll in zip(captions, nlls)] or captions
+labels = [f"{caption}\n{nll:.1f} nats" for caption, nll in zip(captions, nlls)] or captions
 pictures.save(pictures.grid(torch.cat(images), labels), folder / "grid.png")
 
 for stage, seconds in clock.seconds.items():

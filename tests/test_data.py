@@ -362,3 +362,9 @@ def test_command_exits_with_a_status_and_no_traceback():
     program = data.ASSETS.parent / "data.py"
     done = subprocess.run([sys.executable, program, "digits", "--image_size=9"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_captions_keep_their_lines_and_are_broken_to_fit():
+    font = pictures.ImageFont.load_default(13)
+    assert pictures.wrap("a bag\n-3.0 nats", font, 500) == "a bag\n-3.0 nats"
+    assert pictures.wrap("a red circle above a blue square", font, 60).count("\n") >= 2
