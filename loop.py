@@ -48,6 +48,13 @@ def find_device(name=""):
     return device
 
 
+def at_least_one(config, *names):
+    """Raises ValueError for a setting among `names` that counts something and is below 1."""
+    for name in names:
+        if config[name] < 1:
+            raise ValueError(f"{name} is {config[name]}, but must be at least 1")
+
+
 def start_ranks(device_name=""):
     """Joins the other processes under torchrun (gloo on CPU, nccl on CUDA); alone, there is nothing to join.
 
@@ -102,7 +109,9 @@ def collate(examples):
 
 
 def load_data(config):
-    """The training and validation sets and the tokenizer that a run's settings name."""
+    """The training and validation sets and the tokenizer that a run's settings name, once its counts are checked."""
+    at_least_one(config, "batch_size", "grad_accum", "max_iters", "log_interval", "val_interval", "val_examples",
+                 "num_samples")
     arguments = config["image_size"], config["channels"], config["seed"], config["data_dir"]
     sets = [get_dataset(config["dataset"], split, *arguments) for split in ("train", "val")]
     return *sets, get_tokenizer(config["tokenizer"])
@@ -164,6 +173,12 @@ def make_optimizers(model, config, device):
         optimizers = [torch.optim.Muon(hidden, weight_decay=config["weight_decay"], adjust_lr_fn="match_rms_adamw")]
     fused = device.type in ("cuda", "cpu")
     return optimizers + [torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=config["weight_decay"], fused=fused)]
+
+
+def leave_signals_to_the_trainer(worker):
+    """A terminal's Ctrl-C reaches the data workers too; they must outlive the update that it interrupts."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Interrupt:
@@ -249,7 +264,7 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
     mine = range(rank * share, (rank + 1) * share)  # this rank's rows of every batch
     order = Order(len(dataset), batch_size, config["seed"], start, config["max_iters"], mine)
     loader = iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=config["workers"],
-                             pin_memory=device.type == "cuda"))
+                             pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer))
     generator = torch.Generator(device)
     interrupt = Interrupt()
     log = Log(log_path, start) if rank == 0 else None

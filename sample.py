@@ -19,7 +19,7 @@ import pictures
 from configurator import configure
 from data import dataset_class_captions, get_dataset, get_tokenizer
 from flow import time_grid
-from loop import find_device, one_line_errors
+from loop import at_least_one, find_device, one_line_errors
 
 out_dir = "out/digits"  # holds ckpt.pt and, for --denoise=learned, denoiser.pt
 prompt = ""  # one caption; empty, and without `prompts`: captions of the data the model was trained on
@@ -75,8 +75,7 @@ with one_line_errors():
     model = checkpoint.network_of(trained, path, device)
     if denoise not in ("learned", "score", "none"):
         raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
-    if num_samples < 1 or batch_size < 1:
-        raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}, but both must be at least 1")
+    at_least_one(config, "num_samples", "batch_size")
     if guidance < 0:
         raise ValueError(f"guidance is {guidance}, but must be at least 0")
     if denoise == "learned":
