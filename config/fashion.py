@@ -5,12 +5,8 @@ channels = 1
 text_len = 6
 
 width = 128
-transporter_blocks = 3
-shift = 0.5
 
-optimizer = "muon"
 lr = 4e-3
 max_iters = 3000
-warmup_iters = 100
 val_interval = 500
 val_examples = 500

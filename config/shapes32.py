@@ -12,9 +12,7 @@ depth = 8
 heads = 6
 transporter_width = 128
 transporter_blocks = 4
-shift = 0.5
 
-optimizer = "muon"
 batch_size = 256
 max_iters = 10000
 warmup_iters = 500
