@@ -1,0 +1,516 @@
+"""The training loop keeps its promises: order, schedule, randomness, skipped updates, interruption, and checkpoints."""
+import errno
+import itertools
+import json
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import contents, handlers_kept, read_log, read_log_without_speed, same, same_training, training_lines
+from torch import nn
+
+import checkpoint
+import data
+import loop
+from model import NTM, Denoiser, NTMConfig
+
+SETTINGS = dict(init_from="scratch", seed=0, bfloat16=None, compile=None, workers=0, caption_dropout=0.0, batch_size=4,
+                grad_accum=1, max_iters=6, optimizer="adamw", lr=0.01, min_lr=0.001, warmup_iters=2, weight_decay=0.1,
+                grad_clip=1.0, ema=0.9, log_interval=1, val_interval=100, val_examples=1, num_samples=1)
+DATA = [(data.to_pixels(torch.full((1, 2, 2), 20 * i)), str(i)) for i in range(12)]  # the caption is the item's number
+TOKENIZER = SimpleNamespace(encode=lambda captions, length: torch.tensor([[int(c) + 2] * length for c in captions]))
+TINY = NTMConfig(image_size=4, width=8, depth=1, heads=2, transporter_width=8, transporter_blocks=1,
+                 transporter_layers=1)
+
+
+class Toy(nn.Module):
+    """The least that fit() can train: a weight for every pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = NTMConfig(image_size=2, text_len=3)
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 4))
+
+    def forward(self, images):
+        return images.flatten(1) @ self.weight
+
+
+def draw(batch, device, generator):
+    return (torch.randn(batch, generator=generator),)
+
+
+def squares(network, images, text, draws):
+    return (network(images) - draws[0]).square().mean()
+
+
+def fit(out_dir, objective=squares, validate=lambda ema, i: {"val_loss": 0.0}, **settings):
+    """Trains a Toy; returns it with the path of its checkpoint."""
+    config = SETTINGS | settings | {"out_dir": str(out_dir)}
+    model = Toy()
+    with handlers_kept():
+        loop.fit(config, "ntm", model, DATA, TOKENIZER, draw, objective, validate, (torch.device("cpu"), 0, 1))
+    return model, out_dir / "ckpt.pt"
+
+
+def record(out_dir, **settings):
+    """What the objective was given in every iteration: [(images, text, draws), ...]."""
+    seen = []
+
+    def objective(network, images, text, draws):
+        seen.append((images, text, *draws))
+        return squares(network, images, text, draws)
+
+    fit(out_dir, objective, **settings)
+    passes = settings.get("grad_accum", 1)
+    return [tuple(map(torch.cat, zip(*seen[i:i + passes]))) for i in range(0, len(seen), passes)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which examples, and what is random about them
+
+
+def batches(size=10, batch_size=4, seed=0, start=0, stop=25, rows=None):
+    return list(loop.Order(size, batch_size, seed, start, stop, rows or range(batch_size)))
+
+
+def test_every_epoch_has_each_example_once():
+    order = batches()
+    assert len(order) == 25 == len(loop.Order(10, 4, 0, 0, 25, range(4)))
+    sequence = sum(order, [])
+    epochs = [sequence[i:i + 10] for i in range(0, 100, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 10  # each shuffled anew
+
+
+def test_batch_larger_than_the_data_set():
+    assert sorted(batches(size=3, batch_size=6, stop=1)[0]) == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_batches_of_one_process(world):
+    share = 4 // world
+    ranks = [batches(rows=range(r * share, (r + 1) * share)) for r in range(world)]
+    assert [sum(rows, []) for rows in zip(*ranks)] == batches()
+
+
+@pytest.mark.parametrize("start", [1, 7, 24])  # inside an epoch, and across its end
+def test_order_continues_where_it_was(start):
+    assert batches(start=start) == batches()[start:]
+
+
+def test_order_follows_the_seed():
+    assert batches(seed=1) == batches(seed=1) != batches(seed=2)
+
+
+def test_pixels_stay_in_their_bins_and_noise_is_new_each_iteration(tmp_path):
+    seen = record(tmp_path, batch_size=12, max_iters=20)  # the whole data set, twenty times
+    offsets = []
+    for images, text, _ in seen:
+        items = text[:, 0] - 2
+        assert sorted(items.tolist()) == list(range(12))
+        offsets.append(images[items.argsort()] - torch.stack([image for image, _ in DATA]))
+    offsets = torch.stack(offsets) * 128  # in bins
+    assert offsets.abs().max() <= 0.5
+    assert offsets.std() == pytest.approx(12**-0.5, abs=0.02)
+    assert offsets.flatten(1).unique(dim=0).shape[0] == 20
+
+
+def test_share_of_null_captions(tmp_path):
+    for share in (0.0, 0.25, 1.0):
+        seen = record(tmp_path / str(share), caption_dropout=share, max_iters=200)
+        text = torch.cat([text for _, text, _ in seen])
+        null = (text == torch.tensor([data.NULL, data.PAD, data.PAD])).all(dim=1)
+        assert (text[~null] == text[~null][:, :1]).all() and (text[~null] >= 2).all()  # the others are whole
+        assert null.float().mean() == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 800))
+
+
+def test_randomness_is_of_seed_and_iteration(tmp_path):
+    whole = record(tmp_path / "a", caption_dropout=0.5)
+    assert same(whole, record(tmp_path / "b", caption_dropout=0.5))
+    assert same(whole, record(tmp_path / "c", caption_dropout=0.5, grad_accum=2))  # however the batch is cut
+    assert not same(whole[0], whole[3])  # the same examples, three iterations of four being an epoch
+    other = record(tmp_path / "d", caption_dropout=0.5, seed=1)
+    assert not any(same(a[k], b[k]) for a, b in zip(whole, other) for k in range(3))
+
+
+def test_validation_batches_do_not_depend_on_ranks():
+    dataset, tokenizer = data.get_dataset("digits", "val", 8, 1), data.get_tokenizer()
+
+    def validation(count, rank=0, world=1):
+        return [(images, text, captions, torch.randn(3, generator=generator)) for images, text, captions, generator
+                in loop.validation_batches(dataset, tokenizer, 4, count, "cpu", rank, world, batch_size=20)]
+
+    alone = validation(90)
+    assert [len(images) for images, *_ in alone] == [20, 20, 20, 20, 10]
+    assert same(alone, validation(90))  # the same noise every time
+    ranks = [validation(90, rank, 2) for rank in range(2)]
+    assert same(alone[0::2], ranks[0]) and same(alone[1::2], ranks[1])
+    items = [dataset[i] for i in range(90)]
+    assert sum((captions for _, _, captions, _ in alone), []) == [caption for _, caption in items]
+    offsets = torch.cat([images for images, *_ in alone]) - torch.stack([image for image, _ in items])
+    assert offsets.abs().max() <= 1 / 256 and offsets.flatten(1).unique(dim=0).shape[0] == 90
+    assert sum(len(images) for images, *_ in validation(10_000)) == len(dataset)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The update
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine():
+    config = dict(lr=1.0, min_lr=0.2, warmup_iters=10, max_iters=110)
+    rates = [loop.learning_rate(config, i) for i in range(111)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0 and rates[110] == pytest.approx(0.2)
+    assert rates[60] == pytest.approx(0.6) and rates[35] == pytest.approx(0.2 + 0.8 * (1 + 0.5**0.5) / 2)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert loop.learning_rate(config | {"warmup_iters": 0}, 0) == 1.0
+
+
+def test_average_forgets_the_first_iterations_faster():
+    ema, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    for i, decay in ((0, 1 / 10), (5, 6 / 15), (89, 0.9), (1000, 0.9)):
+        expected = [decay * a + (1 - decay) * b for a, b in zip(ema.parameters(), model.parameters())]
+        loop.update_average(ema, model, 0.9, i)
+        torch.testing.assert_close(list(ema.parameters()), expected)
+
+
+def test_update_is_adamw_with_clipped_gradients(tmp_path):
+    model, path = fit(tmp_path, max_iters=8, grad_clip=0.1)
+    lines = read_log(path.with_name("log.jsonl"))
+    other = Toy()
+    average = other.weight.detach().clone()
+    optimizer = torch.optim.AdamW(other.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    for i, given in enumerate(record(tmp_path / "again", max_iters=8)):
+        loss = squares(other, given[0], given[1], given[2:])
+        loss.backward()
+        norm = other.weight.grad.norm()
+        other.weight.grad *= min(1, 0.1 / norm)
+        optimizer.param_groups[0]["lr"] = loop.learning_rate(SETTINGS | {"max_iters": 8}, i)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.lerp_(other.weight.detach(), 1 - min(0.9, (1 + i) / (10 + i)))
+        assert lines[i]["iter"] == i + 1 and lines[i]["lr"] == optimizer.param_groups[0]["lr"]
+        assert [lines[i]["loss"], lines[i]["grad_norm"]] == pytest.approx([loss.item(), norm.item()], rel=1e-5)
+    torch.testing.assert_close(model.weight, other.weight)
+    torch.testing.assert_close(contents(path)["ema"]["weight"], average)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_weight_has_one_optimizer(name):
+    model = NTM(TINY)
+    optimizers = loop.make_optimizers(model, SETTINGS | {"optimizer": name}, torch.device("cpu"))
+    groups = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+    assert sorted(map(id, sum(groups, []))) == sorted(map(id, model.parameters()))
+    assert all(group["weight_decay"] == 0.1 for optimizer in optimizers for group in optimizer.param_groups)
+    names = [type(optimizer).__name__ for optimizer in optimizers]
+    assert names == {"adamw": ["AdamW"], "muon": ["Muon", "AdamW"]}[name]
+    if name == "muon":  # four matrices in each of the two layers
+        assert sorted(p.shape for p in groups[0]) == sorted([(24, 8), (8, 8), (32, 8), (8, 32)] * 2)
+
+
+def test_optimizer_that_is_not_there_is_named(monkeypatch):
+    with pytest.raises(ValueError, match="'sgd' is unknown: choose 'adamw' or 'muon'"):
+        loop.make_optimizers(Toy(), SETTINGS | {"optimizer": "sgd"}, torch.device("cpu"))
+    monkeypatch.setattr(loop, "HAS_MUON", False)
+    with pytest.raises(ValueError, match="'muon' needs torch 2.9 or newer.*choose 'adamw'"):
+        loop.make_optimizers(Toy(), SETTINGS | {"optimizer": "muon"}, torch.device("cpu"))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    (whole, _), (parts, _) = fit(tmp_path / "1"), fit(tmp_path / "4", grad_accum=4)
+    torch.testing.assert_close(parts.weight, whole.weight)
+    logs = [training_lines(tmp_path / name / "log.jsonl") for name in "14"]
+    for a, b in zip(*logs, strict=True):
+        assert [a["loss"], a["grad_norm"]] == pytest.approx([b["loss"], b["grad_norm"]], rel=1e-5)
+
+
+def test_validation_sees_the_averaged_weights_every_interval(tmp_path):
+    seen = []
+
+    def validate(ema, i):
+        assert not ema.training and not any(p.requires_grad for p in ema.parameters())
+        seen.append((i, ema.weight.clone()))
+        return {"val_loss": float(i)}
+
+    model, path = fit(tmp_path, validate=validate, max_iters=7, val_interval=3)
+    assert [i for i, _ in seen] == [3, 6, 7]  # and at the end
+    assert torch.equal(seen[-1][1], contents(path)["ema"]["weight"])
+    assert not torch.equal(seen[-1][1], model.weight)
+    lines = [line for line in read_log(path.with_name("log.jsonl")) if "val_loss" in line]
+    assert lines == [{"iter": i, "val_loss": float(i)} for i in (3, 6, 7)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Updates that are not finite
+
+
+def spoiled(kind, iterations):
+    """An objective whose loss, gradient or both are not finite in some iterations (counted from 1)."""
+    count = itertools.count(1)
+
+    def objective(*args):
+        loss = squares(*args)
+        if next(count) not in iterations:
+            return loss
+        if kind == "gradient":
+            loss.register_hook(lambda gradient: gradient * math.inf)
+            return loss
+        return loss + math.inf if kind == "loss" else loss * math.nan
+
+    return objective
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient", "both"])
+def test_update_that_is_not_finite_is_skipped(tmp_path, kind):
+    states, objective = [], spoiled(kind, {3})
+
+    def validate(ema, i):  # called before the checkpoint of iteration i is written, so there is that of i - 1
+        if i > 1:
+            states.append(contents(tmp_path / "ckpt.pt"))
+        return {}
+
+    fit(tmp_path, objective, validate, val_interval=1)
+    states.append(contents(tmp_path / "ckpt.pt"))
+    assert [state["iter"] for state in states] == [1, 2, 3, 4, 5, 6]
+    for key in ("model", "ema"):
+        changes = [not same(a[key], b[key]) for a, b in zip(states, states[1:])]
+        assert changes == [True, False, True, True, True], key
+    assert same(states[1]["optimizers"][0]["state"], states[2]["optimizers"][0]["state"])
+    assert all(t.isfinite().all() for state in states for t in (state["model"]["weight"], state["ema"]["weight"]))
+    assert [line["skipped"] for line in training_lines(tmp_path / "log.jsonl")] == [0, 0, 1, 1, 1, 1]
+
+
+def test_nine_skipped_updates_in_a_row_are_survived(tmp_path):
+    bad = {*range(2, 11), *range(12, 21)}
+    model, path = fit(tmp_path, spoiled("both", bad), max_iters=22)
+    assert model.weight.isfinite().all()
+    assert training_lines(path.with_name("log.jsonl"))[-1]["skipped"] == 18
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient", "both"])
+def test_ten_skipped_updates_in_a_row_end_the_run(tmp_path, kind):
+    _, path = fit(tmp_path, max_iters=4)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as error:
+        fit(tmp_path, spoiled(kind, range(100)), max_iters=100, init_from="resume")
+    message = error.value.code
+    for part in ("not finite 10 times", "iteration 14", str(path), "lower lr", "warmup_iters"):
+        assert part in message
+    assert "\n" not in message
+    assert path.read_bytes() == before
+    assert read_log(path.with_name("log.jsonl"))[-1]["skipped"] == 10
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Interruption and resumption
+
+
+def interrupted(number, iteration):
+    """An objective during which the process gets a signal."""
+    count = itertools.count(1)
+
+    def objective(*args):
+        if next(count) == iteration:
+            signal.raise_signal(number)
+        return squares(*args)
+
+    return objective
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("iteration", [1, 5, 6])  # the first, in the middle, and where it validates
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, capsys, number, iteration):
+    settings = dict(max_iters=9, val_interval=6, caption_dropout=0.5)
+    _, whole = fit(tmp_path / "whole", **settings)
+    capsys.readouterr()
+    _, path = fit(tmp_path / "parts", interrupted(number, iteration), **settings)
+    assert contents(path)["iter"] == iteration
+    assert f"{path} holds iteration {iteration}; continue with --init_from=resume" in capsys.readouterr().out
+    fit(tmp_path / "parts", init_from="resume", **settings)
+    assert same_training(path, whole) and contents(path)["iter"] == 9
+    logs = [read_log_without_speed(p.with_name("log.jsonl")) for p in (path, whole)]
+    assert logs[0] == logs[1]
+    assert [line["iter"] for line in logs[0]] == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 9]
+
+
+def test_interrupted_in_its_last_iteration_is_done(tmp_path, capsys):
+    _, path = fit(tmp_path, interrupted(signal.SIGTERM, 6))
+    assert contents(path)["iter"] == 6 and "interrupted" not in capsys.readouterr().out
+
+
+def test_second_ctrl_c_ends_at_once(tmp_path):
+    def objective(*args):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, objective)
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_killed_run_resumes_from_its_last_checkpoint(tmp_path):
+    """Killed without warning: the log is ahead of the checkpoint, and its last line is half written."""
+    _, whole = fit(tmp_path / "whole", max_iters=8, val_interval=3)
+
+    count = itertools.count(1)
+
+    def killed(*args):
+        if next(count) == 6:
+            raise RuntimeError("killed")
+        return squares(*args)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path / "parts", killed, max_iters=8, val_interval=3)
+    log = tmp_path / "parts" / "log.jsonl"
+    assert read_log(log)[-1]["iter"] == 5
+    log.write_text(log.read_text() + '{"iter": 6, "lo')
+    _, path = fit(tmp_path / "parts", max_iters=8, val_interval=3, init_from="resume")
+    assert same_training(path, whole)
+    assert read_log_without_speed(log) == read_log_without_speed(whole.with_name("log.jsonl"))
+
+
+def test_log_drops_what_comes_after_the_checkpoint(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    lines = [json.dumps({"iter": i}) + "\n" for i in range(1, 6)]
+    log = loop.Log(path, 0)
+    for i in range(1, 6):
+        log.write(iter=i)
+    assert path.read_text() == "".join(lines)
+    path.write_text("".join(lines) + '{"iter": 2')
+    loop.Log(path, 3)
+    assert path.read_text() == "".join(lines[:3])
+    loop.Log(path, 0)
+    assert path.read_text() == ""
+
+
+def test_auto_starts_and_then_resumes(tmp_path):
+    _, whole = fit(tmp_path / "whole", max_iters=6)
+    fit(tmp_path / "parts", interrupted(signal.SIGTERM, 2), init_from="auto")
+    _, path = fit(tmp_path / "parts", init_from="auto")
+    assert same_training(path, whole)
+
+
+def test_finished_run_is_left_alone(tmp_path):
+    _, path = fit(tmp_path)
+    before = path.read_bytes(), path.with_name("log.jsonl").read_bytes()
+    fit(tmp_path, init_from="resume")
+    assert (path.read_bytes(), path.with_name("log.jsonl").read_bytes()) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def half_written(error):
+    def save(contents, file):
+        file.write(b"half of a checkpoint")
+        raise error
+    return save
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64")])
+def test_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(path, kind="ntm", iter=1)
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", half_written(error))
+    with pytest.raises(checkpoint.CheckpointError) as stop:
+        checkpoint.save(path, kind="ntm", iter=2)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["ckpt.pt"]
+    message = str(stop.value)
+    assert str(path) in message and "the one before it is kept" in message and "\n" not in message
+
+
+def test_failed_first_write_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", half_written(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(checkpoint.CheckpointError) as stop:
+        checkpoint.save(tmp_path / "ckpt.pt", kind="ntm")
+    assert os.listdir(tmp_path) == []
+    assert "No space left on device" in str(stop.value) and "kept" not in str(stop.value)
+
+
+@pytest.mark.parametrize("network", [NTM, Denoiser])
+def test_checkpoint_brings_the_averaged_network_back(tmp_path, network):
+    kind = {NTM: "ntm", Denoiser: "denoiser"}[network]
+    model, ema = network(TINY), network(TINY)
+    checkpoint.save(tmp_path / "x.pt", kind=kind, model_config=checkpoint.config_dict(TINY), model=model.state_dict(),
+                    ema=ema.state_dict())
+    restored = checkpoint.network_of(checkpoint.load(tmp_path / "x.pt", kind), tmp_path / "x.pt")
+    assert type(restored) is network and restored.config == TINY and not restored.training
+    assert same(dict(restored.state_dict()), dict(ema.state_dict()))
+    assert not any(p.requires_grad for p in restored.parameters())
+
+
+def refused(path, kind="ntm"):
+    """The one line that says why a checkpoint is not taken."""
+    with pytest.raises(checkpoint.CheckpointError) as stop:
+        checkpoint.load(path, kind)
+    assert isinstance(stop.value, SystemExit) and str(path) in str(stop.value) and "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path):
+    assert "train.py" in refused(tmp_path / "ckpt.pt")
+    assert "distill.py" in refused(tmp_path / "denoiser.pt", "denoiser")
+
+
+@pytest.mark.parametrize("left", [0, 1, 100, 0.5, 0.99])  # bytes, or the share of them
+def test_truncated_checkpoint(tmp_path, left):
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(path, kind="ntm", model=NTM(TINY).state_dict())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(left * len(whole)) if left < 1 else left])
+    assert "truncated" in refused(path)
+
+
+@pytest.mark.parametrize("text", [b"a text file", b"question", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04", b"\x80\x02}q"])
+def test_file_that_is_no_checkpoint(tmp_path, text):
+    (tmp_path / "ckpt.pt").write_bytes(text)
+    assert "not a checkpoint" in refused(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize("value", [{"weight": torch.zeros(2)}, [1, 2], torch.zeros(3)])
+def test_checkpoint_of_something_else(tmp_path, value):
+    torch.save(value, tmp_path / "ckpt.pt")
+    assert "not a 'ntm' checkpoint" in refused(tmp_path / "ckpt.pt")
+
+
+class Malice:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoint_runs_no_code(tmp_path, zipped):
+    path = tmp_path / "ckpt.pt"
+    torch.save({"kind": "ntm", "model": Malice(tmp_path / "owned")}, path, _use_new_zipfile_serialization=zipped)
+    refused(path)
+    assert not (tmp_path / "owned").exists()
+    torch.load(path, weights_only=False)  # the same file where code may run
+    assert (tmp_path / "owned").exists()
+
+
+def test_every_tensor_that_does_not_fit_is_named():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    state = dict(model.state_dict())
+    state["0.weight"], state["extra"] = torch.zeros(5, 2), torch.zeros(1)
+    del state["1.bias"]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(checkpoint.CheckpointError) as stop:
+        checkpoint.restore(model, state, "x/ckpt.pt")
+    for part in ("x/ckpt.pt", "0.weight is (5, 2), expected (3, 2)", "1.bias is missing", "extra is unknown"):
+        assert part in str(stop.value)
+    assert "0.bias" not in str(stop.value) and "1.weight" not in str(stop.value)
+    assert same(before, dict(model.state_dict()))
+
+
+def test_checkpoint_of_another_version_is_named(tmp_path):
+    config = checkpoint.config_dict(TINY) | {"rotary": True}
+    with pytest.raises(checkpoint.CheckpointError, match="another version: model_config has rotary"):
+        checkpoint.network_of({"kind": "ntm", "model_config": config, "ema": NTM(TINY).state_dict()}, "x/ckpt.pt")

@@ -1,0 +1,590 @@
+"""The scripts from end to end: train, distill, sample; interrupted, resumed, in two processes, and used wrongly."""
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from helpers import ROOT, contents, read_log, read_log_without_speed, run, same, same_training, training_lines
+from PIL import Image
+from test_data import write_idx
+from torch.distributions import Normal
+
+import checkpoint
+import pictures
+from data import DIGITS, get_dataset, get_tokenizer
+from flow import forward_trajectory, time_grid
+from loop import validation_batches
+
+SHORT = ["--device=cpu", "--batch_size=8", "--max_iters=6", "--val_interval=3", "--val_examples=16", "--num_samples=4",
+         "--log_interval=1", "--warmup_iters=2"]
+SMALL = ["--width=16", "--depth=1", "--heads=2"]
+TRAIN = SHORT + SMALL + ["--transporter_width=16", "--transporter_blocks=2", "--transporter_layers=1"]
+DISTILL = SHORT + SMALL + ["--t_min=0.03"]  # the model's own pictures end at 0.02
+SAMPLE = ["--device=cpu", "--num_samples=5"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(*command):
+    """A process of its own, in a session of its own, its output to be read."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder after train.py and distill.py, long enough for captions to matter. Not to be written to."""
+    out = tmp_path_factory.mktemp("trained")
+    run("train.py", *TRAIN, f"--out_dir={out}", "--max_iters=100", "--val_interval=50", "--lr=1e-2")
+    run("distill.py", *DISTILL, f"--out_dir={out}", "--max_iters=40", "--val_interval=20", "--lr=1e-2")
+    return out
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of that folder, to be written to."""
+    return shutil.copytree(trained, tmp_path / "copy")
+
+
+def load(out, kind):
+    """The averaged network that a folder holds."""
+    path = out / {"ntm": "ckpt.pt", "denoiser": "denoiser.pt"}[kind]
+    return checkpoint.network_of(checkpoint.load(path, kind), path)
+
+
+def pixels(path):
+    """A picture as an int array (H, W, 3), once it is clear that it shows something."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        array = np.asarray(image.convert("RGB")).astype(int)
+    assert array.min() < array.max()
+    return array
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Train and distill
+
+
+@pytest.mark.parametrize("name, kind, iterations", [("ckpt.pt", "ntm", 100), ("denoiser.pt", "denoiser", 40)])
+def test_checkpoint_holds_what_a_resumption_needs(trained, name, kind, iterations):
+    held = contents(trained / name)
+    assert held.keys() == {"kind", "model_config", "settings", "model", "ema", "optimizers", "iter"}
+    assert (held["kind"], held["iter"], held["settings"]["max_iters"]) == (kind, iterations, iterations)
+    assert held["settings"]["out_dir"] == str(trained) and held["model_config"]["width"] == 16
+    assert held["model"].keys() == held["ema"].keys()
+    assert not any(same(held["model"][key], held["ema"][key]) for key in held["model"] if key.endswith("weight"))
+    assert all(state["step"] == iterations for state in held["optimizers"][0]["state"].values())
+    assert len(held["optimizers"][0]["state"]) == len(held["model"])
+
+
+@pytest.mark.parametrize("name, iterations, names", [
+    ("log.jsonl", 100, {"val_loss", "val_bound", *(f"val_step_{k}" for k in range(4))}),
+    ("denoiser_log.jsonl", 40, {"val_mse", "val_psnr"})])
+def test_log_has_every_iteration_and_validation(trained, name, iterations, names):
+    lines = read_log(trained / name)
+    training = training_lines(trained / name)
+    assert [line["iter"] for line in training] == list(range(1, iterations + 1))
+    assert all(line.keys() >= {"iter", "loss", "lr", "grad_norm", "images_per_s", "skipped"} for line in training)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert all(line["grad_norm"] > 0 and line["images_per_s"] > 0 for line in training)
+    first, second = (line for line in lines if line not in training)
+    assert first.keys() == second.keys() == {"iter", *names}
+    assert (first["iter"], second["iter"]) == (iterations // 2, iterations)
+    losses = [line["loss"] for line in training]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])  # it learns
+    key = "val_loss" if "val_loss" in names else "val_mse"
+    assert second[key] < first[key]
+
+
+def step_by_step_nll(model, x, ts, text):
+    """-log p in nats of every step of trajectories x (B, T+1, N, D), cleanest first, and of the prior: (B, T+1)."""
+    B, T = len(x), len(ts) - 1
+    nll = [model.step_nll(x[:, k], x[:, k + 1], ts[k].expand(B), ts[k + 1].expand(B), torch.full((B,), T), text)
+           for k in range(T)]
+    return torch.stack(nll + [-Normal(0, 1).log_prob(x[:, T]).sum((1, 2))], dim=1)
+
+
+def held_out(model, ts):
+    """The first 16 held-out digits along a trajectory, x (16, T+1, 16, 4), and their captions' ids."""
+    batches = validation_batches(get_dataset("digits", "val", 8, 1), get_tokenizer(), 4, 16, "cpu")
+    images, text, _, generator = next(batches)
+    return forward_trajectory(model.patchify(images), ts.expand(16, -1), generator), text
+
+
+@torch.no_grad()
+def test_validation_of_the_model_is_its_likelihood(trained):
+    ts, model = time_grid(4, 0.02, 16), load(trained, "ntm")
+    x, text = held_out(model, ts)
+    nll = step_by_step_nll(model, x, ts, text)
+    noising = 0
+    for s, t, x_s, x_t in zip(ts, ts[1:], x.unbind(1), x.unbind(1)[1:]):  # q(x_t | x_s), by its definition
+        alpha = (1 - t) / (1 - s)
+        noising += Normal(alpha * x_s, (t**2 - alpha**2 * s**2).sqrt()).log_prob(x_t).sum((1, 2)).mean()
+    logged = read_log(trained / "log.jsonl")[-1]
+    assert [logged[f"val_step_{k}"] for k in range(4)] == pytest.approx((nll.mean(0)[:4] / 64).tolist(), rel=1e-4)
+    assert logged["val_loss"] == pytest.approx((nll[:, :4].mean() / 64).item(), rel=1e-4)
+    assert logged["val_bound"] == pytest.approx((nll.sum(1).mean() + noising).item() / 64, rel=1e-4)
+
+
+@torch.no_grad()
+def test_validation_of_the_denoiser_is_its_distance_from_the_score(trained):
+    ts, model = time_grid(4, 0.03, 16), load(trained, "ntm")
+    x, text = held_out(model, ts)
+    u0, _ = model.transporter(x[:, 0], ts[:1].expand(16), torch.full((16,), 4))
+    mse = (load(trained, "denoiser")(u0, text) - model.score_denoise(x, ts, text)).square().mean().item()
+    logged = read_log(trained / "denoiser_log.jsonl")[-1]
+    assert logged["val_mse"] == pytest.approx(mse, rel=1e-4)
+    assert logged["val_psnr"] == pytest.approx(10 * math.log10(4 / mse), rel=1e-4)
+
+
+def test_every_validation_leaves_a_grid(trained):
+    names = {"000050.png", "000100.png", "denoiser_000020.png", "denoiser_000040.png"}
+    assert set(os.listdir(trained / "samples")) == names
+    bare = 2 * (96 + pictures.GAP) + pictures.GAP  # 2x2 pictures without captions
+    for name in names:
+        height, width, _ = pixels(trained / "samples" / name).shape
+        assert width == bare and bare < height < 2 * bare
+
+
+@pytest.mark.parametrize("script, settings, name, log", [
+    ("train.py", TRAIN, "ckpt.pt", "log.jsonl"), ("distill.py", DISTILL, "denoiser.pt", "denoiser_log.jsonl")])
+def test_validation_of_the_same_weights_gives_the_same_numbers(copied, script, settings, name, log):
+    """Resumed where it ended, so that nothing is left to train; then validated by hand."""
+    before = contents(copied / name)
+    names, _ = run(script, *settings, f"--out_dir={copied}", "--init_from=resume",
+                   f"--max_iters={before['iter']}", "--lr=1e-2")
+    ema = load(copied, "ntm" if script == "train.py" else "denoiser")
+    logged = read_log(copied / log)[-1]
+    assert {"iter": logged["iter"], **names["validate"](ema, logged["iter"])} == logged
+
+
+def test_distillation_leaves_the_model_alone(trained, tmp_path):
+    shutil.copy(trained / "ckpt.pt", tmp_path)
+    run("distill.py", *DISTILL, f"--out_dir={tmp_path}")
+    assert (tmp_path / "ckpt.pt").read_bytes() == (trained / "ckpt.pt").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sample
+
+
+def sampled(out, *settings):
+    """What sample.py draws and prints: single pictures (B, H, W, 3), the grid, and the text."""
+    _, text = run("sample.py", *SAMPLE, f"--out_dir={out}", *settings)
+    names = sorted(path for path in (out / "pictures").iterdir() if re.fullmatch(r"\d{4}\.png", path.name))
+    return np.stack([pixels(name) for name in names]), pixels(out / "pictures" / "grid.png"), text
+
+
+def by_hand(out, captions, denoise, guidance=1.0):
+    """The pictures that sample.py should draw, (B, H, W, C), and the NLL of each one's trajectory in nats."""
+    model, denoiser = load(out, "ntm"), load(out, "denoiser")
+    ts, text = time_grid(4, 0.03 if denoise == "learned" else 0.02, 16), get_tokenizer().encode(captions, 4)
+    noise = torch.stack([torch.randn(5, 16, 4, generator=torch.Generator().manual_seed(i))
+                         for i in range(len(captions))])
+    u = model.sample(text, ts, guidance, noise=noise)
+    x = model.invert(u, ts)
+    tokens = {"learned": denoiser(u[:, 0], text), "score": model.score_denoise(x, ts, text), "none": x[:, 0]}[denoise]
+    images = ((model.unpatchify(tokens) + 1) * 128).clamp(0, 255).long().permute(0, 2, 3, 1).numpy()
+    return images, step_by_step_nll(model, x, ts, text).sum(1)
+
+
+@pytest.mark.parametrize("denoise, stages, strips", [
+    ("learned", ["sampling in 4 steps", "learned denoising"], False),
+    ("learned", ["sampling in 4 steps", "inversion", "learned denoising"], True),
+    ("score", ["sampling in 4 steps", "inversion", "score denoising"], True),
+    ("none", ["sampling in 4 steps", "inversion"], False)])
+def test_pictures_and_their_likelihood(copied, denoise, stages, strips):
+    singles, sheet, text = sampled(copied, f"--denoise={denoise}", f"--show_trajectory={strips}")
+    expected, nll = by_hand(copied, [f"the digit {word}" for word in DIGITS[:5]], denoise)
+    assert singles.shape == (5, 8, 8, 3)
+    assert abs(singles - expected).max() <= 1
+
+    speeds = dict(re.findall(r"^(.+): ([\d.]+) images/s", text, re.MULTILINE))
+    assert list(speeds) == stages + ["all together"] and all(float(speed) > 0 for speed in speeds.values())
+    if "inversion" in stages:
+        line = re.search(r"NLL: (-?[\d.]+) nats, (-?[\d.]+) for each of its (\d+) numbers", text)
+        total, each, numbers = line.groups()
+        assert float(total) == pytest.approx(nll.mean().item(), abs=0.02)
+        assert int(numbers) == 5 * 64 and float(each) == pytest.approx(nll.mean().item() / 320, abs=2e-4)
+    else:
+        assert "NLL" not in text
+
+    cell = 96 + pictures.GAP
+    shown = sheet[pictures.GAP:][:96:12, pictures.GAP:][:, :96:12]
+    assert np.array_equal(shown, singles[0]) and sheet.shape[1] == 3 * cell + pictures.GAP
+    assert (copied / "pictures" / "0004_trajectory.png").exists() == strips
+    for i in range(5 * strips):
+        strip = pixels(copied / "pictures" / f"{i:04d}_trajectory.png")
+        assert strip.shape[1] == 6 * cell + pictures.GAP  # five levels and the picture, which comes last
+        assert np.array_equal(strip[pictures.GAP:][:96:12, 5 * cell + pictures.GAP:][:, :96:12], singles[i])
+
+
+def test_prompts_from_a_file_are_drawn_in_order_and_written_underneath(copied, tmp_path):
+    prompts = ["a handwritten seven", "", "the digit one"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    singles, sheet, _ = sampled(copied, f"--prompts={tmp_path / 'prompts.txt'}", "--num_samples=2", "--guidance=2")
+    expected, _ = by_hand(copied, [prompt for prompt in prompts for _ in range(2)], "learned", guidance=2.0)
+    assert singles.shape == (6, 8, 8, 3) and abs(singles - expected).max() <= 1
+
+    cell_w, cell_h = (sheet.shape[1] - pictures.GAP) // 3, (sheet.shape[0] - pictures.GAP) // 2
+    assert cell_w == 96 + pictures.GAP and cell_h > 96 + pictures.GAP + 10
+
+    def ink(row, column):
+        top, left = pictures.GAP + row * cell_h + 96, pictures.GAP + column * cell_w
+        return (sheet[top:top + cell_h - 96 - pictures.GAP, left:left + 96] < 128).any()
+
+    assert [ink(i // 3, i % 3) for i in range(6)] == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("denoise", ["learned", "score"])
+def test_batch_size_does_not_change_the_pictures(copied, denoise):
+    whole, _, text = sampled(copied, f"--denoise={denoise}", "--seed=3")
+    parts, _, same_text = sampled(copied, f"--denoise={denoise}", "--seed=3", "--batch_size=2")
+    assert abs(whole - parts).max() <= 1
+    if denoise == "score":
+        line = re.compile("NLL: (.+) nats")
+        assert float(line.search(text)[1]) == pytest.approx(float(line.search(same_text)[1]), abs=0.02)
+
+
+def test_seed_prompt_guidance_and_steps_change_the_pictures(copied):
+    def drawn(*settings):
+        return sampled(copied, "--prompt=the digit one", "--num_samples=2", "--denoise=none", *settings)[0]
+
+    first = drawn()
+    assert np.array_equal(first, drawn()) and not np.array_equal(first[0], first[1])
+    for setting in ("--seed=1", "--prompt=the digit eight", "--guidance=4", "--guidance=0", "--steps=2", "--t_min=0.1"):
+        assert abs(first - drawn(setting)).max() > 1, setting
+
+
+def test_captions_of_a_data_set_without_classes(tmp_path):
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--dataset=shapes", "--channels=3", "--max_iters=1")
+    singles, _, _ = sampled(tmp_path, "--denoise=none", "--num_samples=2")
+    assert singles.shape == (2, 8, 8, 3) and (singles[..., 0] != singles[..., 1]).any()
+
+
+@pytest.mark.parametrize("setting", ["--pairs=False", "--steps=(2,4)", "--transporter_blocks=0", "--bfloat16=True",
+                                     "--optimizer=muon", "--channels=3", "--shift=1"])
+def test_other_settings_train_and_sample(tmp_path, setting):
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", setting)
+    losses = [line["loss"] for line in training_lines(tmp_path / "log.jsonl")]
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+    assert sampled(tmp_path, "--denoise=score")[0].shape == (5, 8, 8, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Interruption
+
+
+@pytest.mark.parametrize("number, settings", [(signal.SIGINT, ["--workers=0", "--optimizer=adamw"]),
+                                              (signal.SIGTERM, ["--workers=1", "--optimizer=muon"])])
+def test_interrupted_and_resumed_training_is_the_uninterrupted(tmp_path, number, settings):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = TRAIN + settings + ["--max_iters=200", "--val_interval=150"]  # seconds for the signal to arrive in
+    run("train.py", *settings, f"--out_dir={whole}")
+    process = start("train.py", *settings, f"--out_dir={parts}")
+    log = parts / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[1]
+    os.killpg(process.pid, number)  # as a terminal or a job scheduler does: to the workers, too
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    iteration = contents(parts / "ckpt.pt")["iter"]
+    assert 3 <= iteration < 200
+    assert f"{parts / 'ckpt.pt'} holds iteration {iteration}; continue with --init_from=resume" in out
+    assert training_lines(log)[-1]["iter"] == iteration
+    run("train.py", *settings, f"--out_dir={parts}", "--init_from=resume")
+    assert same_training(parts / "ckpt.pt", whole / "ckpt.pt")
+    assert read_log_without_speed(log) == read_log_without_speed(whole / "log.jsonl")
+
+
+def test_interrupted_and_resumed_distillation_is_the_uninterrupted(trained, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+        shutil.copy(trained / "ckpt.pt", folder)
+    run("distill.py", *DISTILL, f"--out_dir={whole}")
+
+    def dying(contents, file, save=torch.save):
+        if contents["iter"] == 6:
+            raise OSError("No space left on device")
+        save(contents, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", dying)
+        assert "No space left" in fails("distill.py", *DISTILL, f"--out_dir={parts}")
+    assert contents(parts / "denoiser.pt")["iter"] == 3 and read_log(parts / "denoiser_log.jsonl")[-1]["iter"] == 6
+    run("distill.py", *DISTILL, f"--out_dir={parts}", "--init_from=auto")
+    assert same_training(parts / "denoiser.pt", whole / "denoiser.pt")
+    assert (read_log_without_speed(parts / "denoiser_log.jsonl")
+            == read_log_without_speed(whole / "denoiser_log.jsonl"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Two processes
+
+ONE_BAD_RANK = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+from model import NTM
+
+rank, forward, calls = os.environ["RANK"], NTM.forward, []
+
+def forward_badly(*args):
+    calls.append(args)
+    if rank == "1" and len(calls) == 5:
+        signal.raise_signal(signal.SIGTERM)
+    loss = forward(*args)
+    return loss * float("nan") if rank == "1" and len(calls) == 3 else loss
+
+NTM.forward = forward_badly
+model = runpy.run_path({script!r}, run_name="__main__")["model"]
+torch.save(model.state_dict(), os.path.join({out!r}, f"rank{{rank}}.pt"))
+"""
+
+
+def two_ranks(*command):
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return out
+
+
+def assert_close_training(out, other, name, log):
+    """Losses, validation and final weights of two runs are equal to rounding."""
+    for a, b in zip(read_log_without_speed(out / log), read_log_without_speed(other / log), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    a, b = contents(out / name), contents(other / name)
+    for key in ("model", "ema"):
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=2e-5)
+
+
+def test_two_processes_train_and_distill_as_one_does(tmp_path):
+    alone, accumulated, both = (tmp_path / name for name in ("alone", "accumulated", "both"))
+    settings = ["--val_examples=120", "--caption_dropout=0.5"]  # two batches of validation, one a rank
+    run("train.py", *TRAIN, *settings, f"--out_dir={alone}")
+    run("train.py", *TRAIN, *settings, f"--out_dir={accumulated}", "--grad_accum=2")
+    assert_close_training(accumulated, alone, "ckpt.pt", "log.jsonl")
+    printed = two_ranks("train.py", *TRAIN, *settings, f"--out_dir={both}", "--grad_accum=2")
+    assert_close_training(both, alone, "ckpt.pt", "log.jsonl")
+    assert printed.count("M parameters") == printed.count("iteration 6: val_loss") == 1  # one rank speaks
+
+    shutil.copy(alone / "ckpt.pt", both)  # the same teacher
+    run("distill.py", *DISTILL, *settings, f"--out_dir={alone}")
+    two_ranks("distill.py", *DISTILL, *settings, f"--out_dir={both}")
+    assert_close_training(both, alone, "denoiser.pt", "denoiser_log.jsonl")
+
+
+def test_ranks_skip_and_stop_together(tmp_path):
+    """One rank's loss is not finite in iteration 3, and one rank gets SIGTERM in iteration 5."""
+    script = tmp_path / "one_bad_rank.py"
+    script.write_text(ONE_BAD_RANK.format(root=str(ROOT), script=str(ROOT / "train.py"), out=str(tmp_path)))
+    printed = two_ranks(script, *TRAIN, f"--out_dir={tmp_path}")
+    held = contents(tmp_path / "ckpt.pt")
+    ranks = [contents(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert same(*ranks) and same(ranks[0], held["model"])
+    assert all(tensor.isfinite().all() for tensor in ranks[0].values())
+    lines = training_lines(tmp_path / "log.jsonl")
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
+    assert held["iter"] == 5 and printed.count("holds iteration 5") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a user can get wrong
+
+
+def fails(script, *settings):
+    """The one line that a script ends with."""
+    with pytest.raises(SystemExit) as stop:
+        run(script, *settings)
+    line = stop.value.code
+    assert isinstance(line, str) and line.strip() and "\n" not in line
+    return line
+
+
+TRAIN_MISTAKES = {
+    "--bacth_size=8": ["'bacth_size' is unknown", "'batch_size'"],
+    "--lr=fast": ["'lr'", "'fast'", "float"],
+    "--bfloat16=maybe": ["'bfloat16'", "'maybe'", "bool"],
+    "config/nothing.py": ["config/nothing.py"],
+    "--init_from=gpt2": ["init_from 'gpt2'", "scratch", "resume", "auto"],
+    "--init_from=resume": ["no checkpoint", "ckpt.pt", "train.py"],
+    "--optimizer=sgd": ["optimizer 'sgd'", "adamw", "muon"],
+    "--batch_size=9 --grad_accum=2": ["batch_size 9", "2"],
+    "--device=nonsense": ["device 'nonsense'", "cpu"],
+    "--patch_size=3": ["8x8", "patch_size 3"],
+    "--image_size=9": ["digits has no 9x9", "8x8"],
+    "--image_size=(8,16)": ["digits has no 8x16", "8x8"],
+    "--channels=2": ["2 channels", "1 or 3"],
+    "--dataset=imagenet": ["'imagenet'", "shapes", "fashion", "digits"],
+    "--tokenizer=bpe": ["'bpe'", "captions", "gpt2"],
+    "--steps=0": ["steps is 0"],
+    "--heads=3": ["width 16", "3 heads"],
+    "--transporter_heads=3": ["width 16", "3 heads"],
+    "--max_t_min=0.5": ["t_min is 0.5", "0.3454"],
+    "--t_min=0.5": ["t_min is 0.5", "0.3454"],
+    "--dataset=fashion --image_size=28 --data_dir={out}": ["train-images-idx3-ubyte.gz", "apt-get", "data_dir"],
+    "--num_samples=0": ["num_samples", "0"],
+    "--val_examples=0": ["val_examples", "0"],
+    "--val_interval=0": ["val_interval", "0"],
+    "--log_interval=0": ["log_interval", "0"],
+    "--grad_accum=0": ["grad_accum", "0"],
+    "--batch_size=0": ["batch_size", "0"],
+}
+
+
+@pytest.mark.parametrize("mistake", TRAIN_MISTAKES)
+def test_mistake_in_training(tmp_path, mistake):
+    arguments = [argument.format(out=tmp_path) for argument in mistake.split()]
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'out'}", *arguments)
+    for part in TRAIN_MISTAKES[mistake]:
+        assert part in line
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "distill.py", "sample.py"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_device_that_is_absent(tmp_path, script):
+    assert "device 'cuda' is not available" in fails(script, f"--out_dir={tmp_path}", "--device=cuda")
+
+
+def test_gpt2_tokenizer_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--tokenizer=gpt2")
+    assert "'gpt2'" in line and "network" in line and "TIKTOKEN_CACHE_DIR" in line
+
+
+@pytest.mark.parametrize("command, parts", [
+    (["train.py", "--bacth_size=8"], ["'bacth_size' is unknown"]),  # from the settings,
+    (["train.py", "--device=cpu", "--image_size=9"], ["9x9"]),  # from the script,
+    (["sample.py", "--device=cpu", "--out_dir=nowhere"], ["no checkpoint"])])  # and from a checkpoint
+def test_mistake_is_one_line_and_exit_status_1(command, parts):
+    process = start(*command)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 1 and out == ""
+    assert err.count("\n") == 1 and all(part in err for part in parts)
+
+
+@pytest.mark.parametrize("script, settings, name", [
+    ("train.py", TRAIN, "ckpt.pt"), ("distill.py", DISTILL, "denoiser.pt")])
+def test_checkpoint_is_not_overwritten(copied, script, settings, name):
+    before = (copied / name).read_bytes()
+    line = fails(script, *settings, f"--out_dir={copied}")
+    assert str(copied / name) in line and "--init_from=resume" in line and "--out_dir" in line
+    assert (copied / name).read_bytes() == before
+
+
+def test_resumption_with_other_settings(copied):
+    line = fails("train.py", *TRAIN, f"--out_dir={copied}", "--init_from=resume", "--width=32", "--steps=8")
+    assert str(copied / "ckpt.pt") in line
+    assert "width is 16, the settings say 32" in line and "steps is (4,), the settings say (8,)" in line
+    assert "depth" not in line
+    line = fails("train.py", *TRAIN, f"--out_dir={copied}", "--init_from=resume", "--optimizer=muon")
+    assert "optimizer is adamw, the settings say muon" in line
+    line = fails("distill.py", *DISTILL, f"--out_dir={copied}", "--init_from=resume", "--depth=2")
+    assert str(copied / "denoiser.pt") in line and "depth is 1, the settings say 2" in line
+
+
+def test_checkpoint_whose_tensors_do_not_fit(copied):
+    held = contents(copied / "ckpt.pt")
+    held["model_config"]["transporter_width"] = 32
+    torch.save(held, copied / "ckpt.pt")
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}")
+    assert "another architecture" in line
+    for name in ("transporter.blocks.0.", "transporter.blocks.1."):
+        assert name in line
+    assert "predictor" not in line
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def write_text(path):
+    path.write_text("question")
+
+
+def copy_denoiser(path):
+    shutil.copy(path.with_name("denoiser.pt"), path)
+
+
+@pytest.mark.parametrize("script", ["train.py", "distill.py", "sample.py"])
+@pytest.mark.parametrize("spoil, part", [(os.remove, "no checkpoint"), (truncate, "truncated"),
+                                         (write_text, "not a checkpoint"), (copy_denoiser, "its kind is 'denoiser'")])
+def test_model_that_cannot_be_read(copied, script, spoil, part):
+    spoil(copied / "ckpt.pt")
+    settings = {"train.py": TRAIN + ["--init_from=resume"], "distill.py": DISTILL, "sample.py": SAMPLE}[script]
+    line = fails(script, *settings, f"--out_dir={copied}")
+    assert part in line and str(copied / "ckpt.pt") in line
+
+
+SAMPLE_MISTAKES = {
+    "--denoise=magic": ["'magic'", "learned", "score", "none"],
+    "--prompts={out}/none.txt": ["none.txt"],
+    "--prompts={out}/empty.txt": ["empty.txt holds no prompts"],
+    "--num_samples=0": ["num_samples is 0"],
+    "--batch_size=0": ["batch_size is 0"],
+    "--guidance=-1": ["guidance is -1"],
+    "--denoise=score --t_min=0.5": ["t_min is 0.5", "0.3454"],
+    "--steps=64": ["t_min is 0.03", "64 steps"],
+    "--promt=x": ["'promt' is unknown", "'prompt"],
+}
+
+
+@pytest.mark.parametrize("mistake", SAMPLE_MISTAKES)
+def test_mistake_in_sampling(copied, mistake):
+    (copied / "empty.txt").touch()
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}", *mistake.format(out=copied).split())
+    for part in SAMPLE_MISTAKES[mistake]:
+        assert part in line
+
+
+def test_learned_denoising_needs_the_denoiser(copied):
+    os.remove(copied / "denoiser.pt")
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}")
+    assert str(copied / "denoiser.pt") in line and "distill.py" in line and "--denoise=score" in line
+    assert sampled(copied, "--denoise=score")[0].shape == (5, 8, 8, 3)
+
+
+@pytest.mark.parametrize("mistake, parts", [
+    ("--t_min=0.5", ["t_min is 0.5", "0.3454"]), ("--heads=3", ["width 16", "3 heads"]),
+    ("--num_samples=0", ["num_samples", "0"])])
+def test_mistake_in_distillation(copied, mistake, parts):
+    os.remove(copied / "denoiser.pt")
+    line = fails("distill.py", *DISTILL, f"--out_dir={copied}", mistake)
+    assert all(part in line for part in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# config/
+
+
+def test_there_are_configs():
+    assert list((ROOT / "config").glob("*.py"))
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "config").glob("*.py")))
+def test_config_runs(tmp_path, config):
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", np.arange(4 * 28 * 28, dtype=np.uint8).reshape(4, 28, 28))
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", np.arange(4, dtype=np.uint8))
+    small = TRAIN + ["--transporter_heads=2", "--max_iters=1", "--batch_size=2", "--grad_accum=1", "--val_examples=2",
+                     "--num_samples=1", "--workers=0", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}"]
+    names, _ = run("train.py", str(ROOT / "config" / config), *small)
+    assert names["config"]["dataset"] in config
+    assert contents(tmp_path / "ckpt.pt")["iter"] == 1
+    assert [line["iter"] for line in read_log(tmp_path / "log.jsonl")] == [1, 1]
