@@ -42,18 +42,18 @@ t_min = 0.02  # the noise level it starts from
 # ---- optimisation
 batch_size = 64  # examples per update, over all ranks and accumulation passes
 grad_accum = 1  # passes per update and rank
-max_iters = 800
+max_iters = 200
 optimizer = ""  # "muon" or "adamw"; empty: muon where torch has it (2.9 or newer)
 lr = 5e-3  # for muon; adamw wants about 2e-3
 min_lr = 1e-6
-warmup_iters = 50
+warmup_iters = 20
 weight_decay = 1e-4
 grad_clip = 1.0
-ema = 0.99  # decay of the averaged weights that sampling uses
+ema = 0.98  # decay of the averaged weights that sampling uses
 
 # ---- log
 log_interval = 50
-val_interval = 400  # iterations between validations, each with a sample grid and a checkpoint
+val_interval = 100  # iterations between validations, each with a sample grid and a checkpoint
 val_examples = 297
 num_samples = 25  # in the grid
 

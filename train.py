@@ -51,7 +51,7 @@ pairs = True  # train on one random step of each trajectory instead of all T
 # ---- optimisation
 batch_size = 64  # examples per update, over all ranks and accumulation passes
 grad_accum = 1  # passes per update and rank
-max_iters = 5000
+max_iters = 2000
 optimizer = ""  # "muon" or "adamw"; empty: muon where torch has it (2.9 or newer)
 lr = 5e-3  # for muon; adamw wants about 2e-3
 min_lr = 1e-6
@@ -62,7 +62,7 @@ ema = 0.999  # decay of the averaged weights that sampling uses
 
 # ---- log
 log_interval = 50
-val_interval = 1000  # iterations between validations, each with a sample grid and a checkpoint
+val_interval = 500  # iterations between validations, each with a sample grid and a checkpoint
 val_examples = 297
 t_min = 0.02  # where validation's trajectories and the sample grid end
 num_samples = 25  # in the grid
