@@ -24,9 +24,9 @@ from flow import forward_trajectory, time_grid
 from loop import validation_batches
 
 SHORT = ["--device=cpu", "--batch_size=8", "--max_iters=6", "--val_interval=3", "--val_examples=16", "--num_samples=4",
-         "--log_interval=1", "--warmup_iters=2"]
+         "--log_interval=1", "--warmup_iters=2", "--optimizer=adamw", "--lr=2e-3"]
 SMALL = ["--width=16", "--depth=1", "--heads=2"]
-TRAIN = SHORT + SMALL + ["--transporter_width=16", "--transporter_blocks=2", "--transporter_layers=1"]
+TRAIN = SHORT + SMALL + ["--transporter_width=16", "--transporter_blocks=2", "--transporter_layers=1", "--shift=None"]
 DISTILL = SHORT + SMALL + ["--t_min=0.03"]  # the model's own pictures end at 0.02
 SAMPLE = ["--device=cpu", "--num_samples=5"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
