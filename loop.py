@@ -348,4 +348,5 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
             break
     bar.close()
     if dist.is_initialized():
+        dist.barrier()  # rank 0 may still be saving, and gloo now and then aborts a rank that leaves long before another
         dist.destroy_process_group()
