@@ -4,6 +4,7 @@ A checkpoint is a dict of tensors and plain values: `kind` ("ntm" or "denoiser")
 NTMConfig), `settings` (those of the script that wrote it), `model`, `ema`, `optimizers` (a list) and `iter`.
 """
 
+import contextlib
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -34,9 +35,10 @@ def save(path, **contents):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         kept = "; the one before it is kept" if path.exists() else ""
-        raise CheckpointError(f"cannot write checkpoint {path}: {error}{kept}") from error
+        raise CheckpointError(f"cannot write checkpoint {path}, is the disk full? {error}{kept}") from error
 
 
 def load(path, kind="ntm", device="cpu"):

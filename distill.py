@@ -109,7 +109,7 @@ def validate(ema, i):
 def draw_samples(ema, name):
     """A grid of four-step samples for held-out captions, cleaned by the denoiser."""
     _, text, captions, generator = next(validation_batches(
-        val_set, tokenizer, ema.config.text_len, num_samples, grid.device))
+        val_set, tokenizer, ema.config.text_len, num_samples, grid.device, batch_size=num_samples))
     u = teacher.sample(text, grid, generator=generator)
     pictures.save(pictures.grid(teacher.unpatchify(ema(u[:, 0], text)), captions),
                   Path(out_dir) / "samples" / f"{name}.png")

@@ -205,8 +205,9 @@ class Log:
         path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start))
 
     def write(self, **values):
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
 
 def find_start(config, path, kind, device):
@@ -245,8 +246,9 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     start = 0
     if resumed:
-        theirs = {**resumed["model_config"], "optimizer": resumed["settings"].get("optimizer")}
-        ours = {**checkpoint.config_dict(model.config), "optimizer": config["optimizer"]}
+        fixed = ("optimizer", "t_min", "steps") if kind == "denoiser" else ("optimizer",)
+        theirs = {**resumed["model_config"], **{name: resumed["settings"].get(name) for name in fixed}}
+        ours = {**checkpoint.config_dict(model.config), **{name: config[name] for name in fixed}}
         if theirs != ours:
             raise checkpoint.CheckpointError(f"{path} is of another model: " + ", ".join(
                 f"{name} is {theirs.get(name)}, the settings say {value}"
@@ -265,11 +267,12 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
     share = batch_size // world
     mine = range(rank * share, (rank + 1) * share)  # this rank's rows of every batch
     order = Order(len(dataset), batch_size, config["seed"], start, config["max_iters"], mine)
-    loader = iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=config["workers"],
-                             pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer))
+    with one_line_errors():
+        loader = iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=config["workers"],
+                                 pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer))
+        log = Log(log_path, start) if rank == 0 else None
     generator = torch.Generator(device)
     interrupt = Interrupt()
-    log = Log(log_path, start) if rank == 0 else None
     bar = tqdm(total=config["max_iters"], initial=start, disable=rank > 0, unit="it", dynamic_ncols=True)
 
     def save(i):
@@ -331,16 +334,16 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
         if skipped_in_a_row == PATIENCE:
             bar.close()
             raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {loss}, gradient norm "
-                             f"{grad_norm}); stopped at iteration {i} with {path} as it was: lower lr (now {lr:.1e}) "
+                             f"{grad_norm}); stopped at iteration {i}, none of it in {path}: lower lr (now {lr:.1e}) "
                              "or grad_clip, or lengthen warmup_iters")
+        if validating or finished:
+            save(i)  # before the validation, so that nothing that goes wrong there costs the weights
         if validating:
             values = validate(ema, i)
             if rank == 0:
                 log.write(iter=i, **values)
                 bar.write(f"iteration {i}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
             since = time.perf_counter()  # the rate is that of training
-        if validating or finished:
-            save(i)
         if asked and i < config["max_iters"]:
             bar.close()
             if rank == 0:
@@ -348,5 +351,5 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
             break
     bar.close()
     if dist.is_initialized():
-        dist.barrier()  # rank 0 may still be saving, and gloo now and then aborts a rank that leaves long before another
+        dist.barrier()  # gloo's threads must let go of the last tensors before an interpreter ends, or it aborts
         dist.destroy_process_group()

@@ -59,7 +59,10 @@ class NTMConfig:
         if self.parametrization not in ("direct", "posterior"):
             raise ValueError(f"parametrization {self.parametrization!r} is unknown: choose 'direct' or 'posterior'")
         for steps in self.steps:
-            time_grid(steps, self.max_t_min, self.num_tokens, self.shift)  # says so if it is above the first level
+            try:
+                time_grid(steps, self.max_t_min, self.num_tokens, self.shift)
+            except ValueError as error:
+                raise ValueError(f"max_t_min: {error}") from error
 
     @property
     def grid(self):

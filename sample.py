@@ -40,7 +40,10 @@ config = configure(globals())
 def read_prompts(settings):
     """The captions to draw, one for each picture."""
     if prompts:
-        lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompts file {prompts!r} cannot be read: {error}") from error
         if not lines:
             raise ValueError(f"{prompts} holds no prompts: write one a line")
         return [line for line in lines for _ in range(num_samples)]
@@ -84,6 +87,11 @@ with one_line_errors():
             raise ValueError(f"there is no {path}: make it with distill.py, or choose --denoise=score")
         distilled = checkpoint.load(path, "denoiser", device)
         denoiser = checkpoint.network_of(distilled, path, device)
+        for name in ("image_size", "channels", "patch_size", "vocab_size", "text_len"):
+            theirs, ours = getattr(denoiser.config, name), getattr(model.config, name)
+            if theirs != ours:
+                raise ValueError(f"{path} is of another model: its {name} is {theirs}, the model's {ours}; "
+                                 "distil it anew, or choose --denoise=score")
         t_min = distilled["settings"]["t_min"]
     captions = read_prompts(trained["settings"])
     tokenizer = get_tokenizer(trained["settings"]["tokenizer"])

@@ -105,7 +105,8 @@ def validate(ema, i):
 
 def draw_samples(ema, name):
     """A grid of score-denoised samples for held-out captions, always from the same noise."""
-    _, text, captions, generator = next(validation_batches(val_set, tokenizer, text_len, num_samples, device))
+    _, text, captions, generator = next(validation_batches(
+        val_set, tokenizer, text_len, num_samples, device, batch_size=num_samples))
     x = ema.invert(ema.sample(text, grid, generator=generator), grid)
     images = ema.unpatchify(ema.score_denoise(x, grid, text))
     pictures.save(pictures.grid(images, captions), Path(out_dir) / "samples" / f"{name}.png")

@@ -267,13 +267,11 @@ def spoiled(kind, iterations):
 def test_update_that_is_not_finite_is_skipped(tmp_path, kind):
     states, objective = [], spoiled(kind, {3})
 
-    def validate(ema, i):  # called before the checkpoint of iteration i is written, so there is that of i - 1
-        if i > 1:
-            states.append(contents(tmp_path / "ckpt.pt"))
+    def validate(ema, i):  # called once the checkpoint of iteration i is written
+        states.append(contents(tmp_path / "ckpt.pt"))
         return {}
 
     fit(tmp_path, objective, validate, val_interval=1)
-    states.append(contents(tmp_path / "ckpt.pt"))
     assert [state["iter"] for state in states] == [1, 2, 3, 4, 5, 6]
     for key in ("model", "ema"):
         changes = [not same(a[key], b[key]) for a, b in zip(states, states[1:])]
@@ -281,6 +279,7 @@ def test_update_that_is_not_finite_is_skipped(tmp_path, kind):
     assert same(states[1]["optimizers"][0]["state"], states[2]["optimizers"][0]["state"])
     assert all(t.isfinite().all() for state in states for t in (state["model"]["weight"], state["ema"]["weight"]))
     assert [line["skipped"] for line in training_lines(tmp_path / "log.jsonl")] == [0, 0, 1, 1, 1, 1]
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()  # which JSON does not have
 
 
 def test_nine_skipped_updates_in_a_row_are_survived(tmp_path):
@@ -514,3 +513,18 @@ def test_checkpoint_of_another_version_is_named(tmp_path):
     config = checkpoint.config_dict(TINY) | {"rotary": True}
     with pytest.raises(checkpoint.CheckpointError, match="another version: model_config has rotary"):
         checkpoint.network_of({"kind": "ntm", "model_config": config, "ema": NTM(TINY).state_dict()}, "x/ckpt.pt")
+
+
+def test_a_validation_that_fails_does_not_cost_the_weights(tmp_path):
+    def validate(ema, i):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError):
+        fit(tmp_path, validate=validate, max_iters=3)
+    assert contents(tmp_path / "ckpt.pt")["iter"] == 3
+
+
+def test_out_dir_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file"):
+        fit(tmp_path / "file" / "out")

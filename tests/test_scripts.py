@@ -588,3 +588,17 @@ def test_config_runs(tmp_path, config):
     assert names["config"]["dataset"] in config
     assert contents(tmp_path / "ckpt.pt")["iter"] == 1
     assert [line["iter"] for line in read_log(tmp_path / "log.jsonl")] == [1, 1]
+
+
+def test_denoiser_of_another_model_is_named(copied):
+    held = contents(copied / "denoiser.pt")
+    held["ema"]["trunk.word_position"] = held["ema"]["trunk.word_position"][:2]
+    checkpoint.save(copied / "denoiser.pt", **held | {"model_config": held["model_config"] | {"text_len": 2}})
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}")
+    assert "its text_len is 2, the model's 4" in line
+
+
+def test_prompts_that_are_not_text_are_named(copied):
+    (copied / "prompts.txt").write_bytes(b"\xff\xfe a bag")
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}", f"--prompts={copied / 'prompts.txt'}")
+    assert "prompts.txt" in line and "cannot be read" in line
