@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, read without running anything they contain.
 
-A checkpoint is a dict of tensors and plain values: `kind` ("ntm" or "denoiser"), `model_config` (the fields of
+A checkpoint is a dict of tensors and plain values: `kind` ("ntm", "fm" or "denoiser"), `model_config` (the fields of
 NTMConfig), `settings` (those of the script that wrote it), `model`, `ema`, `optimizers` (a list) and `iter`.
 """
 
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from fm import FlowMatching
 from model import NTM, Denoiser, NTMConfig
 
-NETWORKS = {"ntm": NTM, "denoiser": Denoiser}
+NETWORKS = {"ntm": NTM, "fm": FlowMatching, "denoiser": Denoiser}
 
 
 class CheckpointError(SystemExit):
@@ -41,20 +42,20 @@ def save(path, **contents):
         raise CheckpointError(f"cannot write checkpoint {path}, is the disk full? {error}{kept}") from error
 
 
-def load(path, kind="ntm", device="cpu"):
-    """The contents of a checkpoint. Raises CheckpointError if it is missing, damaged, or no `kind` checkpoint."""
+def load(path, *kinds, device="cpu"):
+    """The contents of a checkpoint. Raises CheckpointError if it is missing, damaged, or of none of the `kinds`."""
     try:
         contents = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        script = "train.py" if kind == "ntm" else "distill.py"
+        script = "distill.py" if "denoiser" in kinds else "train.py"
         raise CheckpointError(f"there is no checkpoint {path}: make it with {script}, or set out_dir") from None
     except Exception as error:  # what reading garbage raises depends on the garbage
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"cannot read checkpoint {path}: it is truncated or not a checkpoint ({reason})"
         raise CheckpointError(message) from error
-    if not isinstance(contents, dict) or contents.get("kind") != kind:
+    if not isinstance(contents, dict) or contents.get("kind") not in kinds:
         found = contents.get("kind") if isinstance(contents, dict) else type(contents).__name__
-        raise CheckpointError(f"{path} is not a {kind!r} checkpoint of this repository (its kind is {found!r})")
+        raise CheckpointError(f"{path} is not a {' or '.join(map(repr, kinds))} checkpoint of this repository (its kind is {found!r})")
     return contents
 
 

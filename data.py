@@ -4,9 +4,12 @@
 - fashion  Fashion-MNIST, 28x28 or 14x14 grey, from the files of Debian's package dataset-fashion-mnist
 - digits   1,797 handwritten digits, 8x8 grey, in assets/digits.npz: the test part of E. Alpaydin and C. Kaynak's
            "Optical Recognition of Handwritten Digits" (UCI Machine Learning Repository, CC BY 4.0)
+- latents  pictures that an autoencoder has encoded already: DATA_DIR/train/KEY.npy and DATA_DIR/val/KEY.npy, each an
+           array (C, h, w), float16 or any other float, with the caption in KEY.txt beside it, if there is one
 
-Every data set gives images in [-1, 1], 8-bit value v at the centre (2v + 1)/256 - 1 of its bin, and captions that are a
-function of (seed, item) alone. Captions become ids by byte-pair encoding: 0 is padding, 1 the null caption.
+Every picture set gives images in [-1, 1], 8-bit value v at the centre (2v + 1)/256 - 1 of its bin, and captions that are
+a function of (seed, item) alone. Captions become ids by byte-pair encoding, or are the numbers of classes: 0 is padding,
+1 the null caption.
 
     python data.py NAME      prepares and checks a data set: sizes, captions, tokens, a contact sheet in out/NAME.png
     python data.py vocab     makes assets/captions.tiktoken anew
@@ -43,7 +46,7 @@ WORDINGS = {  # for every class the captions it may have, the canonical one firs
     "digits": [(f"the digit {word}", f"a handwritten {word}", f"{'an' if n == 8 else 'a'} {n}")
                for n, word in enumerate(DIGITS)],
 }
-DATASETS = ("shapes", *WORDINGS)
+DATASETS = ("shapes", *WORDINGS, "latents")
 
 # ---------------------------------------------------------------------------------------------------------------
 # pixels
@@ -68,7 +71,8 @@ def dequantize(images, generator=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# data sets: ds[i] and ds.__getitems__([i, j, ...]), which torch's DataLoader calls for a whole batch at once
+# data sets: ds[i] and ds.__getitems__([i, j, ...]), which torch's DataLoader calls for a whole batch at once;
+# ds.eight_bit says whether its numbers are centres of 8-bit bins, over which dequantize() is to spread them
 
 
 def scene_numbers(indices, split, size):
@@ -81,6 +85,8 @@ def scene_numbers(indices, split, size):
 
 class Shapes:
     """Captioned scenes, drawn as they are asked for."""
+
+    eight_bit = True
 
     def __init__(self, split, image_size, channels, seed):
         self.split, self.image_size, self.channels, self.seed = split, image_size, channels, seed
@@ -103,6 +109,8 @@ class Shapes:
 class Labelled:
     """Images of ten classes, with one of several wordings for a caption. images: uint8 (n, C, H, W); labels: (n,)."""
 
+    eight_bit = True
+
     def __init__(self, images, labels, wordings, split, seed):
         self.images, self.labels, self.wordings, self.split, self.seed = images, labels, wordings, split, seed
 
@@ -123,19 +131,54 @@ class Labelled:
         return list(zip(to_pixels(self.images[indices]), captions))
 
 
-def get_dataset(name, split, image_size, channels, seed=0, data_dir=""):
+class Latents:
+    """Arrays (C, h, w) in the .npy files of a folder, times `scale`, each with the caption in the .txt of its name."""
+
+    eight_bit = False  # an autoencoder's numbers are dense already
+
+    def __init__(self, folder, shape, scale):
+        self.paths, self.shape, self.scale = sorted(Path(folder).glob("*.npy")), shape, scale
+        if not self.paths:
+            raise FileNotFoundError(f"there are no latents {folder}/*.npy: put them there, each C x h x w with its "
+                                    "caption in a .txt of the same name, or set data_dir")
+        self[0]  # a wrong size is told before anything else happens
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        path = self.paths[i]
+        try:
+            latent = torch.as_tensor(np.load(path, allow_pickle=False)).float() * self.scale
+        except (ValueError, EOFError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); encode it again") from error
+        if latent.shape != self.shape or not latent.isfinite().all():
+            found, expected = ("x".join(map(str, shape)) for shape in (latent.shape, self.shape))
+            raise ValueError(f"{path} holds {found} numbers, not {expected} finite ones: encode it again, "
+                             "or set channels and image_size")
+        caption = path.with_suffix(".txt")
+        return latent, caption.read_text(encoding="utf-8").strip() if caption.exists() else ""
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
+def get_dataset(name, split, image_size, channels, seed=0, data_dir="", scale=1.0):
     """The captioned data set `name`, one of DATASETS; `split` is "train" or "val". `image_size` is an int or (H, W).
-    `data_dir` is the folder of fashion's files, if not where Debian puts them.
+    `data_dir` is the folder of fashion's files, if not where Debian puts them, or the one that holds latents' train and
+    val; `scale` is what latents are multiplied by, so that their standard deviation becomes about 1.
     Returns a map-style data set: ds[i] -> (image float32 (C, H, W) in [-1, 1], caption), len(ds).
     Raises ValueError where the set cannot give that size or that many channels, or a file is damaged, and
     FileNotFoundError where a file is missing.
     """
     sizes = {"shapes": range(8, 1025), "fashion": (28, 14), "digits": (8,)}
-    if name not in sizes:
+    if name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; there are {', '.join(DATASETS)}")
     if split not in ("train", "val"):
         raise ValueError(f"split {split!r} is unknown; there are train and val")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if name == "latents":
+        return Latents(Path(data_dir) / split, (channels, height, width), scale)
     if height != width or height not in sizes[name]:
         allowed = "8x8 to 1024x1024, square" if name == "shapes" else " or ".join(f"{s}x{s}" for s in sizes[name])
         raise ValueError(f"{name} has no {height}x{width} images; image_size may be {allowed}")
@@ -226,9 +269,28 @@ class Tokenizer:
         return self.encoding.decode([i - 2 for i in torch.as_tensor(ids).tolist() if i > NULL])
 
 
+class ClassNumbers:
+    """Captions that are the number of a class, "class 207", or empty for any class; the id is 2 + the number."""
+
+    def __init__(self, classes):
+        self.classes, self.vocab_size = classes, classes + 2
+
+    def encode(self, captions, length):
+        """B captions -> ids (B, length) int64, padded with PAD. Raises ValueError for what is not a class."""
+        ids = torch.full((len(captions), length), PAD)
+        for row, caption in zip(ids, captions):
+            match = re.fullmatch(r"(?:class (\d+))?", caption.strip())
+            if not match or int(match[1] or 0) >= self.classes:
+                raise ValueError(f"caption {caption!r} is not a class: write 'class 0' to 'class {self.classes - 1}', "
+                                 "or nothing for any class")
+            row[0] = int(match[1]) + 2 if match[1] else NULL
+        return ids
+
+
 def get_tokenizer(name="captions"):
     """"captions": the small vocabulary of this repository's data sets, in which each of their words is one token;
-    "gpt2": GPT-2's 50,257, which tiktoken downloads once.
+    "gpt2": GPT-2's 50,257, which tiktoken downloads once; "classes": captions are numbers of ImageNet's 1,000 classes,
+    "classes:N" of N.
     Raises ValueError for any other name, ConnectionError where gpt2 cannot be had.
     """
     if name == "captions":
@@ -241,7 +303,9 @@ def get_tokenizer(name="captions"):
         except Exception as error:  # tiktoken downloads with requests, whose errors are many
             raise ConnectionError("tokenizer 'gpt2' cannot be had: tiktoken needs the network once, or a folder named "
                                   "in TIKTOKEN_CACHE_DIR that has it; or use tokenizer='captions'") from error
-    raise ValueError(f"tokenizer {name!r} is unknown; there are captions and gpt2")
+    if match := re.fullmatch(r"classes(?::([1-9]\d*))?", name):
+        return ClassNumbers(int(match[1] or 1000))
+    raise ValueError(f"tokenizer {name!r} is unknown; there are captions, gpt2, classes and classes:N")
 
 
 def train_bpe(words, vocab_size):

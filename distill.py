@@ -17,8 +17,8 @@ import torch
 import checkpoint
 import pictures
 from configurator import configure
-from flow import forward_trajectory, time_grid
-from loop import all_sum, fit, load_data, one_line_errors, start_ranks, validation_batches
+from flow import forward_trajectory
+from loop import all_sum, find_start, fit, load_data, one_line_errors, start_ranks, validation_batches
 from model import Denoiser
 
 # ---- run
@@ -61,14 +61,14 @@ config = configure(globals())
 
 with one_line_errors():
     device, rank, world = start_ranks(config["device"])
-    trained = checkpoint.load(Path(out_dir) / "ckpt.pt", "ntm", device)
+    trained = checkpoint.load(Path(out_dir) / "ckpt.pt", "ntm", device=device)
     config = {**trained["settings"], **config, "data_dir": data_dir or trained["settings"]["data_dir"]}
     teacher = checkpoint.network_of(trained, Path(out_dir) / "ckpt.pt", device)
     train_set, val_set, tokenizer = load_data(config)
-    grid = time_grid(steps or teacher.config.steps[0], t_min, teacher.config.num_tokens, teacher.config.shift)
-    grid = grid.to(device)
+    grid = teacher.config.time_grid(t_min, steps).to(device)
     torch.manual_seed(seed)  # the same initial weights on every rank
     denoiser = Denoiser(replace(teacher.config, width=width, depth=depth, heads=heads)).to(device)
+    resumed = find_start(init_from, Path(out_dir) / "denoiser.pt", "denoiser", device)
 
 
 def draw(batch, device, generator):
@@ -86,9 +86,9 @@ def lesson(images, text, noise):
         return u0, teacher.score_denoise(x, ts, text)
 
 
-def objective(network, images, text, draws):
+def losses(network, images, text, draws, i):
     u0, target = lesson(images, text, *draws)
-    return (network(u0, text) - target).square().mean()
+    return {"loss": (network(u0, text) - target).square().mean()}
 
 
 @torch.no_grad()
@@ -118,4 +118,4 @@ def draw_samples(ema, name):
 if rank == 0:
     print(f"a denoiser of {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f}M parameters learns from "
           f"{out_dir}/ckpt.pt of iteration {trained['iter']}; on {world} x {device.type}")
-fit(config, "denoiser", denoiser, train_set, tokenizer, draw, objective, validate, (device, rank, world))
+fit(config, "denoiser", denoiser, train_set, tokenizer, draw, losses, validate, (device, rank, world), resumed)

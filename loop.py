@@ -113,7 +113,7 @@ def load_data(config):
     """The training and validation sets and the tokenizer that a run's settings name, once its counts are checked."""
     at_least_one(config, "batch_size", "grad_accum", "max_iters", "log_interval", "val_interval", "val_examples",
                  "num_samples")
-    arguments = config["image_size"], config["channels"], config["seed"], config["data_dir"]
+    arguments = [config[name] for name in ("image_size", "channels", "seed", "data_dir", "latent_scale")]
     sets = [get_dataset(config["dataset"], split, *arguments) for split in ("train", "val")]
     return *sets, get_tokenizer(config["tokenizer"])
 
@@ -127,7 +127,7 @@ def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, worl
     for start in range(0, count, batch_size)[rank::world]:
         images, captions = collate(dataset.__getitems__(list(range(start, min(start + batch_size, count)))))
         generator = torch.Generator(device).manual_seed(start)
-        images = dequantize(images.to(device), generator)
+        images = dequantize(images.to(device), generator) if dataset.eight_bit else images.to(device)
         yield images, tokenizer.encode(captions, text_len).to(device), captions, generator
 
 
@@ -210,37 +210,40 @@ class Log:
             file.write(json.dumps(finite) + "\n")
 
 
-def find_start(config, path, kind, device):
-    """The checkpoint to continue from, or None to start anew, by init_from: "scratch", "resume", or "auto", which
-    resumes if there is something to resume. A checkpoint that is there is never overwritten by a run from scratch."""
-    choice = config["init_from"]
-    if choice not in ("scratch", "resume", "auto"):
-        raise ValueError(f"init_from {choice!r} is unknown: choose 'scratch', 'resume' or 'auto'")
-    if choice == "resume" or (choice == "auto" and path.exists()):
-        return checkpoint.load(path, kind, device)
+STARTS = ("scratch", "resume", "auto")
+
+
+def find_start(init_from, path, kind, device):
+    """The checkpoint to continue from, or None to start anew, by init_from: "resume" continues, "auto" does so if
+    there is something to continue. A checkpoint that is there is never overwritten by a run that starts anew."""
+    if init_from not in STARTS:
+        raise ValueError(f"init_from {init_from!r} is unknown: choose {', '.join(map(repr, STARTS))}")
+    if init_from == "resume" or (init_from == "auto" and path.exists()):
+        return checkpoint.load(path, kind, device=device)
     if path.exists():
         raise ValueError(f"{path} is there already: continue it with --init_from=resume, or choose another --out_dir")
     return None
 
 
-def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, ranks):
+def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, resumed=None, keep=None):
     """Train `model`, writing checkpoints, log and samples into out_dir.
 
-    config: the script's settings. kind: "ntm" or "denoiser", what its checkpoint is.
+    config: the script's settings. kind: "ntm", "fm" or "denoiser", what its checkpoint is.
     draw(batch, device, generator): what is random in a batch, a tuple of tensors with one row an example.
-    objective(network, images, text, draws): the loss, a scalar; network is `model`, compiled and wrapped.
+    losses(network, images, text, draws, i): {name: number} of iteration i to log, of which "loss", a scalar tensor, is
+        minimised; network is `model`, compiled and wrapped.
     validate(ema, i): what to log about the averaged model, {name: number}; runs on all ranks.
-    ranks: device, rank, world as from start_ranks().
+    ranks: device, rank, world as from start_ranks(). resumed: the checkpoint to continue, as from find_start().
+    keep: what else belongs into the checkpoint, a dict.
     """
     device, rank, world = ranks
     config = {**config, "optimizer": config["optimizer"] or ("muon" if HAS_MUON else "adamw")}
-    path = Path(config["out_dir"]) / ("ckpt.pt" if kind == "ntm" else f"{kind}.pt")
-    log_path = path.with_name("log.jsonl" if kind == "ntm" else f"{kind}_log.jsonl")
+    path = Path(config["out_dir"]) / ("denoiser.pt" if kind == "denoiser" else "ckpt.pt")
+    log_path = path.with_name("denoiser_log.jsonl" if kind == "denoiser" else "log.jsonl")
     batch_size, passes = config["batch_size"], config["grad_accum"]
     with one_line_errors():
         if batch_size % (world * passes):
             raise ValueError(f"batch_size {batch_size} is not divisible by {world} ranks x grad_accum {passes}")
-        resumed = find_start(config, path, kind, device)
         optimizers = make_optimizers(model, config, device)
 
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -279,7 +282,7 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
         if rank == 0:
             checkpoint.save(path, kind=kind, model_config=checkpoint.config_dict(model.config), settings=config, iter=i,
                             model=model.state_dict(), ema=ema.state_dict(),
-                            optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                            optimizers=[optimizer.state_dict() for optimizer in optimizers], **(keep or {}))
 
     skipped = skipped_in_a_row = 0
     since, seen = time.perf_counter(), 0
@@ -290,27 +293,31 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
                 group["lr"] = lr
 
         # The batch, and all that is random about it: for the whole batch, of which this rank keeps its rows.
-        images, captions = next(loader)
+        with one_line_errors():
+            images, captions = next(loader)
+            text = tokenizer.encode(captions, model.config.text_len).to(device)
         generator.manual_seed(config["seed"] * 1_000_003 + i)
-        shape = (batch_size, *images.shape[1:])
-        noise = dequantize(torch.zeros(shape, device=device), generator)[mine.start:mine.stop]
-        images = images.to(device, non_blocking=True) + noise
-        text = tokenizer.encode(captions, model.config.text_len).to(device)
+        images = images.to(device, non_blocking=True)
+        if dataset.eight_bit:
+            shape = (batch_size, *images.shape[1:])
+            images = images + dequantize(torch.zeros(shape, device=device), generator)[mine.start:mine.stop]
         dropped = torch.rand(batch_size, 1, generator=generator, device=device) < config["caption_dropout"]
         text = torch.where(dropped[mine.start:mine.stop], null_caption(text), text)
         draws = [a[mine.start:mine.stop] for a in draw(batch_size, device, generator)]
 
-        total = torch.zeros(2, device=device)  # loss, interrupt asked
+        means = {}  # of the losses, over accumulation passes and ranks
         for chunk, rows in enumerate(torch.arange(share, device=device).chunk(passes)):
             last = chunk == passes - 1
             with contextlib.nullcontext() if last or world == 1 else network.no_sync():  # gradients meet once an update
                 with autocast(config, device):
-                    loss = objective(network, images[rows], text[rows], [a[rows] for a in draws]) / passes
-                loss.backward()
-            total[0] += loss.detach()
+                    parts = losses(network, images[rows], text[rows], [a[rows] for a in draws], i)
+                (parts["loss"] / passes).backward()
+            for name, part in parts.items():
+                means[name] = means.get(name, 0) + torch.as_tensor(part, device=device).detach() / (passes * world)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"]).item()
-        total[1] = float(interrupt.asked)
-        loss, asked = (all_sum(total) / world).tolist()
+        means["asked"] = torch.tensor(float(interrupt.asked), device=device)
+        means = dict(zip(means, all_sum(torch.stack(list(means.values()))).tolist()))
+        loss, asked = means["loss"], means.pop("asked")
 
         # Every rank has the same loss and gradient, so all of them skip an update or none does.
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -330,7 +337,7 @@ def fit(config, kind, model, dataset, tokenizer, draw, objective, validate, rank
         if rank == 0 and (i % config["log_interval"] == 0 or finished or validating):
             rate, since, seen = seen / (time.perf_counter() - since), time.perf_counter(), 0
             bar.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{rate:.0f}", **({"skipped": skipped} if skipped else {}))
-            log.write(iter=i, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1), skipped=skipped)
+            log.write(iter=i, **means, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1), skipped=skipped)
         if skipped_in_a_row == PATIENCE:
             bar.close()
             raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {loss}, gradient norm "

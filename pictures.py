@@ -27,7 +27,10 @@ def wrap(text, font, width):
 
 
 def pixels_of(images):
-    """(..., C, H, W) in [-1, 1], C 1 or 3, to uint8 arrays (..., H, W, 3)."""
+    """(..., C, H, W) in [-1, 1], to uint8 arrays (..., H, W, 3). C is 1 or 3; of other C, latents of standard deviation
+    1, the first three channels are shown, which gives an idea."""
+    if images.shape[-3] not in (1, 3):
+        images = images[..., :3 if images.shape[-3] > 3 else 1, :, :] / 3
     pixels = np.moveaxis(((images.detach().float().cpu().numpy() + 1) * 128).clip(0, 255).astype(np.uint8), -3, -1)
     return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
 

@@ -4,28 +4,31 @@
     python sample.py --out_dir=out/shapes --prompts=prompts.txt --guidance=2 --denoise=score --show_trajectory=True
 
 Leaves in out_dir/pictures: grid.png with the prompts under the pictures, the single pictures 0000.png, 0001.png, ...
-and, with --show_trajectory=True, a strip of every level from noise to picture for each, 0000_trajectory.png, ... Where
-the trajectory was carried back to x-space, for the strips or for --denoise=score|none, its -log p stands beside the
-prompt.
+and, with --show_trajectory=True, a strip of levels from noise to picture for each, 0000_trajectory.png, ... Where the
+trajectory was carried back to x-space, for the strips or for --denoise=score|none, its -log p stands beside the prompt.
+Of a model of latents the pictures are a first look only, and 0000.npy, ... are what its decoder takes.
+
+A flow-matching checkpoint is sampled by Euler's method: it has no denoiser and no likelihood.
 """
 
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpoint
 import pictures
 from configurator import configure
 from data import dataset_class_captions, get_dataset, get_tokenizer
-from flow import time_grid
+from fm import EULER_STEPS
 from loop import at_least_one, find_device, one_line_errors
 
 out_dir = "out/digits"  # holds ckpt.pt and, for --denoise=learned, denoiser.pt
 prompt = ""  # one caption; empty, and without `prompts`: captions of the data the model was trained on
 prompts = ""  # a text file with one caption a line; an empty line asks for anything
 num_samples = 16  # pictures of the one prompt or of each line of the file; without either, pictures in all
-steps = 0  # T; 0: as trained
+steps = 0  # T; 0: as trained, or 50 for flow matching
 guidance = 1.0  # how much more than the caption asks for: 0 is the model itself
 denoise = "learned"  # by the denoiser in one pass; "score": by the model's own score; "none": as sampled, at t_min
 t_min = 0.02  # the noise level where sampling ends; the denoiser knows its own
@@ -51,7 +54,8 @@ def read_prompts(settings):
         return [prompt] * num_samples
     captions = dataset_class_captions(settings["dataset"])
     if captions is None:
-        dataset = get_dataset(settings["dataset"], "val", settings["image_size"], settings["channels"])
+        dataset = get_dataset(settings["dataset"], "val", settings["image_size"], settings["channels"],
+                              data_dir=settings["data_dir"])
         captions = [dataset[i][1] for i in range(num_samples)]
     return [captions[i % len(captions)] for i in range(num_samples)]
 
@@ -74,18 +78,19 @@ class Clock:
 with one_line_errors():
     device = find_device(config["device"])
     path = Path(out_dir) / "ckpt.pt"
-    trained = checkpoint.load(path, "ntm", device)
+    trained = checkpoint.load(path, "ntm", "fm", device=device)
+    is_ntm = trained["kind"] == "ntm"
     model = checkpoint.network_of(trained, path, device)
     if denoise not in ("learned", "score", "none"):
         raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
-    at_least_one(config, "num_samples", "batch_size")
+    at_least_one(config, "num_samples", "batch_size", *(["steps"] if steps else []))
     if guidance < 0:
         raise ValueError(f"guidance is {guidance}, but must be at least 0")
-    if denoise == "learned":
+    if is_ntm and denoise == "learned":
         path = Path(out_dir) / "denoiser.pt"
         if not path.exists():
             raise ValueError(f"there is no {path}: make it with distill.py, or choose --denoise=score")
-        distilled = checkpoint.load(path, "denoiser", device)
+        distilled = checkpoint.load(path, "denoiser", device=device)
         denoiser = checkpoint.network_of(distilled, path, device)
         for name in ("image_size", "channels", "patch_size", "vocab_size", "text_len"):
             theirs, ours = getattr(denoiser.config, name), getattr(model.config, name)
@@ -95,20 +100,25 @@ with one_line_errors():
         t_min = distilled["settings"]["t_min"]
     captions = read_prompts(trained["settings"])
     tokenizer = get_tokenizer(trained["settings"]["tokenizer"])
-    grid = time_grid(steps or model.config.steps[0], t_min, model.config.num_tokens, model.config.shift)
-texts = tokenizer.encode(captions, model.config.text_len).to(device)
+    grid = model.config.time_grid(t_min, steps) if is_ntm else torch.linspace(0, 1, (steps or EULER_STEPS) + 1)
+    texts = tokenizer.encode(captions, model.config.text_len).to(device)
 ts = grid.to(device)
-shape = len(grid), model.config.num_tokens, model.config.token_dim
+stages = len(grid) if is_ntm else 1  # that draw noise
+shape = stages, model.config.num_tokens, model.config.token_dim
 
 
 @torch.no_grad()
 def draw(rows, clock):
-    """The pictures of some rows: images (b, C, H, W), trajectories (b, T+1, N, D) and their NLL in nats, or None."""
+    """The pictures of some rows: images (b, C, H, W); trajectories (b, T+1, N, D) and their NLL in nats, or None."""
     text = texts[rows.start:rows.stop]
     # each picture has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in rows]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    u = clock(f"sampling in {len(grid) - 1} steps", model.sample, text, ts, guidance, noise=noise.to(device))
+    noise, stage = noise.to(device), f"sampling in {len(grid) - 1} steps"
+    if not is_ntm:
+        x = clock(stage, model.sample, text, len(grid) - 1, guidance, noise=noise[:, 0])
+        return model.unpatchify(x[:, 0]), x, None
+    u = clock(stage, model.sample, text, ts, guidance, noise=noise)
     x = nll = None
     if denoise != "learned" or show_trajectory:
         x = clock("inversion", model.invert, u, ts)
@@ -121,9 +131,10 @@ def draw(rows, clock):
 
 
 def strip(x, image):
-    """A trajectory (T+1, N, D) and its picture (C, H, W) side by side, noise first."""
-    levels = torch.cat([model.unpatchify(x.flip(0)), image[None]])
-    names = [f"t = {t:.2f}" for t in grid.flip(0).tolist()] + [f"denoise: {denoise}"]
+    """A trajectory (T+1, N, D), of many levels about eight, and its picture (C, H, W) side by side, noise first."""
+    shown = slice(None, None, -(-len(grid) // 9))
+    levels = torch.cat([model.unpatchify(x.flip(0)[shown]), image[None]])
+    names = [f"t = {t:.2f}" for t in grid.flip(0)[shown].tolist()] + [f"denoise: {denoise}" if is_ntm else "picture"]
     return pictures.grid(levels, names, columns=len(levels))
 
 
@@ -136,6 +147,8 @@ for start in range(0, len(captions), batch_size):
     nlls += [] if nll is None else nll.tolist()
     for j, i in enumerate(rows):
         pictures.save(pictures.picture(batch[j]), folder / f"{i:04d}.png")
+        if trained["settings"]["dataset"] == "latents":
+            np.save(folder / f"{i:04d}.npy", (batch[j] / trained["settings"]["latent_scale"]).half().cpu().numpy())
         if show_trajectory:
             pictures.save(strip(x[j], batch[j]), folder / f"{i:04d}_trajectory.png")
 labels = [f"{caption}\n{nll:.1f} nats" for caption, nll in zip(captions, nlls)] or captions

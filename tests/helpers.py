@@ -1,6 +1,7 @@
 """What the tests of loop.py and of the scripts share: a script run in this process, and what it left behind."""
 import contextlib
 import io
+import itertools
 import json
 import runpy
 import signal
@@ -32,6 +33,20 @@ def run(script, *settings):
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             names = runpy.run_path(str(ROOT / script), run_name="__main__")
     return names, printed.getvalue()
+
+
+def interrupted_run(network, iteration, *command):
+    """Runs a script that gets SIGTERM in the forward pass of an iteration (counted from 1) of a class of network."""
+    forward, count = network.forward, itertools.count(1)
+
+    def forward_and_signal(*args):
+        if next(count) == iteration:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "forward", forward_and_signal)
+        return run(*command)
 
 
 def contents(path):

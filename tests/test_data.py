@@ -292,7 +292,7 @@ def test_gpt2_without_a_network_names_the_remedies(monkeypatch):
 
 
 def test_unknown_tokenizer_names_the_known():
-    with pytest.raises(ValueError, match="'bpe' is unknown; there are captions and gpt2"):
+    with pytest.raises(ValueError, match="'bpe' is unknown; there are captions, gpt2, classes and classes:N"):
         data.get_tokenizer("bpe")
 
 
@@ -368,3 +368,49 @@ def test_captions_keep_their_lines_and_are_broken_to_fit():
     font = pictures.ImageFont.load_default(13)
     assert pictures.wrap("a bag\n-3.0 nats", font, 500) == "a bag\n-3.0 nats"
     assert pictures.wrap("a red circle above a blue square", font, 60).count("\n") >= 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Latents, and captions that are numbers of classes
+
+
+@pytest.fixture
+def latents(tmp_path):
+    for split, count in (("train", 3), ("val", 1)):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            np.save(tmp_path / split / f"{i}.npy", np.full((4, 2, 6), i + 0.5, dtype=np.float16))
+        (tmp_path / split / "0.txt").write_text("class 207\n")
+    return tmp_path
+
+
+def test_latents_are_scaled_and_captioned(latents):
+    ds = data.get_dataset("latents", "train", (2, 6), 4, data_dir=str(latents), scale=0.5)
+    assert len(ds) == 3 and not ds.eight_bit
+    image, caption = ds[0]
+    assert image.dtype == torch.float32 and torch.equal(image, torch.full((4, 2, 6), 0.25)) and caption == "class 207"
+    assert [caption for _, caption in ds.__getitems__([2, 0])] == ["", "class 207"]
+    assert len(data.get_dataset("latents", "val", (2, 6), 4, data_dir=str(latents))) == 1
+
+
+def test_latents_of_another_shape_or_damaged_are_named(latents):
+    with pytest.raises(ValueError, match="0.npy holds 4x2x6 numbers, not 4x8x8 finite ones"):
+        data.get_dataset("latents", "train", 8, 4, data_dir=str(latents))
+    with pytest.raises(FileNotFoundError, match="there are no latents .*nowhere/train"):
+        data.get_dataset("latents", "train", 8, 4, data_dir=str(latents / "nowhere"))
+    ds = data.get_dataset("latents", "train", (2, 6), 4, data_dir=str(latents))
+    np.save(latents / "train" / "1.npy", np.full((4, 2, 6), np.inf, dtype=np.float16))
+    (latents / "train" / "2.npy").write_bytes((latents / "train" / "0.npy").read_bytes()[:150])
+    for i, reason in ((1, "1.npy holds"), (2, "2.npy is damaged")):
+        with pytest.raises(ValueError, match=reason):
+            ds[i]
+
+
+def test_class_numbers_become_ids():
+    tokenizer = data.get_tokenizer("classes")
+    assert tokenizer.vocab_size == 1002
+    assert tokenizer.encode(["class 207", "", " class 0 "], 2).tolist() == [[209, 0], [1, 0], [2, 0]]
+    assert data.get_tokenizer("classes:10").vocab_size == 12
+    for caption in ("class 1000", "class -1", "a dog", "class 7 8"):
+        with pytest.raises(ValueError, match=f"{caption!r} is not a class: write 'class 0' to 'class 999'"):
+            tokenizer.encode([caption], 1)

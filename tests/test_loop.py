@@ -20,7 +20,13 @@ from model import NTM, Denoiser, NTMConfig
 SETTINGS = dict(init_from="scratch", seed=0, bfloat16=None, compile=None, workers=0, caption_dropout=0.0, batch_size=4,
                 grad_accum=1, max_iters=6, optimizer="adamw", lr=0.01, min_lr=0.001, warmup_iters=2, weight_decay=0.1,
                 grad_clip=1.0, ema=0.9, log_interval=1, val_interval=100, val_examples=1, num_samples=1)
-DATA = [(data.to_pixels(torch.full((1, 2, 2), 20 * i)), str(i)) for i in range(12)]  # the caption is the item's number
+
+
+class Items(list):
+    eight_bit = True
+
+
+DATA = Items((data.to_pixels(torch.full((1, 2, 2), 20 * i)), str(i)) for i in range(12))  # captioned by their numbers
 TOKENIZER = SimpleNamespace(encode=lambda captions, length: torch.tensor([[int(c) + 2] * length for c in captions]))
 TINY = NTMConfig(image_size=4, width=8, depth=1, heads=2, transporter_width=8, transporter_blocks=1,
                  transporter_layers=1)
@@ -49,10 +55,15 @@ def squares(network, images, text, draws):
 def fit(out_dir, objective=squares, validate=lambda ema, i: {"val_loss": 0.0}, **settings):
     """Trains a Toy; returns it with the path of its checkpoint."""
     config = SETTINGS | settings | {"out_dir": str(out_dir)}
-    model = Toy()
+    model, path = Toy(), out_dir / "ckpt.pt"
+
+    def losses(*args):
+        return {"loss": objective(*args[:-1])}
+
     with handlers_kept():
-        loop.fit(config, "ntm", model, DATA, TOKENIZER, draw, objective, validate, (torch.device("cpu"), 0, 1))
-    return model, out_dir / "ckpt.pt"
+        resumed = loop.find_start(config["init_from"], path, "ntm", "cpu")
+        loop.fit(config, "ntm", model, DATA, TOKENIZER, draw, losses, validate, (torch.device("cpu"), 0, 1), resumed)
+    return model, path
 
 
 def record(out_dir, **settings):

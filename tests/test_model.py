@@ -465,12 +465,13 @@ def test_posterior_parametrization_is_the_reverse_posterior_of_what_the_velocity
     torch.testing.assert_close(mean, A * u + B * u)
     torch.testing.assert_close(log_std.exp(), C.expand_as(u))
 
-    # a network that says v = noise - x_0 and delta = 0.1 for every token
+    # a network that says v = noise - x_0 and 0.1 for every token
     model.predictor.head.bias.data = torch.cat([noise - x0, torch.full((4,), 0.1).double()])
     u = (1 - t)[:, None, None] * x0 + t[:, None, None] * noise.expand(2, 6, 4)
     mean, log_std = model.predict(u, t, s, steps, text)
     torch.testing.assert_close(mean, A * u + B * x0)
-    torch.testing.assert_close(log_std.exp(), C.expand_as(u) * math.exp(0.1))
+    delta = 0.1 * torch.log((C**2 + B**2).sqrt() / C)  # in units of the way to the spread of data of variance 1
+    torch.testing.assert_close(log_std, (C.log() + delta).expand_as(u))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def copied(trained, tmp_path):
 
 def load(out, kind):
     """The averaged network that a folder holds."""
-    path = out / {"ntm": "ckpt.pt", "denoiser": "denoiser.pt"}[kind]
+    path = out / ("denoiser.pt" if kind == "denoiser" else "ckpt.pt")
     return checkpoint.network_of(checkpoint.load(path, kind), path)
 
 
@@ -584,6 +584,9 @@ def test_config_runs(tmp_path, config):
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", np.arange(4, dtype=np.uint8))
     small = TRAIN + ["--transporter_heads=2", "--max_iters=1", "--batch_size=2", "--grad_accum=1", "--val_examples=2",
                      "--num_samples=1", "--workers=0", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}"]
+    if config.endswith("_tune.py"):
+        run("train.py", str(ROOT / "config" / config.replace("_tune", "_fm")), *small, f"--out_dir={tmp_path / 'fm'}")
+        small += [f"--init_from={tmp_path / 'fm' / 'ckpt.pt'}"]
     names, _ = run("train.py", str(ROOT / "config" / config), *small)
     assert names["config"]["dataset"] in config
     assert contents(tmp_path / "ckpt.pt")["iter"] == 1

@@ -1,0 +1,65 @@
+"""Flow matching: what an NTM is measured against, and what it can start from.
+
+A flow-matching model learns a velocity. Data and noise are joined by straight lines x_t = (1 - t) x_0 + t eps, and the
+network v(x_t, t) is trained to say eps - x_0, so that it becomes the mean of that over all lines through x_t. Sampling
+follows it from noise (t = 1) to data (t = 0), an ordinary differential equation whose solution is exact with very many
+steps: with few, each step jumps to a mean, and means of pictures are blurred.
+
+The network is the predictor's own trunk, with one time instead of three and half the outputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flow import full_precision, zeroed
+from model import CaptionedTransformer, PictureModel, null_caption
+
+EULER_STEPS = 50  # unless one says otherwise
+
+
+class FlowMatching(PictureModel):
+    """A velocity network; config: NTMConfig, of which what belongs to the transporter and the time grid is unused."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.trunk = CaptionedTransformer(config, times=1)
+        self.head = zeroed(nn.Linear(config.width, config.token_dim))
+
+    def velocity(self, x, t, text):
+        """x (B, N, D), t (B,), text (B, L) to v, an estimate of noise - data, (B, N, D) in full precision."""
+        return full_precision(self.head, self.trunk(x, text, t[:, None]))
+
+    def forward(self, images, text, draws=None):
+        """The training loss: the mean squared error of the velocity, per number, a scalar.
+
+        images (B, C, H, W), text (B, L). draws: what is random about it, as from draw(); drawn here when None.
+        """
+        t, noise = self.draw(len(images), images.device) if draws is None else draws
+        x0, times = self.patchify(images), t[:, None, None]
+        return F.mse_loss(self.velocity((1 - times) * x0 + times * noise, t, text), noise - x0)
+
+    def draw(self, batch, device=None, generator=None):
+        """The randomness of a batch: times (B,), logit-normal, most of them in the middle; and noise (B, N, D)."""
+        t = torch.randn(batch, generator=generator, device=device).sigmoid()
+        shape = batch, self.config.num_tokens, self.config.token_dim
+        return t, torch.randn(shape, generator=generator, device=device)
+
+    @torch.no_grad()
+    def sample(self, text, steps=EULER_STEPS, guidance=0.0, generator=None, noise=None):
+        """Follows the velocity from noise to data by Euler's method, in `steps` equal steps.
+
+        text (B, L); guidance: weight w >= 0 of v_c + w (v_c - v_u); noise (B, N, D), drawn with `generator` when None.
+        Returns all levels (B, steps+1, N, D), the picture first and the noise last.
+        """
+        if noise is None:
+            shape = len(text), self.config.num_tokens, self.config.token_dim
+            noise = torch.randn(shape, generator=generator, dtype=self.head.weight.dtype, device=text.device)
+        levels = [noise]
+        for k in reversed(range(steps)):
+            t = torch.full((len(text),), (k + 1) / steps, dtype=noise.dtype, device=text.device)
+            v = self.velocity(levels[0], t, text)
+            if guidance:
+                v = v + guidance * (v - self.velocity(levels[0], t, null_caption(text)))
+            levels.insert(0, levels[0] - v / steps)
+        return torch.stack(levels, dim=1)

@@ -1,0 +1,295 @@
+"""Flow matching, and an NTM that starts from it: at first it is the Gaussian reverse step, to rounding."""
+import math
+
+import pytest
+import torch
+from conftest import randomize
+from helpers import (contents, interrupted_run, read_log, read_log_without_speed, run, same, same_training,
+                     training_lines)
+from test_scripts import DISTILL, SAMPLE, TRAIN, fails, load, pixels
+
+import checkpoint
+from flow import forward_trajectory, time_grid
+from fm import FlowMatching
+from model import NTM, NTMConfig, null_caption
+
+TINY = dict(image_size=(4, 6), channels=1, patch_size=2, vocab_size=20, text_len=3, width=16, depth=2, heads=2,
+            transporter_width=8, transporter_blocks=2, transporter_layers=1, transporter_heads=2)
+TEXT = torch.tensor([[2, 3, 0], [4, 0, 0], [1, 0, 0]])
+
+
+@pytest.fixture
+def network():
+    """A velocity network at random weights, in float64."""
+    return randomize(FlowMatching(NTMConfig(**TINY)).double(), 0.5)
+
+
+@pytest.fixture
+def model(network):
+    """The NTM that starts from it."""
+    model = NTM(NTMConfig(**TINY, parametrization="posterior")).double()
+    model.predictor.adopt(network)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The flow-matching model
+
+
+def test_loss_is_the_error_of_the_velocity(network):
+    images, t, noise = torch.rand(3, 1, 4, 6).double(), torch.tensor([0.1, 0.5, 0.9]).double(), torch.randn(3, 6, 4).double()
+    loss = network(images, TEXT, (t, noise))
+    x0 = network.patchify(images)
+    errors = [network.velocity((1 - t[i]) * x0[i:i + 1] + t[i] * noise[i:i + 1], t[i:i + 1], TEXT[i:i + 1])
+              - (noise[i] - x0[i]) for i in range(3)]
+    torch.testing.assert_close(loss, torch.cat(errors).square().mean())
+
+
+def test_times_are_logit_normal():
+    t, noise = FlowMatching(NTMConfig(**TINY)).draw(20_000, generator=torch.Generator().manual_seed(0))
+    assert noise.shape == (20_000, 6, 4)
+    logits = t.logit()
+    assert logits.mean() == pytest.approx(0, abs=0.03) and logits.std() == pytest.approx(1, abs=0.03)
+
+
+def test_euler_on_gaussian_data_reaches_it_with_many_steps(network, monkeypatch):
+    """For x_0 ~ N(m, v I) the velocity is known: v(x, t) = E[eps - x_0 | x_t], linear in x."""
+    mean, variance = 0.3, 0.25
+
+    def velocity(x, t, text):
+        t = t[:, None, None]
+        spread = (1 - t)**2 * variance + t**2
+        return (t - (1 - t) * variance) / spread * (x - (1 - t) * mean) - mean
+
+    monkeypatch.setattr(network, "velocity", velocity)
+    noise = torch.randn(3, 6, 4).double()
+    errors = [(network.sample(TEXT, steps, noise=noise)[:, 0] - (mean + math.sqrt(variance) * noise)).abs().max().item()
+              for steps in (10, 100, 1000)]
+    assert errors[2] < 2e-3
+    assert errors[1] == pytest.approx(10 * errors[2], rel=0.2)  # Euler's method is of first order
+
+
+def test_euler_steps_and_guidance(network):
+    noise = torch.randn(3, 6, 4).double()
+    x = network.sample(TEXT, 2, guidance=1.5, noise=noise)
+    assert x.shape == (3, 3, 6, 4) and torch.equal(x[:, 2], noise)
+    for k, t in ((2, 1.0), (1, 0.5)):
+        t = torch.full((3,), t).double()
+        conditional = network.velocity(x[:, k], t, TEXT)
+        unconditional = network.velocity(x[:, k], t, null_caption(TEXT))
+        torch.testing.assert_close(x[:, k - 1], x[:, k] - 0.5 * (2.5 * conditional - 1.5 * unconditional))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# An NTM that starts from it
+
+
+def ancestral(network, x, t, s):
+    """Mean and standard deviation of the Gaussian reverse step from t to s < t, METHOD's formulas in plain numbers."""
+    A = s**2 * (1 - t) / (t**2 * (1 - s))
+    B = (t - s) * (t + s - 2 * t * s) / (t**2 * (1 - s))
+    C = math.sqrt(s**2 * (t - s) * (t + s - 2 * t * s) / (t**2 * (1 - s)**2))
+    v = network.velocity(x, torch.full((len(x),), t).double(), TEXT)
+    return A * x + B * (x - t * v), C
+
+
+@pytest.mark.parametrize("steps", [1, 4, 16])
+def test_at_first_the_ntm_is_the_gaussian_reverse_step(network, model, steps):
+    ts = time_grid(steps, 0.02, 6, shift=1.0).double()
+    noise = torch.randn(3, steps + 1, 6, 4).double()
+    u = model.sample(TEXT, ts, noise=noise)
+    x = noise[:, steps]
+    for k in reversed(range(steps)):
+        t, s = ts[k + 1].item(), ts[k].item()
+        mean, std = ancestral(network, x, t, s)
+        own_mean, own_log_std = model.predict(x, ts[k + 1].expand(3), ts[k].expand(3), torch.full((3,), steps), TEXT)
+        torch.testing.assert_close(own_mean, mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(own_log_std.exp(), torch.full_like(mean, std), rtol=1e-12, atol=0)
+        x = mean + std * noise[:, k]
+        torch.testing.assert_close(u[:, k], x, rtol=1e-11, atol=1e-11)
+    assert torch.equal(model.invert(u, ts), u)  # the transporter is the identity
+
+
+def test_first_step_from_pure_noise():
+    """At t = 1: A = 0, B = 1 - s, C = s, and the velocity of pure noise says what the data's mean is."""
+    model = NTM(NTMConfig(**TINY, parametrization="posterior")).double()
+    model.predictor.head.bias.data[:4] = torch.tensor([0.1, 0.2, 0.3, 0.4]).double()  # v, of every token
+    u, s = torch.randn(3, 6, 4).double(), torch.tensor([0.1, 0.4, 0.8]).double()
+    mean, log_std = model.predict(u, torch.ones(3).double(), s, torch.full((3,), 4), TEXT)
+    torch.testing.assert_close(mean, (1 - s)[:, None, None] * (u - model.predictor.head.bias[:4]))
+    torch.testing.assert_close(log_std.exp(), s[:, None, None].expand_as(u))
+
+
+def test_likelihood_of_the_start_is_that_of_the_gaussians(network, model):
+    ts = time_grid(4, 0.02, 6, shift=1.0).double()
+    x = forward_trajectory(torch.randn(3, 6, 4).double(), ts.expand(3, 5))
+    nll = model.trajectory_nll(x, ts.expand(3, 5), TEXT)
+    for k in range(4):
+        mean, std = ancestral(network, x[:, k + 1], ts[k + 1].item(), ts[k].item())
+        density = torch.distributions.Normal(mean, std).log_prob(x[:, k]).sum(dim=(1, 2))
+        torch.testing.assert_close(nll[:, k], -density)
+
+
+def test_what_starts_at_zero_learns(model):
+    images = torch.rand(3, 1, 4, 6).double()
+    model(images, TEXT, [a.double() if a.is_floating_point() else a for a in model.draw(3)]).backward()
+    heads, times = model.predictor.head.weight.grad, model.predictor.trunk.time.mlp[0].weight.grad
+    assert heads[4:].abs().min() > 0  # the scale
+    assert times[:, 64:].abs().sum(dim=0).min() > 0  # s and 1/T
+
+
+def test_target_adds_the_distance_of_the_means(model):
+    images, draws = torch.rand(3, 1, 4, 6), model.float().draw(3, generator=torch.Generator().manual_seed(0))
+    steps, ts, noise = draws
+    x = forward_trajectory(model.patchify(images), ts, noise=noise)
+    means, _ = model.gaussians(x, ts, TEXT, steps)  # the transporter is the identity: u = x
+    nll, aux = model(images, TEXT, draws, means + 0.5)
+    assert nll == model(images, TEXT, draws)
+    assert aux.item() == pytest.approx(0.25, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The scripts
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder after train.py --objective=fm. Not to be written to."""
+    out = tmp_path_factory.mktemp("fm")
+    run("train.py", *TRAIN, "--objective=fm", f"--out_dir={out}", "--max_iters=100", "--val_interval=50", "--lr=1e-2")
+    return out
+
+
+@pytest.fixture
+def tune(base, tmp_path):
+    """The settings of a run that starts from it."""
+    return [*TRAIN, f"--init_from={base / 'ckpt.pt'}", f"--out_dir={tmp_path}"]
+
+
+def test_flow_matching_learns_and_draws(base, tmp_path):
+    held = contents(base / "ckpt.pt")
+    assert held["kind"] == "fm" and held["iter"] == 100
+    first, last = [line["val_loss"] for line in read_log(base / "log.jsonl") if "val_loss" in line]
+    assert last < first < 1.5  # it starts at the mean of (noise - x_0)^2, about 1.4
+    assert pixels(base / "samples" / "000100.png").shape[2] == 3
+
+    _, printed = run("sample.py", *SAMPLE, f"--out_dir={base}", "--steps=12", "--show_trajectory=True")
+    assert "sampling in 12 steps" in printed and "NLL" not in printed
+    folder = base / "pictures"
+    assert len(list(folder.glob("0???.png"))) == len(list(folder.glob("????_trajectory.png"))) == 5
+    assert pixels(folder / "0000_trajectory.png").shape[1] < 10 * 110  # not all of the 13 levels
+    whole = pixels(folder / "0004.png")
+    run("sample.py", *SAMPLE, f"--out_dir={base}", "--steps=12", "--batch_size=2")
+    assert (pixels(folder / "0004.png") == whole).all()
+    _, printed = run("sample.py", *SAMPLE, f"--out_dir={base}")
+    assert "sampling in 50 steps" in printed
+
+
+def test_flow_matching_resumes_bit_for_bit(tmp_path):
+    settings = [*TRAIN, "--objective=fm"]
+    run("train.py", *settings, f"--out_dir={tmp_path / 'whole'}")
+    interrupted_run(FlowMatching, 3, "train.py", *settings, f"--out_dir={tmp_path / 'parts'}")
+    assert contents(tmp_path / "parts" / "ckpt.pt")["iter"] == 3
+    run("train.py", *settings, f"--out_dir={tmp_path / 'parts'}", "--init_from=resume")
+    assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
+
+
+def test_fine_tuning_logs_both_losses_and_anneals(tune, tmp_path):
+    names, _ = run("train.py", *tune, "--max_iters=8")
+    lines = training_lines(tmp_path / "log.jsonl")
+    weights = [1.25 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    assert [line["aux_weight"] for line in lines] == pytest.approx(weights, rel=1e-5)
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["nll"] + line["aux_weight"] * line["aux"], rel=1e-4)
+    assert lines[0]["aux"] < 1e-10 < lines[-1]["aux"]  # it starts where the frozen copy is
+    assert names["model"].config.parametrization == "posterior"
+    assert all(line["skipped"] == 0 for line in lines)
+
+
+def test_fine_tuning_starts_with_the_averaged_weights(tune, base, tmp_path):
+    run("train.py", *tune, "--max_iters=1", "--lr=0", "--min_lr=0", "--weight_decay=0")
+    network, model = load(base, "fm"), load(tmp_path, "ntm")
+    x, text = torch.randn(2, 16, 4), torch.tensor([[5, 6, 0, 0], [1, 0, 0, 0]])
+    t, s = torch.tensor([0.7, 1.0]), torch.tensor([0.3, 0.5])
+    v, delta = model.predictor(x, t, s, torch.tensor([4, 4]), text)
+    torch.testing.assert_close(v, network.velocity(x, t, text))
+    assert (delta == 0).all()
+
+
+def test_fine_tuning_resumes_bit_for_bit_without_its_base(tune, base, tmp_path):
+    """The frozen copy is in the checkpoint: the file one started from may be gone."""
+    run("train.py", *tune, f"--out_dir={tmp_path / 'whole'}")
+    interrupted_run(NTM, 3, "train.py", *tune, f"--out_dir={tmp_path / 'parts'}")
+    run("train.py", *TRAIN, f"--out_dir={tmp_path / 'parts'}", "--init_from=resume")
+    assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
+    assert same(*(contents(tmp_path / run / "ckpt.pt")["frozen"] for run in ("parts", "whole")))
+    logs = [read_log_without_speed(tmp_path / run / "log.jsonl") for run in ("parts", "whole")]
+    assert logs[0] == logs[1]
+    _, printed = run("sample.py", *SAMPLE, f"--out_dir={tmp_path / 'whole'}", "--denoise=none")
+    assert "trajectory NLL" in printed
+    run("distill.py", *DISTILL, f"--out_dir={tmp_path / 'whole'}")
+
+
+def test_fine_tuning_without_the_auxiliary_loss(tune, tmp_path):
+    run("train.py", *tune, "--aux_weight=0")
+    assert "frozen" not in contents(tmp_path / "ckpt.pt")
+    assert "aux" not in training_lines(tmp_path / "log.jsonl")[0]
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume")
+    assert "resume it with --aux_weight=0" in line
+
+
+def test_the_base_decides_about_the_network(tune, tmp_path):
+    _, printed = run("train.py", *tune, "--max_iters=1", "--width=24", "--depth=3")
+    assert contents(tmp_path / "ckpt.pt")["model_config"]["width"] == 16
+    assert "width 16, depth 1, heads 2" in printed
+
+
+def test_scale_much_too_small_is_taken_in_its_stride(base, tmp_path):
+    """At t_min far below the data's spread the first losses are in the thousands; no update is lost over it."""
+    run("train.py", *TRAIN, f"--init_from={base / 'ckpt.pt'}", f"--out_dir={tmp_path}", "--max_t_min=0.002",
+        "--t_min=0.001", "--max_iters=60", "--warmup_iters=10", "--val_interval=60", "--lr=5e-3")
+    losses = [line["loss"] for line in training_lines(tmp_path / "log.jsonl")]
+    assert training_lines(tmp_path / "log.jsonl")[-1]["skipped"] == 0
+    assert losses[0] > 1000 and max(losses[-10:]) < 10
+
+
+@pytest.mark.parametrize("setting", ["--t_min=0", "--max_t_min=0"])
+def test_no_density_at_zero_is_refused_before_training(tune, tmp_path, setting):
+    line = fails("train.py", *tune, setting)
+    assert "t_min" in line and "is 0" in line and "choose t_min > 0" in line
+    assert not (tmp_path / "ckpt.pt").exists() and not (tmp_path / "log.jsonl").exists()
+
+
+def test_one_model_for_several_step_counts(tmp_path):
+    (tmp_path / "several.py").write_text("steps = (4, 8, 16)\n")
+    names, _ = run("train.py", str(tmp_path / "several.py"), *TRAIN, f"--out_dir={tmp_path}", "--max_iters=30")
+    model = load(tmp_path, "ntm")
+    assert model.config.steps == (4, 8, 16)
+    drawn = {int(model.draw(2, generator=torch.Generator().manual_seed(i))[0][0]) for i in range(50)}
+    assert drawn == {4, 8, 16}
+    for steps in (4, 8, 16):
+        _, printed = run("sample.py", *SAMPLE, f"--out_dir={tmp_path}", f"--steps={steps}", "--denoise=none")
+        assert f"sampling in {steps} steps" in printed and f"of its {(steps + 1) * 64} numbers" in printed
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a user can get wrong
+
+
+@pytest.mark.parametrize("settings, parts", [
+    (["--objective=gan"], ["'gan'", "'ntm' or 'fm'"]),
+    (["--init_from=nowhere.pt"], ["'nowhere.pt'", "'scratch', 'resume', 'auto'", "sit:PATH"]),
+    (["--init_from=sit:nowhere.pt"], ["there is no SiT checkpoint nowhere.pt"]),
+])
+def test_wrong_start_is_named(tmp_path, settings, parts):
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", *settings)
+    assert all(part in line for part in parts)
+
+
+def test_wrong_kind_of_checkpoint_is_named(base, tmp_path):
+    assert "is not a 'ntm' checkpoint" in fails("distill.py", *DISTILL, f"--out_dir={base}")
+    line = fails("train.py", *TRAIN, "--objective=fm", f"--init_from={base / 'ckpt.pt'}", f"--out_dir={tmp_path}")
+    assert "only an NTM starts from" in line
+    checkpoint.save(tmp_path / "x.pt", kind="ntm")
+    line = fails("train.py", *TRAIN, f"--init_from={tmp_path / 'x.pt'}", f"--out_dir={tmp_path}")
+    assert "is not a 'fm' checkpoint" in line

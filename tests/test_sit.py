@@ -1,0 +1,199 @@
+"""Published SiT weights: the reference network's own answers, and training that starts from them, on latents."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomize
+from helpers import contents, read_log, run, training_lines
+from test_scripts import DISTILL, SAMPLE, fails, pixels
+
+import checkpoint
+import data
+from flow import time_grid
+from model import NTM, NTMConfig
+from sit import heads_of, load_sit
+
+# SHORT of test_scripts, for latents of 4x8x8 and the transporter alone: the rest is the published network's
+TRAIN = ["--device=cpu", "--dataset=latents", "--latent_scale=0.5", "--batch_size=4", "--max_iters=4", "--val_interval=2",
+         "--val_examples=4", "--num_samples=4", "--log_interval=1", "--warmup_iters=2", "--optimizer=adamw", "--lr=2e-3",
+         "--transporter_width=16", "--transporter_blocks=2", "--transporter_layers=1", "--shift=None"]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """A tiny SiT at random weights, and what the reference implementation answers to some inputs."""
+    path = Path(__file__).parent / "sit_tiny.pt"
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def published(reference, tmp_path):
+    """The path of its checkpoint."""
+    torch.save({"ema": reference["state_dict"], "opt": {}}, tmp_path / "sit.pt")
+    return tmp_path / "sit.pt"
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """A folder of latents: 12 to train on, 6 to validate, one of them without a caption."""
+    folder, generator = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        (folder / split).mkdir()
+        for i in range(count):
+            np.save(folder / split / f"{i:03d}.npy", (2 * generator.normal(size=(4, 8, 8))).astype(np.float16))
+            if i:
+                (folder / split / f"{i:03d}.txt").write_text(f"class {i % 10}\n")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The network
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_velocity_is_the_reference_with_time_and_sign_turned_round(reference, tmp_path, wrapped):
+    state = reference["state_dict"]
+    torch.save({"ema": state} if wrapped else state, tmp_path / "sit.pt")
+    sit = load_sit(tmp_path / "sit.pt")
+    with torch.no_grad():
+        velocity = sit(reference["x"], 1 - reference["t"], reference["y"])
+    assert velocity.shape == (3, 4, 8, 8)
+    torch.testing.assert_close(velocity, -reference["velocity"], atol=1e-5, rtol=0)
+    size = reference["config"]
+    assert (sit.image_size, sit.patch_size, sit.channels, sit.classes) == (8, 2, 4, 10)
+    assert (sit.width, sit.depth, sit.heads) == (size["hidden_size"], size["depth"], size["num_heads"])
+
+
+def test_heads_of_the_published_sizes():
+    assert [heads_of(width) for width in (384, 768, 1024, 1152)] == [6, 12, 16, 16]
+    assert heads_of(256) == 4 and heads_of(48) == 4
+
+
+def test_every_unknown_or_missing_tensor_is_named(reference, tmp_path):
+    state = dict(reference["state_dict"])
+    for name in ("pos_embed", "blocks.0.attn.qkv.weight"):
+        del state[name]
+    state |= {"blocks.1.attn.q_norm.weight": torch.zeros(12), "extra": torch.zeros(1)}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError) as error:
+        load_sit(tmp_path / "x.pt")
+    for part in ("x.pt", "pos_embed is missing", "blocks.0.attn.qkv.weight is missing",
+                 "blocks.1.attn.q_norm.weight is unknown", "extra is unknown"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).count(" is ") == 5  # and no other tensor
+
+
+def test_every_tensor_of_another_shape_is_named(reference, tmp_path):
+    wrong = {"blocks.0.attn.proj.bias": torch.zeros(3), "final_layer.linear.bias": torch.zeros(5)}
+    torch.save(reference["state_dict"] | wrong, tmp_path / "x.pt")
+    with pytest.raises(ValueError) as error:
+        load_sit(tmp_path / "x.pt")
+    assert all(name in str(error.value) for name in wrong) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_damaged_file_is_named(reference, tmp_path, content):
+    path = tmp_path / "x.pt"
+    torch.save(reference["state_dict"], path)
+    path.write_bytes(path.read_bytes()[:1000] if content is None else content)
+    with pytest.raises(ValueError, match="x.pt: it is truncated or not a checkpoint"):
+        load_sit(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="x.pt is not a SiT checkpoint"):
+        load_sit(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# As a predictor
+
+
+@pytest.fixture
+def model(published):
+    sit = load_sit(published)
+    model = NTM(NTMConfig(image_size=8, channels=4, width=48, depth=2, heads=4, vocab_size=12, text_len=1,
+                          parametrization="posterior", predictor="sit"))
+    model.predictor.adopt(sit)
+    return sit, model
+
+
+def test_captions_select_label_embeddings(model):
+    sit, model = model
+    u, t, s, steps = torch.randn(3, 16, 16), torch.rand(3), torch.zeros(3), torch.full((3,), 4)
+    text = data.get_tokenizer("classes:10").encode(["class 7", "class 0", ""], 1)
+    with torch.no_grad():
+        v, delta = model.predictor(u, t, s, steps, text)
+        expected = sit(model.unpatchify(u), t, torch.tensor([7, 0, 10]))  # 10: the null class
+    torch.testing.assert_close(v, model.patchify(expected), atol=1e-5, rtol=1e-5)
+    assert (delta == 0).all()
+
+
+def test_at_first_it_is_the_gaussian_reverse_step(model):
+    sit, model = (part.double() for part in model)
+    ts, text, y = time_grid(4, 0.02, 16).double(), torch.tensor([[2], [9], [1]]), torch.tensor([0, 7, 10])
+    noise = torch.randn(3, 5, 16, 16).double()
+    u, x = model.sample(text, ts, noise=noise), noise[:, 4]
+    for k in reversed(range(4)):
+        t, s = ts[k + 1].item(), ts[k].item()
+        v = model.patchify(sit(model.unpatchify(x), torch.full((3,), t).double(), y))
+        mean = s**2 * (1 - t) / (t**2 * (1 - s)) * x + (t - s) * (t + s - 2 * t * s) / (t**2 * (1 - s)) * (x - t * v)
+        x = mean + (s**2 * (t - s) * (t + s - 2 * t * s) / (t**2 * (1 - s)**2))**0.5 * noise[:, k]
+        torch.testing.assert_close(u[:, k], x, rtol=1e-10, atol=1e-10)
+
+
+def test_likelihood_is_a_density_whatever_it_learned(model):
+    """The scale depends on the last hidden states, on s and on T, and every parameter takes part."""
+    _, model = model
+    randomize(model, 0.3)
+    model(torch.randn(4, 4, 8, 8), torch.tensor([[2], [9], [1], [5]])).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    u, text, t = torch.randn(2, 16, 16), torch.tensor([[2], [2]]), torch.full((2,), 0.5)
+    predictions = model.predictor(u[:1].expand(2, -1, -1), t, torch.tensor([0.1, 0.3]), torch.full((2,), 4), text)
+    assert all((a[0] - a[1]).abs().max() > 1e-4 for a in predictions)
+
+
+def test_it_takes_square_pictures_in_the_posterior_parametrization():
+    with pytest.raises(ValueError, match="predictor 'sit' needs parametrization 'posterior' and square pictures"):
+        NTM(NTMConfig(predictor="sit"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From weights and latents to pictures
+
+
+def test_training_starts_from_published_weights(published, latents, tmp_path):
+    settings = [*TRAIN, f"--data_dir={latents}", f"--out_dir={tmp_path}"]
+    _, printed = run("train.py", *settings, f"--init_from=sit:{published}", "--steps=4,8")
+    assert "width 48" in printed and "classes:10" in printed
+    lines = training_lines(tmp_path / "log.jsonl")
+    assert lines[0]["aux"] < 1e-10 < lines[-1]["aux"] and lines[-1]["skipped"] == 0
+    assert pixels(tmp_path / "samples" / "000004.png").shape[2] == 3
+    run("train.py", *settings, "--init_from=resume", "--max_iters=5", "--steps=4,8")
+    held = contents(tmp_path / "ckpt.pt")
+    assert held["iter"] == 5 and held["model_config"]["predictor"] == "sit"
+    trained = checkpoint.network_of(held, "ckpt.pt")
+    before = load_sit(published)
+    assert not torch.equal(trained.predictor.sit.blocks[0].attn.qkv.weight, before.blocks[0].attn.qkv.weight)
+
+    run("distill.py", *DISTILL, f"--out_dir={tmp_path}")
+    (tmp_path / "prompts.txt").write_text("class 7\n\n")  # the empty line: any class
+    _, printed = run("sample.py", *SAMPLE, f"--out_dir={tmp_path}", f"--prompts={tmp_path / 'prompts.txt'}",
+                     "--steps=8", "--guidance=1.5", "--show_trajectory=True")
+    assert "trajectory NLL" in printed
+    latent = np.load(tmp_path / "pictures" / "0009.npy")
+    assert latent.shape == (4, 8, 8) and latent.dtype == np.float16
+    preview = (0.5 * latent[:3].astype(float) / 3 + 1) * 128  # three of the channels, once more times latent_scale
+    assert np.abs(pixels(tmp_path / "pictures" / "0009.png") - preview.transpose(1, 2, 0).clip(0, 255)).max() <= 1.1
+
+
+def test_captions_that_are_no_classes_are_named(published, latents, tmp_path):
+    settings = [*TRAIN, f"--init_from=sit:{published}"]
+    run("train.py", *settings, f"--data_dir={latents}", f"--out_dir={tmp_path / 'run'}", "--max_iters=1")
+    line = fails("sample.py", *SAMPLE, f"--out_dir={tmp_path / 'run'}", "--prompt=class 10", "--denoise=none")
+    assert "'class 10' is not a class" in line and "'class 9'" in line
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        np.save(tmp_path / split / "a.npy", np.zeros((4, 8, 8), np.float16))
+        (tmp_path / split / "a.txt").write_text("a cat")
+    line = fails("train.py", *settings, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'cats'}", "--batch_size=1")
+    assert "caption 'a cat' is not a class" in line
