@@ -11,18 +11,16 @@ Of a model of latents the pictures are a first look only, and 0000.npy, ... are 
 A flow-matching checkpoint is sampled by Euler's method: it has no denoiser and no likelihood.
 """
 
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import checkpoint
 import pictures
 from configurator import configure
-from data import dataset_class_captions, get_dataset, get_tokenizer
-from fm import EULER_STEPS
+from data import dataset_class_captions, get_dataset
 from loop import at_least_one, find_device, one_line_errors
+from sampler import Sampler
 
 out_dir = "out/digits"  # holds ckpt.pt and, for --denoise=learned, denoiser.pt
 prompt = ""  # one caption; empty, and without `prompts`: captions of the data the model was trained on
@@ -60,105 +58,45 @@ def read_prompts(settings):
     return [captions[i % len(captions)] for i in range(num_samples)]
 
 
-class Clock:
-    """Seconds of each stage, the accelerator waited for."""
-
-    def __init__(self):
-        self.seconds = {}
-
-    def __call__(self, stage, function, *args, **kwargs):
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
-        return result
-
-
 with one_line_errors():
-    device = find_device(config["device"])
-    path = Path(out_dir) / "ckpt.pt"
-    trained = checkpoint.load(path, "ntm", "fm", device=device)
-    is_ntm = trained["kind"] == "ntm"
-    model = checkpoint.network_of(trained, path, device)
-    if denoise not in ("learned", "score", "none"):
-        raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
-    at_least_one(config, "num_samples", "batch_size", *(["steps"] if steps else []))
+    at_least_one(config, "num_samples", "batch_size")
     if guidance < 0:
         raise ValueError(f"guidance is {guidance}, but must be at least 0")
-    if is_ntm and denoise == "learned":
-        path = Path(out_dir) / "denoiser.pt"
-        if not path.exists():
-            raise ValueError(f"there is no {path}: make it with distill.py, or choose --denoise=score")
-        distilled = checkpoint.load(path, "denoiser", device=device)
-        denoiser = checkpoint.network_of(distilled, path, device)
-        for name in ("image_size", "channels", "patch_size", "vocab_size", "text_len"):
-            theirs, ours = getattr(denoiser.config, name), getattr(model.config, name)
-            if theirs != ours:
-                raise ValueError(f"{path} is of another model: its {name} is {theirs}, the model's {ours}; "
-                                 "distil it anew, or choose --denoise=score")
-        t_min = distilled["settings"]["t_min"]
-    captions = read_prompts(trained["settings"])
-    tokenizer = get_tokenizer(trained["settings"]["tokenizer"])
-    grid = model.config.time_grid(t_min, steps) if is_ntm else torch.linspace(0, 1, (steps or EULER_STEPS) + 1)
-    texts = tokenizer.encode(captions, model.config.text_len).to(device)
-ts = grid.to(device)
-stages = len(grid) if is_ntm else 1  # that draw noise
-shape = stages, model.config.num_tokens, model.config.token_dim
-
-
-@torch.no_grad()
-def draw(rows, clock):
-    """The pictures of some rows: images (b, C, H, W); trajectories (b, T+1, N, D) and their NLL in nats, or None."""
-    text = texts[rows.start:rows.stop]
-    # each picture has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in rows]
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    noise, stage = noise.to(device), f"sampling in {len(grid) - 1} steps"
-    if not is_ntm:
-        x = clock(stage, model.sample, text, len(grid) - 1, guidance, noise=noise[:, 0])
-        return model.unpatchify(x[:, 0]), x, None
-    u = clock(stage, model.sample, text, ts, guidance, noise=noise)
-    x = nll = None
-    if denoise != "learned" or show_trajectory:
-        x = clock("inversion", model.invert, u, ts)
-        nll = model.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)
-    if denoise == "learned":
-        tokens = clock("learned denoising", denoiser, u[:, 0], text)
-    else:
-        tokens = clock("score denoising", model.score_denoise, x, ts, text) if denoise == "score" else x[:, 0]
-    return model.unpatchify(tokens), x, nll
+    sampler = Sampler(out_dir, find_device(config["device"]), steps, denoise, t_min)
+    model, grid = sampler.model, sampler.grid
+    captions = read_prompts(sampler.settings)
+    sampler.encode(captions)  # a caption that cannot be encoded is told before anything is drawn
 
 
 def strip(x, image):
     """A trajectory (T+1, N, D), of many levels about eight, and its picture (C, H, W) side by side, noise first."""
     shown = slice(None, None, -(-len(grid) // 9))
     levels = torch.cat([model.unpatchify(x.flip(0)[shown]), image[None]])
-    names = [f"t = {t:.2f}" for t in grid.flip(0)[shown].tolist()] + [f"denoise: {denoise}" if is_ntm else "picture"]
+    names = [f"t = {t:.2f}" for t in grid.flip(0)[shown].tolist()] + [f"denoise: {sampler.denoise}"]
     return pictures.grid(levels, names, columns=len(levels))
 
 
 folder = Path(out_dir) / "pictures"
-clock, images, nlls = Clock(), [], []
+images, nlls = [], []
 for start in range(0, len(captions), batch_size):
     rows = range(start, min(start + batch_size, len(captions)))
-    batch, x, nll = draw(rows, clock)
+    batch, x, nll = sampler.draw(captions[rows.start:rows.stop], rows, guidance, seed, levels=show_trajectory)
     images.append(batch)
     nlls += [] if nll is None else nll.tolist()
     for j, i in enumerate(rows):
         pictures.save(pictures.picture(batch[j]), folder / f"{i:04d}.png")
-        if trained["settings"]["dataset"] == "latents":
-            np.save(folder / f"{i:04d}.npy", (batch[j] / trained["settings"]["latent_scale"]).half().cpu().numpy())
+        if sampler.settings["dataset"] == "latents":
+            np.save(folder / f"{i:04d}.npy", (batch[j] / sampler.settings["latent_scale"]).half().cpu().numpy())
         if show_trajectory:
             pictures.save(strip(x[j], batch[j]), folder / f"{i:04d}_trajectory.png")
 labels = [f"{caption}\n{nll:.1f} nats" for caption, nll in zip(captions, nlls)] or captions
 pictures.save(pictures.grid(torch.cat(images), labels), folder / "grid.png")
 
-for stage, seconds in clock.seconds.items():
+for stage, seconds in sampler.seconds.items():
     print(f"{stage}: {len(captions) / seconds:.1f} images/s")
-print(f"all together: {len(captions) / sum(clock.seconds.values()):.1f} images/s on {device.type}")
+print(f"all together: {len(captions) / sum(sampler.seconds.values()):.1f} images/s on {sampler.device.type}")
 if nlls:
     mean = sum(nlls) / len(nlls)
-    numbers = shape[0] * shape[1] * shape[2]
+    numbers = len(grid) * model.config.num_tokens * model.config.token_dim
     print(f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers")
 print(f"wrote {folder / 'grid.png'}")
