@@ -120,21 +120,26 @@ def captions(scene):
     return texts
 
 
-def render(scene, image_size):
-    """Draws a Scene, anti-aliased. Returns uint8 (B, 3, image_size, image_size)."""
+def coverage(shape, x, y, radius, image_size):
+    """How much of each pixel shapes cover, anti-aliased. `shape` indexes SHAPES; x, y and radius are as in a Scene; the
+    four broadcast to (...,). Returns float32 (..., image_size, image_size) in [0, 1]."""
     pixel = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
-    centre_x, centre_y, r = (a.astype(np.float32)[:, :, None, None] for a in (scene.x, scene.y, scene.radius))
-    dx, dy = np.abs(pixel - centre_x), pixel[:, None] - centre_y  # (B, 4, 1, W) and (B, 4, H, 1)
+    centre_x, centre_y, r = (np.asarray(a, dtype=np.float32)[..., None, None] for a in (x, y, radius))
+    dx, dy = np.abs(pixel - centre_x), pixel[:, None] - centre_y  # (..., 1, W) and (..., H, 1)
 
     # signed distances to the outline, negative inside; coverage falls from one to zero across one pixel
     distance = np.select(
-        [scene.shape[:, :, None, None] == k for k in range(2)],
+        [np.asarray(shape)[..., None, None] == k for k in range(2)],
         [np.sqrt(dx**2 + dy**2) - r, np.maximum(dx, np.abs(dy)) - r],
         np.maximum(dy - r, (2 * dx - dy - r) / np.sqrt(np.float32(5))))  # base 2r, height 2r, apex up
-    coverage = np.clip(0.5 - distance * image_size, 0, 1)
+    return np.clip(0.5 - distance * image_size, 0, 1)
 
+
+def render(scene, image_size):
+    """Draws a Scene. Returns uint8 (B, 3, image_size, image_size)."""
+    cover = coverage(scene.shape, scene.x, scene.y, scene.radius, image_size)
     ground = np.array(GROUND, dtype=np.float32)
     paint = np.array(list(COLOURS.values()), dtype=np.float32)[scene.colour] - ground
     paint *= (np.arange(MAX_OBJECTS) < scene.count[:, None])[:, :, None]
-    images = paint.transpose(0, 2, 1) @ coverage.reshape(*coverage.shape[:2], -1) + ground[:, None]
+    images = paint.transpose(0, 2, 1) @ cover.reshape(*cover.shape[:2], -1) + ground[:, None]
     return (images + 0.5).astype(np.uint8).reshape(-1, 3, image_size, image_size)
