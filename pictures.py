@@ -1,6 +1,10 @@
-"""Images in, one picture out: grids of enlarged, captioned samples for people to look at."""
+"""Images in, one picture out: grids of enlarged, captioned samples for people to look at.
+
+    python pictures.py OUT.png "a name"=ROW.png "another"=ROW.png ...     rows of pictures under one another
+"""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +71,19 @@ def grid(images, captions=None, columns=None, scale=None):
     return sheet
 
 
+def stack(named):
+    """Pictures of one width under one another, each with its name above it; named: {name: PIL.Image}."""
+    font, line = ImageFont.load_default(FONT_SIZE), FONT_SIZE + GAP
+    width = max(image.width for image in named.values())
+    sheet = Image.new("RGB", (width, sum(image.height + line for image in named.values())), PAPER)
+    draw, y = ImageDraw.Draw(sheet), 0
+    for name, image in named.items():
+        draw.text((GAP, y + GAP // 2), name, fill=INK, font=font)
+        sheet.paste(image, (0, y + line))
+        y += image.height + line
+    return sheet
+
+
 def save(image, path):
     """Writes a PIL.Image as PNG, whole or not at all; makes the folder."""
     path = Path(path)
@@ -74,3 +91,11 @@ def save(image, path):
     part = path.with_name(path.name + ".part")
     image.save(part, format="PNG")
     os.replace(part, path)
+
+
+if __name__ == "__main__":
+    try:
+        out, *rows = sys.argv[1:]
+        save(stack({name: Image.open(path) for name, _, path in (row.rpartition("=") for row in rows)}), out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"pictures.py: {error}; write OUT.png NAME=ROW.png ...")

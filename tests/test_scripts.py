@@ -584,11 +584,18 @@ def test_config_runs(tmp_path, config):
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", np.arange(4, dtype=np.uint8))
     small = TRAIN + ["--transporter_heads=2", "--max_iters=1", "--batch_size=2", "--grad_accum=1", "--val_examples=2",
                      "--num_samples=1", "--workers=0", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}"]
+    if config == "sit.py":
+        for split in ("train", "val"):
+            (tmp_path / split).mkdir()
+            for i in range(2):
+                np.save(tmp_path / split / f"{i}.npy", np.ones((4, 8, 8), dtype=np.float16))
+        torch.save(contents(ROOT / "tests" / "sit_tiny.pt")["state_dict"], tmp_path / "sit.pt")
+        small += [f"--init_from=sit:{tmp_path / 'sit.pt'}"]
     if config.endswith("_tune.py"):
         run("train.py", str(ROOT / "config" / config.replace("_tune", "_fm")), *small, f"--out_dir={tmp_path / 'fm'}")
         small += [f"--init_from={tmp_path / 'fm' / 'ckpt.pt'}"]
     names, _ = run("train.py", str(ROOT / "config" / config), *small)
-    assert names["config"]["dataset"] in config
+    assert names["config"]["dataset"] in config or config == "sit.py"
     assert contents(tmp_path / "ckpt.pt")["iter"] == 1
     assert [line["iter"] for line in read_log(tmp_path / "log.jsonl")] == [1, 1]
 

@@ -1,0 +1,176 @@
+"""evaluate.py: its numbers against closed forms, and the script on a small trained model."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import run
+from PIL import Image
+from test_scripts import DISTILL, TRAIN, fails, pixels, trained  # noqa: F401, the fixture
+from torch.distributions import MultivariateNormal
+from tqdm import tqdm
+
+import evaluate
+import pictures
+from flow import forward_trajectory, reverse_posterior, time_grid
+from model import NTM, NTMConfig
+
+MEAN, STD = 0.4, 0.5  # of Gaussian data, every number on its own
+TINY = dict(image_size=(4, 6), channels=1, patch_size=2, vocab_size=20, text_len=3, width=16, depth=1, heads=2,
+            transporter_width=8, transporter_blocks=2, transporter_layers=1, transporter_heads=2)
+TEXT = torch.tensor([[2, 3, 0]])
+
+
+class ExactReverse(NTM):
+    """For data N(MEAN, STD^2) the reverse step is a Gaussian: A x_t + B E[x_0 | x_t], C^2 + B^2 Var[x_0 | x_t]."""
+
+    def predict(self, u, t, s, steps, text):
+        A, B, C = (a[:, None, None] for a in reverse_posterior(t, s))
+        t = t[:, None, None]
+        spread = (1 - t)**2 * STD**2 + t**2
+        x0 = MEAN + (1 - t) * STD**2 / spread * (u - (1 - t) * MEAN)
+        variance = C**2 + B**2 * STD**2 * t**2 / spread
+        return A * u + B * x0, 0.5 * variance.log() * torch.ones_like(u)
+
+
+def bound_of(model, t_min, count=2_000):
+    """The bounds (count,) of Gaussian data, and its exact -log p(x_{t_min}), each a mean over the same trajectories."""
+    ts = time_grid(4, t_min, 6, shift=1.0).double().expand(count, -1)
+    x0 = MEAN + STD * torch.randn(count, 6, 4).double()
+    x = forward_trajectory(x0, ts)
+    _, bound = evaluate.trajectory_bound(model, x, ts, TEXT.expand(count, -1))
+    std = math.sqrt((1 - t_min)**2 * STD**2 + t_min**2)
+    truth = -torch.distributions.Normal((1 - t_min) * MEAN, std).log_prob(x[:, 0]).sum(dim=(1, 2))
+    return bound, truth
+
+
+@pytest.mark.parametrize("t_min", [0.0, 0.02])
+def test_bound_with_the_exact_reverse_is_the_truth(t_min):
+    bound, truth = bound_of(ExactReverse(NTMConfig(**TINY)).double(), t_min)
+    torch.testing.assert_close(bound, truth, rtol=1e-6, atol=1e-6)  # for every trajectory: q's own reverse is exact
+
+
+@pytest.mark.parametrize("t_min", [0.0, 0.02])
+def test_bound_of_a_wrong_model_is_above_the_truth(t_min):
+    bound, truth = bound_of(NTM(NTMConfig(**TINY)).double(), t_min)
+    gap = bound - truth
+    assert gap.mean() > 10 * gap.std() / math.sqrt(len(gap))
+
+
+def test_bits_per_dimension_of_uniform_bytes_are_eight():
+    """Dequantised uniform bytes are uniform on [-1, 1]: log 2 nats for each number."""
+    assert evaluate.bits_per_dim(torch.tensor(math.log(2) * 10), 10).item() == pytest.approx(8)
+
+
+def test_caption_likelihoods_are_those_of_trajectories():
+    model = NTM(NTMConfig(**TINY)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ts = time_grid(4, 0.02, 6, shift=1.0).double().expand(2, -1)
+    x = forward_trajectory(torch.randn(2, 6, 4).double(), ts)
+    candidates = torch.tensor([[[2, 3, 0], [4, 0, 0], [1, 0, 0]], [[5, 6, 7], [2, 3, 0], [8, 0, 0]]])
+    found = evaluate.caption_log_likelihoods(model, x, ts, candidates)
+    for k in range(3):
+        torch.testing.assert_close(found[:, k], -model.trajectory_nll(x, ts, candidates[:, k]).sum(dim=1))
+
+
+def test_auroc():
+    assert evaluate.auroc(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])) == 1
+    assert evaluate.auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0])) == 0.75
+    assert evaluate.auroc(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0])) == 0.5
+
+
+def test_frechet_distance_of_gaussians():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(50_000, 1, 1, 2, generator=generator)
+    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert evaluate.frechet_distance(a, 2 * a + 3) == pytest.approx(2 * 9 + 2 * 1, rel=0.02)  # |3|^2 + (2 - 1)^2 each
+    S = torch.tensor([[1.0, 0.6], [0.6, 0.5]])
+    b = MultivariateNormal(torch.zeros(2), S).sample((50_000,))[:, None, None]
+    root = torch.linalg.eigvals(S).real.sqrt().sum().item()  # against N(0, I): tr(I + S - 2 S^(1/2))
+    assert evaluate.frechet_distance(a, b) == pytest.approx(2 + 1.5 - 2 * root, abs=0.02)
+
+
+def test_nearest_labels():
+    examples = torch.tensor([0.0, 1.0, 5.0])[:, None, None, None].expand(3, 1, 2, 2)
+    found = evaluate.nearest_labels(examples[[1, 2, 0]] + 0.3, examples, torch.tensor([7, 8, 9]))
+    assert found.tolist() == [8, 9, 7]
+
+
+def test_standard_errors():
+    assert evaluate.share([True] * 3 + [False]) == {"mean": 0.75, "standard_error": math.sqrt(0.75 * 0.25 / 4)}
+    values = torch.tensor([1.0, 2.0, 3.0])
+    assert evaluate.average(values) == pytest.approx({"mean": 2.0, "standard_error": 1 / math.sqrt(3)})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def evaluated(*settings):
+    _, printed = run("evaluate.py", "--device=cpu", *settings)
+    folder = next(setting for setting in settings if setting.startswith("--out_dir=")).removeprefix("--out_dir=")
+    return json.loads(open(f"{folder}/evaluate.json").read()), printed
+
+
+def test_digits_in_all_parts(trained):  # noqa: F811
+    results, printed = evaluated(f"--out_dir={trained}", "--val_examples=60", "--num_samples=40", "--steps=4,3",
+                                 "--batch_size=25", "--draws=2")
+    assert results["iteration"] == 100
+    likelihood = results["likelihood"]
+    for name in ("step 0", "step 1", "step 2", "step 3", "trajectory", "bound"):
+        assert likelihood[name]["per_dimension"] == pytest.approx(likelihood[name]["mean"] / 64)
+    assert 0 < likelihood["bits per dimension"]["mean"] < 12
+    assert {name for name in results if name.startswith("pictures")} == {
+        f"pictures, {count} steps, {way}" for count in (4, 3) for way in ("none", "score", "learned")}
+    drawn = results["pictures, 4 steps, learned"]
+    assert drawn["frechet_distance"] > 0 and drawn["images_per_s"] > 0
+    assert 0 <= drawn["nearest_is_of_the_class"]["mean"] <= 1
+    assert results["classifier"]["accuracy"].keys() == {"mean", "standard_error"}
+    assert results["outliers"]["noise, by trajectory"] > 0.9
+    assert pixels(trained / "evaluate" / "ntm_4_learned.png").shape[1] > 900
+    for word in ("bits per dimension", "accuracy", "±", "wrote"):
+        assert word in printed
+
+
+def test_classifier_counts_the_true_class(trained, monkeypatch):  # noqa: F811
+    for name, value in {"val_examples": 60, "batch_size": 25, "draws": 1}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(evaluate, "caption_log_likelihoods", lambda model, x, ts, candidates: torch.eye(10)[[3] * len(x)])
+    dataset = evaluate.get_dataset("digits", "val", 8, 1)
+    found = evaluate.evaluate_classifier(evaluate.Sampler(trained, torch.device("cpu"), 0, "none"), dataset, tqdm())
+    assert found["accuracy"]["mean"] == sum(dataset.label(i) == 3 for i in range(60)) / 60 > 0
+
+
+def test_shapes_follow_prompts_or_not(tmp_path):
+    settings = [*TRAIN, "--dataset=shapes", "--image_size=16", "--channels=3", "--text_len=8", "--max_iters=2"]
+    run("train.py", *settings, f"--out_dir={tmp_path}")
+    run("distill.py", *DISTILL, f"--out_dir={tmp_path}", "--max_iters=1")
+    results, _ = evaluated(f"--out_dir={tmp_path}", "--val_examples=10", "--num_samples=12", "--draws=1")
+    tasks = results["pictures, 4 steps, learned"]
+    assert all(tasks[name]["mean"] == 0 for name in ("single object", "counting", "position", "strictly", "overall"))
+    assert 0 <= results["classifier"]["accuracy"]["mean"] <= 1
+    assert "digits, by bound" in results["outliers"]
+
+
+def test_flow_matching_has_pictures_only(tmp_path):
+    run("train.py", *TRAIN, "--objective=fm", f"--out_dir={tmp_path}", "--max_iters=2")
+    results, _ = evaluated(f"--out_dir={tmp_path}", "--num_samples=10", "--steps=2,5")
+    assert set(results) == {"config", "iteration", "pictures, 2 steps", "pictures, 5 steps"}
+
+
+def test_rows_of_pictures_are_stacked(tmp_path):
+    for name, level in (("a", 0), ("b", 255)):
+        Image.fromarray(np.full((10, 20, 3), level, dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    sheet = pictures.stack({name: Image.open(tmp_path / f"{name}.png") for name in "ab"})
+    assert sheet.width == 20 and sheet.height == 2 * (10 + 21)
+
+
+@pytest.mark.parametrize("settings, parts", [(["--parts=likelihood,fid"], ["'fid'", "classifier"]),
+                                             (["--denoise=blur"], ["'blur'", "'score'"]),
+                                             (["--draws=0"], ["draws is 0"]),
+                                             (["--out_dir=nowhere"], ["nowhere/ckpt.pt", "train.py"])])
+def test_wrong_settings_are_named(trained, settings, parts):  # noqa: F811
+    line = fails("evaluate.py", f"--out_dir={trained}", *settings)
+    assert all(part in line for part in parts)
