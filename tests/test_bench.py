@@ -1,0 +1,64 @@
+"""bench.py counts and measures what it says; no test depends on how fast the machine is."""
+import json
+
+import pytest
+import torch
+from helpers import run
+from test_scripts import fails, trained  # noqa: F401, the fixture
+from tqdm import tqdm
+
+import bench
+from model import NTM, NTMConfig
+
+SMALL = ["--device=cpu", "--repeats=1", "--batch_size=2", "--step_counts=(1, 2)", "--tolerances=(1e-2, 1e-5)"]
+TINY = NTMConfig(image_size=4, width=8, depth=1, heads=2, transporter_width=8, transporter_layers=1)
+
+
+def test_every_figure_is_there(trained):  # noqa: F811
+    _, printed = run("bench.py", *SMALL, f"--out_dir={trained}", "--image_sizes=(4, 8)")
+    results = json.loads((trained / "bench.json").read_text())
+    assert {"NTM, pairs", "NTM, trajectories", "NTM, no transporter", "flow matching",
+            "matrix product GFLOP/s"} == set(results["training"])
+    for row in list(results["training"].values())[1:]:
+        assert row["images/s"] > 0 and 0 < row["utilisation"] < 1
+    work = {name: row["GFLOP an image"] for name, row in list(results["training"].items())[1:]}
+    assert work["flow matching"] < work["NTM, no transporter"] * 1.01 < work["NTM, pairs"] < work["NTM, trajectories"]
+
+    inversion = results["inversion"]
+    assert len(inversion) == 2 * 3  # two N; cache and two tolerances
+    for N in (4, 16):
+        assert inversion[f"N = {N}, cache"]["largest error"] < 1e-4
+        loose, tight = (inversion[f"N = {N}, Jacobi, tolerance {tol}"] for tol in ("0.01", "1e-05"))
+        assert tight["largest error"] <= loose["largest error"] and tight["largest error"] < 1e-3
+        assert 1 <= loose["sweeps a block"] <= tight["sweeps a block"] <= N
+    assert list(results["sampling"]) == ["NTM, 4 steps, none", "NTM, 4 steps, score", "NTM, 4 steps, learned",
+                                         "flow matching, 4 steps", "flow matching, 50 steps"]
+    assert list(results["cost"]) == ["T = 1", "T = 2", "N = 4", "N = 16"]
+    for title in ("training", "inversion", "sampling", "cost", "wrote"):
+        assert title in printed
+
+
+def test_random_weights_are_not_the_identity():
+    model = bench.network(NTM, TINY, torch.device("cpu"))
+    x = torch.randn(2, 4, 4)
+    u, logdet = model.transporter(x, torch.full((2,), 0.5), torch.full((2,), 4))
+    assert (u - x).abs().max() > 0.01 and logdet.abs().min() > 0
+
+
+def test_medians_take_turns(monkeypatch):
+    calls = []
+    monkeypatch.setattr(bench, "repeats", 3)
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    assert bench.medians(functions, torch.device("cpu"), tqdm(disable=True)).keys() == {"a", "b"}
+    assert calls == ["a", "b"] * 4  # the warm-up and three
+
+
+def test_flops_are_counted():
+    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    assert bench.flops_of(lambda: (a @ b).sum().backward()) == 3 * 2 * 3 * 4 * 5  # forward, and a gradient for each
+
+
+@pytest.mark.parametrize("settings, part", [(["--repeats=0"], "repeats is 0"), (["--out_dir=nowhere"], "nowhere/ckpt.pt"),
+                                            (["--width=30", "--heads=4"], "width 30 is not divisible by 4 heads")])
+def test_wrong_settings_are_named(settings, part):
+    assert part in fails("bench.py", "--device=cpu", *settings)
