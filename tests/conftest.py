@@ -1,4 +1,5 @@
 """Shared by all tests: the repository root on the path, one thread, the same random numbers for every test."""
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from helpers import DISTILL, TRAIN, run  # noqa: E402, once the root is on the path
+
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for one another
 
 
@@ -32,3 +36,18 @@ def covariance(ts):
         m, M = min(a, b), max(a, b)
         return 1.0 if m == 1 else m**2 * (1 - M) / (1 - m)
     return torch.tensor([[entry(float(a), float(b)) for b in ts] for a in ts], dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder after train.py and distill.py, long enough for captions to matter. Not to be written to."""
+    out = tmp_path_factory.mktemp("trained")
+    run("train.py", *TRAIN, f"--out_dir={out}", "--max_iters=100", "--val_interval=50", "--lr=1e-2")
+    run("distill.py", *DISTILL, f"--out_dir={out}", "--max_iters=40", "--val_interval=20", "--lr=1e-2")
+    return out
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of that folder, to be written to."""
+    return shutil.copytree(trained, tmp_path / "copy")

@@ -3,15 +3,28 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import runpy
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+import checkpoint
 
 ROOT = Path(__file__).parent.parent
+SHORT = ["--device=cpu", "--batch_size=8", "--max_iters=6", "--val_interval=3", "--val_examples=16", "--num_samples=4",
+         "--log_interval=1", "--warmup_iters=2", "--optimizer=adamw", "--lr=2e-3"]
+SMALL = ["--width=16", "--depth=1", "--heads=2"]
+TRAIN = SHORT + SMALL + ["--transporter_width=16", "--transporter_blocks=2", "--transporter_layers=1", "--shift=None"]
+DISTILL = SHORT + SMALL + ["--t_min=0.03"]  # the model's own pictures end at 0.02
+SAMPLE = ["--device=cpu", "--num_samples=5"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @contextlib.contextmanager
@@ -81,3 +94,49 @@ def same_training(path, other):
     """Whether two checkpoints would go on alike: weights, average, optimizer and iteration."""
     a, b = contents(path), contents(other)
     return all(same(a[key], b[key]) for key in ("model", "ema", "optimizers", "iter"))
+
+
+def start(*command):
+    """A process of its own, in a session of its own, its output to be read."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def load(out, kind):
+    """The averaged network that a folder holds."""
+    path = out / ("denoiser.pt" if kind == "denoiser" else "ckpt.pt")
+    return checkpoint.network_of(checkpoint.load(path, kind), path)
+
+
+def pixels(path):
+    """A picture as an int array (H, W, 3), once it is clear that it shows something."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        array = np.asarray(image.convert("RGB")).astype(int)
+    assert array.min() < array.max()
+    return array
+
+
+def two_ranks(*command):
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return out
+
+
+def assert_close_training(out, other, name, log):
+    """Losses, validation and final weights of two runs are equal to rounding."""
+    for a, b in zip(read_log_without_speed(out / log), read_log_without_speed(other / log), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    a, b = contents(out / name), contents(other / name)
+    for key in ("model", "ema"):
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=2e-5)
+
+
+def fails(script, *settings):
+    """The one line that a script ends with."""
+    with pytest.raises(SystemExit) as stop:
+        run(script, *settings)
+    line = stop.value.code
+    assert isinstance(line, str) and line.strip() and "\n" not in line
+    return line

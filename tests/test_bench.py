@@ -3,8 +3,7 @@ import json
 
 import pytest
 import torch
-from helpers import run
-from test_scripts import fails, trained  # noqa: F401, the fixture
+from helpers import fails, run
 from tqdm import tqdm
 
 import bench
@@ -14,9 +13,9 @@ SMALL = ["--device=cpu", "--repeats=1", "--batch_size=2", "--step_counts=(1, 2)"
 TINY = NTMConfig(image_size=4, width=8, depth=1, heads=2, transporter_width=8, transporter_layers=1)
 
 
-def test_every_figure_is_there(trained):  # noqa: F811
-    _, printed = run("bench.py", *SMALL, f"--out_dir={trained}", "--image_sizes=(4, 8)")
-    results = json.loads((trained / "bench.json").read_text())
+def test_every_figure_is_there(copied):
+    _, printed = run("bench.py", *SMALL, f"--out_dir={copied}", "--image_sizes=(4, 8)")
+    results = json.loads((copied / "bench.json").read_text())
     assert {"NTM, pairs", "NTM, trajectories", "NTM, no transporter", "flow matching",
             "matrix product GFLOP/s"} == set(results["training"])
     for row in list(results["training"].values())[1:]:

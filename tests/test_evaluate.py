@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import run
+from helpers import DISTILL, TRAIN, fails, pixels, run
 from PIL import Image
-from test_scripts import DISTILL, TRAIN, fails, pixels, trained  # noqa: F401, the fixture
 from torch.distributions import MultivariateNormal
 from tqdm import tqdm
 
@@ -114,8 +113,8 @@ def evaluated(*settings):
     return json.loads(open(f"{folder}/evaluate.json").read()), printed
 
 
-def test_digits_in_all_parts(trained):  # noqa: F811
-    results, printed = evaluated(f"--out_dir={trained}", "--val_examples=60", "--num_samples=40", "--steps=4,3",
+def test_digits_in_all_parts(copied):
+    results, printed = evaluated(f"--out_dir={copied}", "--val_examples=60", "--num_samples=40", "--steps=4,3",
                                  "--batch_size=25", "--draws=2")
     assert results["iteration"] == 100
     likelihood = results["likelihood"]
@@ -129,12 +128,12 @@ def test_digits_in_all_parts(trained):  # noqa: F811
     assert 0 <= drawn["nearest_is_of_the_class"]["mean"] <= 1
     assert results["classifier"]["accuracy"].keys() == {"mean", "standard_error"}
     assert results["outliers"]["noise, by trajectory"] > 0.9
-    assert pixels(trained / "evaluate" / "ntm_4_learned.png").shape[1] > 900
+    assert pixels(copied / "evaluate" / "ntm_4_learned.png").shape[1] > 900
     for word in ("bits per dimension", "accuracy", "±", "wrote"):
         assert word in printed
 
 
-def test_classifier_counts_the_true_class(trained, monkeypatch):  # noqa: F811
+def test_classifier_counts_the_true_class(trained, monkeypatch):
     for name, value in {"val_examples": 60, "batch_size": 25, "draws": 1}.items():
         monkeypatch.setattr(evaluate, name, value)
     monkeypatch.setattr(evaluate, "caption_log_likelihoods", lambda model, x, ts, candidates: torch.eye(10)[[3] * len(x)])
@@ -171,6 +170,6 @@ def test_rows_of_pictures_are_stacked(tmp_path):
                                              (["--denoise=blur"], ["'blur'", "'score'"]),
                                              (["--draws=0"], ["draws is 0"]),
                                              (["--out_dir=nowhere"], ["nowhere/ckpt.pt", "train.py"])])
-def test_wrong_settings_are_named(trained, settings, parts):  # noqa: F811
+def test_wrong_settings_are_named(trained, settings, parts):
     line = fails("evaluate.py", f"--out_dir={trained}", *settings)
     assert all(part in line for part in parts)

@@ -4,9 +4,8 @@ import math
 import pytest
 import torch
 from conftest import randomize
-from helpers import (contents, interrupted_run, read_log, read_log_without_speed, run, same, same_training,
-                     training_lines)
-from test_scripts import DISTILL, SAMPLE, TRAIN, fails, load, pixels
+from helpers import (DISTILL, SAMPLE, TRAIN, assert_close_training, contents, fails, interrupted_run, load, pixels,
+                     read_log, read_log_without_speed, run, same, same_training, training_lines, two_ranks)
 
 import checkpoint
 from flow import forward_trajectory, time_grid
@@ -228,6 +227,14 @@ def test_fine_tuning_resumes_bit_for_bit_without_its_base(tune, base, tmp_path):
     _, printed = run("sample.py", *SAMPLE, f"--out_dir={tmp_path / 'whole'}", "--denoise=none")
     assert "trajectory NLL" in printed
     run("distill.py", *DISTILL, f"--out_dir={tmp_path / 'whole'}")
+
+
+def test_two_processes_do_as_one(tune, tmp_path):
+    for name, settings in {"fm": [*TRAIN, "--objective=fm"], "tune": tune}.items():
+        alone, both = tmp_path / f"{name}_alone", tmp_path / f"{name}_both"
+        run("train.py", *settings, f"--out_dir={alone}", "--max_iters=3")
+        two_ranks("train.py", *settings, f"--out_dir={both}", "--max_iters=3")
+        assert_close_training(both, alone, "ckpt.pt", "log.jsonl")
 
 
 def test_fine_tuning_without_the_auxiliary_loss(tune, tmp_path):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from helpers import ROOT, contents, read_log, read_log_without_speed, run, same, same_training, training_lines
-from PIL import Image
+from helpers import (DISTILL, ROOT, SAMPLE, TRAIN, assert_close_training, contents, fails, load, pixels, read_log,
+                     read_log_without_speed, run, same, same_training, start, training_lines, two_ranks)
 from test_data import write_idx
 from torch.distributions import Normal
 
@@ -22,51 +22,6 @@ import pictures
 from data import DIGITS, get_dataset, get_tokenizer
 from flow import forward_trajectory, time_grid
 from loop import validation_batches
-
-SHORT = ["--device=cpu", "--batch_size=8", "--max_iters=6", "--val_interval=3", "--val_examples=16", "--num_samples=4",
-         "--log_interval=1", "--warmup_iters=2", "--optimizer=adamw", "--lr=2e-3"]
-SMALL = ["--width=16", "--depth=1", "--heads=2"]
-TRAIN = SHORT + SMALL + ["--transporter_width=16", "--transporter_blocks=2", "--transporter_layers=1", "--shift=None"]
-DISTILL = SHORT + SMALL + ["--t_min=0.03"]  # the model's own pictures end at 0.02
-SAMPLE = ["--device=cpu", "--num_samples=5"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def start(*command):
-    """A process of its own, in a session of its own, its output to be read."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder after train.py and distill.py, long enough for captions to matter. Not to be written to."""
-    out = tmp_path_factory.mktemp("trained")
-    run("train.py", *TRAIN, f"--out_dir={out}", "--max_iters=100", "--val_interval=50", "--lr=1e-2")
-    run("distill.py", *DISTILL, f"--out_dir={out}", "--max_iters=40", "--val_interval=20", "--lr=1e-2")
-    return out
-
-
-@pytest.fixture
-def copied(trained, tmp_path):
-    """A copy of that folder, to be written to."""
-    return shutil.copytree(trained, tmp_path / "copy")
-
-
-def load(out, kind):
-    """The averaged network that a folder holds."""
-    path = out / ("denoiser.pt" if kind == "denoiser" else "ckpt.pt")
-    return checkpoint.network_of(checkpoint.load(path, kind), path)
-
-
-def pixels(path):
-    """A picture as an int array (H, W, 3), once it is clear that it shows something."""
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        array = np.asarray(image.convert("RGB")).astype(int)
-    assert array.min() < array.max()
-    return array
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Train and distill
@@ -352,22 +307,6 @@ torch.save(model.state_dict(), os.path.join({out!r}, f"rank{{rank}}.pt"))
 """
 
 
-def two_ranks(*command):
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return out
-
-
-def assert_close_training(out, other, name, log):
-    """Losses, validation and final weights of two runs are equal to rounding."""
-    for a, b in zip(read_log_without_speed(out / log), read_log_without_speed(other / log), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-    a, b = contents(out / name), contents(other / name)
-    for key in ("model", "ema"):
-        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=2e-5)
-
-
 def test_two_processes_train_and_distill_as_one_does(tmp_path):
     alone, accumulated, both = (tmp_path / name for name in ("alone", "accumulated", "both"))
     settings = ["--val_examples=120", "--caption_dropout=0.5"]  # two batches of validation, one a rank
@@ -400,15 +339,6 @@ def test_ranks_skip_and_stop_together(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a user can get wrong
-
-
-def fails(script, *settings):
-    """The one line that a script ends with."""
-    with pytest.raises(SystemExit) as stop:
-        run(script, *settings)
-    line = stop.value.code
-    assert isinstance(line, str) and line.strip() and "\n" not in line
-    return line
 
 
 TRAIN_MISTAKES = {

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize
-from helpers import contents, read_log, run, training_lines
-from test_scripts import DISTILL, SAMPLE, fails, pixels
+from helpers import DISTILL, SAMPLE, contents, fails, pixels, run, training_lines
 
 import checkpoint
 import data
