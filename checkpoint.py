@@ -2,10 +2,13 @@
 
 A checkpoint is a dict of tensors and plain values: `kind` ("ntm", "fm" or "denoiser"), `model_config` (the fields of
 NTMConfig), `settings` (those of the script that wrote it), `model`, `ema`, `optimizers` (a list) and `iter`.
+
+    python checkpoint.py out/shapes assets/shapes     what sampling needs of a model and its denoiser, in float16
 """
 
 import contextlib
 import os
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -55,7 +58,8 @@ def load(path, *kinds, device="cpu"):
         raise CheckpointError(message) from error
     if not isinstance(contents, dict) or contents.get("kind") not in kinds:
         found = contents.get("kind") if isinstance(contents, dict) else type(contents).__name__
-        raise CheckpointError(f"{path} is not a {' or '.join(map(repr, kinds))} checkpoint of this repository (its kind is {found!r})")
+        expected = " or ".join(map(repr, kinds))
+        raise CheckpointError(f"{path} is not a {expected} checkpoint of this repository (its kind is {found!r})")
     return contents
 
 
@@ -84,3 +88,19 @@ def network_of(contents, path, device="cpu"):
 def config_dict(config):
     """An NTMConfig as plain values for a checkpoint."""
     return asdict(config)
+
+
+def slim(path, out):
+    """Writes what sampling needs of the checkpoint `path`, its averaged weights in float16, to `out`."""
+    contents = load(path, *NETWORKS)
+    kept = {key: contents[key] for key in ("kind", "model_config", "iter")}
+    settings = contents["settings"] | {"out_dir": "", "init_from": "", "data_dir": ""}  # paths are of no use elsewhere
+    ema = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in contents["ema"].items()}
+    save(out, **kept, settings=settings, ema=ema)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python checkpoint.py OUT_DIR NEW_DIR")
+    for name in ("ckpt.pt", "denoiser.pt"):
+        slim(Path(sys.argv[1]) / name, Path(sys.argv[2]) / name)

@@ -7,9 +7,9 @@
 - latents  pictures that an autoencoder has encoded already: DATA_DIR/train/KEY.npy and DATA_DIR/val/KEY.npy, each an
            array (C, h, w), float16 or any other float, with the caption in KEY.txt beside it, if there is one
 
-Every picture set gives images in [-1, 1], 8-bit value v at the centre (2v + 1)/256 - 1 of its bin, and captions that are
-a function of (seed, item) alone. Captions become ids by byte-pair encoding, or are the numbers of classes: 0 is padding,
-1 the null caption.
+Every picture set gives images in [-1, 1], 8-bit value v at the centre (2v + 1)/256 - 1 of its bin, and captions that
+are a function of (seed, item) alone. Captions become ids by byte-pair encoding, or are the numbers of classes: 0 is
+padding, 1 the null caption.
 
     python data.py NAME      prepares and checks a data set: sizes, captions, tokens, a contact sheet in out/NAME.png
     python data.py vocab     makes assets/captions.tiktoken anew

@@ -80,7 +80,7 @@ def caption_log_likelihoods(model, x, ts, candidates):
 
 
 def auroc(inside, outside):
-    """The chance that a number of `outside` is larger than one of `inside`, both (n,): 0.5 says nothing, 1 tells all."""
+    """The chance that a number of `outside` exceeds one of `inside`, both (n,): 0.5 says nothing, 1 tells all."""
     return ((outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside).double()).mean().item()
 
 
@@ -186,7 +186,8 @@ def evaluate_pictures(sampler, bar, train_set, val_set):
         results["frechet_distance"] = frechet_distance(images, real)
         examples = collate(train_set.__getitems__(list(range(len(train_set)))))[0]
         found = nearest_labels(images, examples, torch.as_tensor(train_set.labels.copy()))
-        results["nearest_is_of_the_class"] = share([label == i % len(classes) for i, label in enumerate(found.tolist())])
+        hits = [label == i % len(classes) for i, label in enumerate(found.tolist())]
+        results["nearest_is_of_the_class"] = share(hits)
     return results
 
 

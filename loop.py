@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -219,7 +218,10 @@ def find_start(init_from, path, kind, device):
     if init_from not in STARTS:
         raise ValueError(f"init_from {init_from!r} is unknown: choose {', '.join(map(repr, STARTS))}")
     if init_from == "resume" or (init_from == "auto" and path.exists()):
-        return checkpoint.load(path, kind, device=device)
+        contents = checkpoint.load(path, kind, device=device)
+        if "optimizers" not in contents:
+            raise ValueError(f"{path} holds what sampling needs and no more: it cannot be resumed")
+        return contents
     if path.exists():
         raise ValueError(f"{path} is there already: continue it with --init_from=resume, or choose another --out_dir")
     return None

@@ -282,7 +282,7 @@ class NTM(PictureModel):
         """Mean and log standard deviation of p(u_s | u_t = u), each (B, N, D); t, s, steps (B,), text (B, L).
 
         "direct": the head emits both. "posterior": it emits a velocity v, and so an estimate x_0 = u - t v, and a
-        correction delta to the standard deviation C of the exact posterior q(x_s | x_t, x_0), which this is if delta = 0.
+        correction delta to the standard deviation C of the exact posterior q(x_s | x_t, x_0), which delta = 0 leaves.
         """
         first, second = self.predictor(u, t, s, steps, text)
         if self.config.parametrization == "direct":

@@ -1,8 +1,8 @@
 """SiT: a published flow-matching network, to start from (Scalable Interpolant Transformers, arXiv:2401.08740).
 
-Class-conditional ImageNet in the latents of the Stable Diffusion autoencoder. The network has the parameter names of the
-published checkpoints, and its size is read off their tensors. What differs from ours is mapped at its door: there, time
-runs from noise (0) to data (1), and the velocity is data - noise.
+Class-conditional ImageNet in the latents of the Stable Diffusion autoencoder. The network has the parameter names of
+the published checkpoints, and its size is read off their tensors. What differs from ours is mapped at its door: there,
+time runs from noise (0) to data (1), and the velocity is data - noise.
 
     load_sit(path)     the velocity network of a checkpoint
     SiTPredictor       the same network as an NTM's predictor: its last hidden states also give the scale

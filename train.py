@@ -9,7 +9,6 @@
 Leaves in out_dir: ckpt.pt, log.jsonl and, from every validation, samples/ITERATION.png.
 """
 
-import copy
 import math
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from sit import load_sit
 # ---- run
 out_dir = "out/digits"
 objective = "ntm"  # or "fm": flow matching, with the same network
-init_from = "scratch"  # "resume": continue out_dir/ckpt.pt; "auto": if it is there; a flow-matching ckpt.pt; or sit:PATH
+init_from = "scratch"  # "resume": continue out_dir/ckpt.pt; "auto": if there; or a flow-matching ckpt.pt; or sit:PATH
 seed = 0  # with the iteration, all of a run's randomness
 device = ""  # cuda, mps or cpu; empty: the best there is
 bfloat16: bool | None = None  # autocast; None: on CUDA only
@@ -79,7 +78,7 @@ num_samples = 25  # in the grid
 
 config = configure(globals())
 
-NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")  # of the velocity
+NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
 
 
 def velocity_network(name):

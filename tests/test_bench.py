@@ -57,7 +57,8 @@ def test_flops_are_counted():
     assert bench.flops_of(lambda: (a @ b).sum().backward()) == 3 * 2 * 3 * 4 * 5  # forward, and a gradient for each
 
 
-@pytest.mark.parametrize("settings, part", [(["--repeats=0"], "repeats is 0"), (["--out_dir=nowhere"], "nowhere/ckpt.pt"),
-                                            (["--width=30", "--heads=4"], "width 30 is not divisible by 4 heads")])
+@pytest.mark.parametrize("settings, part", [
+    (["--repeats=0"], "repeats is 0"), (["--out_dir=nowhere"], "nowhere/ckpt.pt"),
+    (["--width=30", "--heads=4"], "width 30 is not divisible by 4 heads")])
 def test_wrong_settings_are_named(settings, part):
     assert part in fails("bench.py", "--device=cpu", *settings)

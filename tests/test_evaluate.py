@@ -136,7 +136,7 @@ def test_digits_in_all_parts(copied):
 def test_classifier_counts_the_true_class(trained, monkeypatch):
     for name, value in {"val_examples": 60, "batch_size": 25, "draws": 1}.items():
         monkeypatch.setattr(evaluate, name, value)
-    monkeypatch.setattr(evaluate, "caption_log_likelihoods", lambda model, x, ts, candidates: torch.eye(10)[[3] * len(x)])
+    monkeypatch.setattr(evaluate, "caption_log_likelihoods", lambda model, x, *_: torch.eye(10)[[3] * len(x)])
     dataset = evaluate.get_dataset("digits", "val", 8, 1)
     found = evaluate.evaluate_classifier(evaluate.Sampler(trained, torch.device("cpu"), 0, "none"), dataset, tqdm())
     assert found["accuracy"]["mean"] == sum(dataset.label(i) == 3 for i in range(60)) / 60 > 0

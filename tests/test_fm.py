@@ -36,7 +36,8 @@ def model(network):
 
 
 def test_loss_is_the_error_of_the_velocity(network):
-    images, t, noise = torch.rand(3, 1, 4, 6).double(), torch.tensor([0.1, 0.5, 0.9]).double(), torch.randn(3, 6, 4).double()
+    images, noise = torch.rand(3, 1, 4, 6).double(), torch.randn(3, 6, 4).double()
+    t = torch.tensor([0.1, 0.5, 0.9]).double()
     loss = network(images, TEXT, (t, noise))
     x0 = network.patchify(images)
     errors = [network.velocity((1 - t[i]) * x0[i:i + 1] + t[i] * noise[i:i + 1], t[i:i + 1], TEXT[i:i + 1])

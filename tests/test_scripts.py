@@ -1,4 +1,5 @@
 """The scripts from end to end: train, distill, sample; interrupted, resumed, in two processes, and used wrongly."""
+import json
 import math
 import os
 import re
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from helpers import (DISTILL, ROOT, SAMPLE, TRAIN, assert_close_training, contents, fails, load, pixels, read_log,
-                     read_log_without_speed, run, same, same_training, start, training_lines, two_ranks)
+from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, TRAIN, assert_close_training, contents, fails, load, pixels,
+                     read_log, read_log_without_speed, run, same, same_training, start, training_lines, two_ranks)
 from test_data import write_idx
 from torch.distributions import Normal
 
@@ -542,3 +543,75 @@ def test_prompts_that_are_not_text_are_named(copied):
     (copied / "prompts.txt").write_bytes(b"\xff\xfe a bag")
     line = fails("sample.py", *SAMPLE, f"--out_dir={copied}", f"--prompts={copied / 'prompts.txt'}")
     assert "prompts.txt" in line and "cannot be read" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layouts for judges of many pictures, and checkpoints for sampling only
+
+
+def layout(copied, tmp_path, *settings):
+    return run("sample.py", "--device=cpu", f"--out_dir={copied}", f"--folder={tmp_path / 'drawn'}", "--num_samples=2",
+               *settings)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+
+
+def test_geneval_layout_continues_where_it_stopped(copied, tmp_path):
+    entries = [{"tag": "single_object", "include": [{"class": "seven", "count": 1}], "prompt": "the digit seven"},
+               {"tag": "counting", "prompt": "a 3"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    settings = [f"--prompts={tmp_path / 'p.jsonl'}", "--layout=geneval"]
+    layout(copied, tmp_path, *settings)
+    drawn = tmp_path / "drawn"
+    assert files(drawn) == [f"{n:05d}/{name}" for n in range(2)
+                            for name in ("grid.png", "metadata.jsonl", "samples/0000.png", "samples/0001.png")]
+    assert [json.loads((drawn / f"{n:05d}" / "metadata.jsonl").read_text()) for n in range(2)] == entries
+    assert pixels(drawn / "00001" / "samples" / "0001.png").shape == (8, 8, 3)
+    before = {name: (drawn / name).read_bytes() for name in files(drawn)}
+    old = drawn / "00000" / "samples" / "0000.png"
+    stamp = old.stat().st_mtime_ns
+
+    for name in ("00000/samples/0001.png", "00001/grid.png", "00001/samples/0000.png"):  # as if interrupted
+        (drawn / name).unlink()
+    _, printed = layout(copied, tmp_path, *settings, "--batch_size=1")
+    assert "2 of 4 pictures" in printed
+    assert {name: (drawn / name).read_bytes() for name in files(drawn)} == before
+    assert old.stat().st_mtime_ns == stamp
+
+    with pytest.raises(SystemExit, match="pictures of other settings: choose another --folder"):
+        layout(copied, tmp_path, *settings, "--seed=1")
+
+
+def test_flat_layout_is_nothing_but_pictures(copied, tmp_path):
+    layout(copied, tmp_path, "--layout=flat")
+    assert files(tmp_path / "drawn") == ["0000.png", "0001.png"]
+
+
+@pytest.mark.parametrize("settings, line, part", [
+    (["--layout=tree"], "", "'tree'"), (["--layout=geneval"], None, "--prompts"),
+    (["--layout=flat", "--show_trajectory=True"], None, "no place for strips"),
+    (["--layout=geneval"], '{"prompt": 3}', "line 2"),
+    (["--layout=geneval"], "not json", 'no JSON object with a "prompt"'),
+])
+def test_mistakes_in_layouts(copied, tmp_path, settings, line, part):
+    if line is not None:
+        (tmp_path / "p.jsonl").write_text('{"prompt": "a 3"}\n' + line)
+        settings = [*settings, f"--prompts={tmp_path / 'p.jsonl'}"]
+    with pytest.raises(SystemExit) as stop:
+        layout(copied, tmp_path, *settings)
+    assert part in stop.value.code and "\n" not in stop.value.code
+
+
+def test_checkpoint_for_sampling_only(copied, tmp_path):
+    subprocess.run([sys.executable, ROOT / "checkpoint.py", copied, tmp_path / "slim"], check=True, env=ENVIRONMENT)
+    for name in ("ckpt.pt", "denoiser.pt"):
+        assert (tmp_path / "slim" / name).stat().st_size < 0.25 * (copied / name).stat().st_size
+        assert str(copied) not in str(contents(tmp_path / "slim" / name)["settings"])
+    for folder in (copied, tmp_path / "slim"):
+        run("sample.py", *SAMPLE, f"--out_dir={folder}", "--seed=3")
+    difference = pixels(copied / "pictures" / "0000.png") - pixels(tmp_path / "slim" / "pictures" / "0000.png")
+    assert np.abs(difference).max() <= 3  # half precision
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'slim'}", "--init_from=resume")
+    assert "cannot be resumed" in line

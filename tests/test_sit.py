@@ -14,8 +14,9 @@ from model import NTM, NTMConfig
 from sit import heads_of, load_sit
 
 # SHORT of test_scripts, for latents of 4x8x8 and the transporter alone: the rest is the published network's
-TRAIN = ["--device=cpu", "--dataset=latents", "--latent_scale=0.5", "--batch_size=4", "--max_iters=4", "--val_interval=2",
-         "--val_examples=4", "--num_samples=4", "--log_interval=1", "--warmup_iters=2", "--optimizer=adamw", "--lr=2e-3",
+TRAIN = ["--device=cpu", "--dataset=latents", "--latent_scale=0.5", "--batch_size=4", "--max_iters=4",
+         "--val_interval=2", "--val_examples=4", "--num_samples=4", "--log_interval=1", "--warmup_iters=2",
+         "--optimizer=adamw", "--lr=2e-3",
          "--transporter_width=16", "--transporter_blocks=2", "--transporter_layers=1", "--shift=None"]
 
 
