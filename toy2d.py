@@ -284,14 +284,15 @@ def draw_picture(models, clean, samples, notes):
             for column, density in enumerate(densities):
                 x = LABEL + (3 * group + column) * cell + group * GROUP_GAP
                 sheet.paste(colours(density / densities[0].max()), (x, y))  # one scale: the true density's
-                write(("true p(x_s | x_t)", "Gaussian step", "NTM step")[column], x + panel / 2, TITLE / 2)
+                if row == 0:
+                    write(("true p(x_s | x_t)", "Gaussian step", "NTM step")[column], x + panel / 2, TITLE / 2)
                 across, up = ((x_t / half + 1) / 2 * panel).tolist()
                 pen.circle((x + across, y + panel - up), 4, outline=MARK, width=2)
 
     for i, (name, x_0, note) in enumerate(zip(("data", "samples, Gaussian steps", "samples, NTM"), samples, notes)):
         x, half = LABEL + i * (2 * cell + GROUP_GAP // 2), window(t_min)
         counts, _, _ = np.histogram2d(x_0[:, 1], x_0[:, 0], bins=wide, range=[(-half, half)] * 2)
-        sheet.paste(colours(counts / 2), (x, bottom))
+        sheet.paste(colours(counts), (x, bottom))
         write(name, x + wide / 2, bottom - TITLE / 2)
         write(note, x + wide / 2, bottom + wide + NOTE / 2)
     return sheet
