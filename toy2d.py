@@ -204,7 +204,7 @@ def train(name, model):
         k = (steps * torch.rand(batch_size, 1, generator=generator) ** 3).long()
         ts = grid[torch.cat([k, k + 1], dim=1)]
         x = forward_trajectory(draw_data(batch_size, generator), ts, generator)
-        loss = model.transition_nll(x, ts, text, T).mean()
+        loss = model.transitions(x, ts, text, T)[0].mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
