@@ -130,10 +130,16 @@ def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, worl
         yield images, tokenizer.encode(captions, text_len).to(device), captions, generator
 
 
+last_sum = []  # the handle of the last all_sum
+
+
 def all_sum(tensor):
     """The sum over all ranks, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        # Whoever drops the last handle lets go of the tensor, for which it needs Python. Were it one of gloo's threads,
+        # and the interpreter ending meanwhile, the process would abort; so this one is kept until the next sum.
+        last_sum[:] = [dist.all_reduce(tensor, async_op=True)]
+        last_sum[0].wait()
     return tensor
 
 
@@ -360,5 +366,5 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
             break
     bar.close()
     if dist.is_initialized():
-        dist.barrier()  # gloo's threads must let go of the last tensors before an interpreter ends, or it aborts
+        dist.barrier()  # nobody hangs up on a rank that is still talking
         dist.destroy_process_group()
