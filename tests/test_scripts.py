@@ -21,8 +21,10 @@ from torch.distributions import Normal
 import checkpoint
 import pictures
 from data import DIGITS, get_dataset, get_tokenizer
+from detector import follows, task_prompts
 from flow import forward_trajectory, time_grid
 from loop import validation_batches
+from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------------------------------
 # Train and distill
@@ -615,3 +617,25 @@ def test_checkpoint_for_sampling_only(copied, tmp_path):
     assert np.abs(difference).max() <= 3  # half precision
     line = fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'slim'}", "--init_from=resume")
     assert "cannot be resumed" in line
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model that comes with the repository
+
+
+def test_shipped_model_follows_prompts(tmp_path):
+    """Its score is the one in the README, less four standard errors."""
+    folder, names = ROOT / "assets" / "shapes", ("ckpt.pt", "denoiser.pt")
+    assert sum((folder / name).stat().st_size for name in names) < 8e6
+    sampler = Sampler(folder, torch.device("cpu"))
+    prompts = task_prompts(20)
+    captions = [caption for _, caption in prompts]
+    images, _, _ = sampler.draw(captions, range(len(captions)), guidance=1.0)
+    hits = [follows(image, caption, task) for image, (task, caption) in zip(images, prompts)]
+    score = sum(hits) / len(hits)
+    measured = json.loads((folder / "evaluate.json").read_text())["pictures, 4 steps, learned"]["overall"]["mean"]
+    assert score > measured - 4 * math.sqrt(measured * (1 - measured) / len(hits))
+
+
+def test_sample_without_a_model_takes_the_shipped_one(tmp_path):
+    _, printed = run("sample.py", "--device=cpu", "--prompt=a red circle", "--num_samples=2", f"--folder={tmp_path}")
+    assert "learned denoising" in printed and pixels(tmp_path / "0001.png").shape == (16, 16, 3)
