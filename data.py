@@ -364,13 +364,29 @@ def prepare(name, image_size, split, data_dir, seed, out):
     print(f"wrote {out}")
 
 
+def prepare_latents(data_dir, split, out):
+    """Prints what a folder of latents holds and the scale that brings them to standard deviation 1, and draws 36."""
+    first = next(iter(sorted(Path(data_dir, split).glob("*.npy"))), None)
+    channels, *size = np.load(first, allow_pickle=False).shape if first else (1, 1, 1)
+    ds = get_dataset("latents", split, tuple(size), channels, data_dir=data_dir)
+    some = [ds[i] for i in range(min(1_000, len(ds)))]
+    scale = 1 / torch.stack([latent for latent, _ in some]).std().item()
+    print(f"latents: {len(ds):,} of {channels}x{size[0]}x{size[1]}; --latent_scale={scale:.5f} makes their standard "
+          f"deviation 1; {sum(not caption for _, caption in some)} of {len(some)} have no caption")
+    for _, caption in some[:6]:
+        print(f"  {caption}")
+    latents, captions = zip(*some[:36])
+    pictures.save(pictures.grid(scale * torch.stack(latents), captions), out)
+    print(f"wrote {out}")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Checks a data set and draws a contact sheet.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"data.py: {message}")
     parser.add_argument("name", choices=(*DATASETS, "vocab"), help="vocab makes assets/captions.tiktoken anew")
     parser.add_argument("--image_size", type=int, help="default: 16 for shapes, 28 for fashion, 8 for digits")
     parser.add_argument("--split", default="train", help="train or val: whose items to show")
-    parser.add_argument("--data_dir", default="", help=f"fashion's files, default {FASHION_DIR}")
+    parser.add_argument("--data_dir", default="", help=f"fashion's files, default {FASHION_DIR}; or latents' folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="the contact sheet, default out/NAME.png")
     args = parser.parse_args()
@@ -378,6 +394,8 @@ def main():
         if args.name == "vocab":
             (ASSETS / "captions.tiktoken").write_bytes(caption_vocabulary())
             print(f"wrote {ASSETS / 'captions.tiktoken'}")
+        elif args.name == "latents":
+            prepare_latents(args.data_dir, args.split, args.out or "out/latents.png")
         else:
             native = {"shapes": 16, "fashion": 28, "digits": 8}[args.name]
             size = native if args.image_size is None else args.image_size

@@ -406,6 +406,19 @@ def test_latents_of_another_shape_or_damaged_are_named(latents):
             ds[i]
 
 
+def test_data_script_shows_latents_and_their_scale(latents):
+    command = [sys.executable, "data.py", "latents", f"--data_dir={latents}", f"--out={latents / 'sheet.png'}"]
+    done = subprocess.run(command, cwd=Path(data.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scale = 1 / np.repeat([0.5, 1.5, 2.5], 48).std(ddof=1)
+    for part in ("latents: 3 of 4x2x6", f"--latent_scale={scale:.5f}", "2 of 3 have no caption", "class 207"):
+        assert part in done.stdout
+    with Image.open(latents / "sheet.png") as sheet:
+        assert sheet.width > 200
+    done = subprocess.run([*command, "--split=test"], cwd=Path(data.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 1 and "'test' is unknown" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_class_numbers_become_ids():
     tokenizer = data.get_tokenizer("classes")
     assert tokenizer.vocab_size == 1002
