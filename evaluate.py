@@ -71,11 +71,8 @@ def caption_log_likelihoods(model, x, ts, candidates):
     B, levels = x.shape[:2]
     steps = torch.full((B,), levels - 1, device=x.device)
     u, logdet = model.transporter(x.flatten(0, 1), ts.flatten(), steps.repeat_interleave(levels))
-    u, logdet = u.unflatten(0, (B, levels)), logdet.unflatten(0, (B, levels))[:, :-1]
-    nll = []
-    for text in candidates.unbind(dim=1):
-        mean, log_std = model.gaussians(u, ts, text, steps)
-        nll.append((gaussian_nll((u[:, :-1] - mean) / log_std.exp()) + log_std.sum(dim=(2, 3)) - logdet).sum(dim=1))
+    u, logdet = u.unflatten(0, (B, levels)), logdet.unflatten(0, (B, levels))
+    nll = [model.transitions_in_u(u, logdet, ts, text, steps)[0].sum(dim=1) for text in candidates.unbind(dim=1)]
     return -torch.stack(nll, dim=1) - gaussian_nll(x[:, -1:])
 
 
@@ -232,8 +229,8 @@ def evaluate_outliers(sampler, dataset, bar):
 
     def scores(x0, generator):
         ts = sampler.grid.expand(len(x0), -1)
-        nll, bound = trajectory_bound(model, forward_trajectory(x0, ts, generator), ts,
-                                      null_caption(torch.zeros(len(x0), model.config.text_len, dtype=torch.long)))
+        text = null_caption(torch.zeros(len(x0), model.config.text_len, dtype=torch.long, device=x0.device))
+        nll, bound = trajectory_bound(model, forward_trajectory(x0, ts, generator), ts, text)
         columns = {f"step {k}": nll[:, k] for k in range(nll.shape[1] - 1)}
         return {"trajectory": nll.sum(dim=1), "bound": bound, **columns}
 

@@ -254,6 +254,10 @@ class NTM(PictureModel):
         K = x.shape[1]
         u, logdet = self.transporter(x.flatten(0, 1), ts.flatten(), steps.repeat_interleave(K))
         u, logdet = u.unflatten(0, (-1, K)), logdet.unflatten(0, (-1, K))
+        return self.transitions_in_u(u, logdet, ts, text, steps)
+
+    def transitions_in_u(self, u, logdet, ts, text, steps):
+        """The same, once the transporter has carried the levels to u (B, K, N, D), with its log-determinants (B, K)."""
         mean, log_std = self.gaussians(u, ts, text, steps)
         z = (u[:, :-1] - mean) * torch.exp(-log_std)
         return gaussian_nll(z) + log_std.sum(dim=(2, 3)) - logdet[:, :-1], mean
