@@ -19,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import checkpoint
-from configurator import configure
+from configurator import at_least_one, configure, one_line_errors
 from flow import forward_trajectory
 from fm import EULER_STEPS, FlowMatching
-from loop import at_least_one, autocast, find_device, make_optimizers, one_line_errors
+from loop import make_optimizers
 from model import NTM, Denoiser, NTMConfig
+from ranks import autocast, find_device
 
 out_dir = ""  # of a trained model to take size and weights from; empty: the sizes below, and random weights
 image_size: int | tuple = 16

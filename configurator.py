@@ -13,6 +13,7 @@ tuple) an annotation decides instead. A wrong key or value ends the program with
 """
 
 import ast
+import contextlib
 import difflib
 import math
 import sys
@@ -149,3 +150,19 @@ def configure(settings: dict) -> dict:
                 raise SystemExit(f"{origin}config key {key!r} is {value!r}, but {expected} is expected")
     settings.update(config)
     return config
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turns what a setting can be wrong about (ValueError, OSError) into one line and exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def at_least_one(config, *names):
+    """Raises ValueError for a setting among `names` that counts something and is below 1."""
+    for name in names:
+        if config[name] < 1:
+            raise ValueError(f"{name} is {config[name]}, but must be at least 1")

@@ -4,39 +4,40 @@
 - fashion  Fashion-MNIST, 28x28 or 14x14 grey, from the files of Debian's package dataset-fashion-mnist
 - digits   1,797 handwritten digits, 8x8 grey, in assets/digits.npz: the test part of E. Alpaydin and C. Kaynak's
            "Optical Recognition of Handwritten Digits" (UCI Machine Learning Repository, CC BY 4.0)
-- latents  pictures that an autoencoder has encoded already: DATA_DIR/train/KEY.npy and DATA_DIR/val/KEY.npy, each an
-           array (C, h, w), float16 or any other float, with the caption in KEY.txt beside it, if there is one
+- shards   captioned pictures of any size, or latents, in WebDataset tars: what real training reads (see shards.py)
 
 Every picture set gives images in [-1, 1], 8-bit value v at the centre (2v + 1)/256 - 1 of its bin, and captions that
-are a function of (seed, item) alone. Captions become ids by byte-pair encoding, or are the numbers of classes: 0 is
-padding, 1 the null caption.
+are a function of (seed, item) alone. Captions become ids by tokenizer.py.
 
-    python data.py NAME      prepares and checks a data set: sizes, captions, tokens, a contact sheet in out/NAME.png
-    python data.py vocab     makes assets/captions.tiktoken anew
+    python data.py NAME      checks a data set: sizes, captions, tokens, a contact sheet in out/NAME.png
+    python data.py vocab     makes assets/captions.tiktoken anew, or with --data_dir the vocabulary of some shards
+
+    python data.py emoji                      3,786 emoji twice, by npm, to shards (see prepare.py)
+    python data.py folder DIR                 pictures with captions in a folder to shards
+    python data.py encode --encoder=FILE      shards of pictures to shards of latents
 
 What a user can get wrong raises ValueError (a setting, a damaged file) or OSError (something missing), in one line.
 """
 
 import argparse
-import base64
 import gzip
 import re
 import struct
 import sys
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 
 import pictures
+import prepare
 import shapes
+from pictures import to_pixels
+from shards import Shards, find_shards, first_example
+from tokenizer import ASSETS, WORD, get_tokenizer, vocabulary
 
-ASSETS = Path(__file__).parent / "assets"
 FASHION_DIR = "/usr/share/datasets/fashion-mnist"
-PAD, NULL = 0, 1  # text ids; byte-pair ids come after them
 
 GARMENTS = ("a t-shirt", "trousers", "a pullover", "a dress", "a coat", "a sandal", "a shirt", "a sneaker", "a bag",
             "an ankle boot")
@@ -46,29 +47,7 @@ WORDINGS = {  # for every class the captions it may have, the canonical one firs
     "digits": [(f"the digit {word}", f"a handwritten {word}", f"{'an' if n == 8 else 'a'} {n}")
                for n, word in enumerate(DIGITS)],
 }
-DATASETS = ("shapes", *WORDINGS, "latents")
-
-# ---------------------------------------------------------------------------------------------------------------
-# pixels
-
-
-def to_pixels(images):
-    """8-bit images (uint8, any shape, array or tensor) -> float32 tensor: v becomes (2v + 1)/256 - 1."""
-    return (torch.as_tensor(images).float() * 2 + 1) / 256 - 1
-
-
-def to_uint8(images):
-    """Images in [-1, 1] -> the uint8 value of the bin each pixel is in; what lies outside [-1, 1] is clipped."""
-    return ((images + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
-
-
-def dequantize(images, generator=None):
-    """Spreads each pixel uniformly over its bin, v -> 2(v + U[0, 1))/256 - 1, so that a density exists. `images` come
-    from to_pixels; a generator must live on their device."""
-    # 16 random bits: float32 adds them to any level without rounding, so that noise never leaves the bin
-    u = torch.randint(2**16, images.shape, generator=generator, dtype=images.dtype, device=images.device) / 2**16
-    return images + (2 * u - 1) / 256
-
+DATASETS = ("shapes", *WORDINGS, "shards")
 
 # ---------------------------------------------------------------------------------------------------------------
 # data sets: ds[i] and ds.__getitems__([i, j, ...]), which torch's DataLoader calls for a whole batch at once;
@@ -131,42 +110,10 @@ class Labelled:
         return list(zip(to_pixels(self.images[indices]), captions))
 
 
-class Latents:
-    """Arrays (C, h, w) in the .npy files of a folder, times `scale`, each with the caption in the .txt of its name."""
-
-    eight_bit = False  # an autoencoder's numbers are dense already
-
-    def __init__(self, folder, shape, scale):
-        self.paths, self.shape, self.scale = sorted(Path(folder).glob("*.npy")), shape, scale
-        if not self.paths:
-            raise FileNotFoundError(f"there are no latents {folder}/*.npy: put them there, each C x h x w with its "
-                                    "caption in a .txt of the same name, or set data_dir")
-        self[0]  # a wrong size is told before anything else happens
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        path = self.paths[i]
-        try:
-            latent = torch.as_tensor(np.load(path, allow_pickle=False)).float() * self.scale
-        except (ValueError, EOFError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); encode it again") from error
-        if latent.shape != self.shape or not latent.isfinite().all():
-            found, expected = ("x".join(map(str, shape)) for shape in (latent.shape, self.shape))
-            raise ValueError(f"{path} holds {found} numbers, not {expected} finite ones: encode it again, "
-                             "or set channels and image_size")
-        caption = path.with_suffix(".txt")
-        return latent, caption.read_text(encoding="utf-8").strip() if caption.exists() else ""
-
-    def __getitems__(self, indices):
-        return [self[i] for i in indices]
-
-
-def get_dataset(name, split, image_size, channels, seed=0, data_dir="", scale=1.0):
+def get_dataset(name, split, image_size, channels, seed=0, data_dir="", **of_shards):
     """The captioned data set `name`, one of DATASETS; `split` is "train" or "val". `image_size` is an int or (H, W).
-    `data_dir` is the folder of fashion's files, if not where Debian puts them, or the one that holds latents' train and
-    val; `scale` is what latents are multiplied by, so that their standard deviation becomes about 1.
+    `data_dir` is the folder of fashion's files, if not where Debian puts them, or says which shards; `of_shards` are
+    the other settings of shards.Shards.
     Returns a map-style data set: ds[i] -> (image float32 (C, H, W) in [-1, 1], caption), len(ds).
     Raises ValueError where the set cannot give that size or that many channels, or a file is damaged, and
     FileNotFoundError where a file is missing.
@@ -177,8 +124,8 @@ def get_dataset(name, split, image_size, channels, seed=0, data_dir="", scale=1.
     if split not in ("train", "val"):
         raise ValueError(f"split {split!r} is unknown; there are train and val")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if name == "latents":
-        return Latents(Path(data_dir) / split, (channels, height, width), scale)
+    if name == "shards":
+        return Shards(data_dir, split, channels, height, width, seed, **of_shards)
     if height != width or height not in sizes[name]:
         allowed = "8x8 to 1024x1024, square" if name == "shapes" else " or ".join(f"{s}x{s}" for s in sizes[name])
         raise ValueError(f"{name} has no {height}x{width} images; image_size may be {allowed}")
@@ -240,166 +187,89 @@ def read_idx(folder, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# captions to ids
-
-WORD = r" ?\S+|\s+"  # a word takes the space before it along, so that a common word is one token
-
-
-class Tokenizer:
-    """Byte-pair ids of a tiktoken encoding, shifted by two to leave room for PAD and NULL."""
-
-    def __init__(self, encoding):
-        self.encoding = encoding
-        self.vocab_size = encoding.n_vocab + 2
-
-    def tokens(self, caption):
-        """The ids of one caption, however many; [NULL] for an empty or blank one."""
-        return [i + 2 for i in self.encoding.encode_ordinary(caption.strip())] or [NULL]
-
-    def encode(self, captions, length):
-        """B captions -> ids (B, length) int64, the first `length` of each, padded with PAD."""
-        ids = torch.full((len(captions), length), PAD)
-        for row, caption in zip(ids, captions):
-            tokens = self.tokens(caption)[:length]
-            row[:len(tokens)] = torch.tensor(tokens)
-        return ids
-
-    def decode(self, ids):
-        """Ids (L,) -> the caption, without padding and null."""
-        return self.encoding.decode([i - 2 for i in torch.as_tensor(ids).tolist() if i > NULL])
-
-
-class ClassNumbers:
-    """Captions that are the number of a class, "class 207", or empty for any class; the id is 2 + the number."""
-
-    def __init__(self, classes):
-        self.classes, self.vocab_size = classes, classes + 2
-
-    def encode(self, captions, length):
-        """B captions -> ids (B, length) int64, padded with PAD. Raises ValueError for what is not a class."""
-        ids = torch.full((len(captions), length), PAD)
-        for row, caption in zip(ids, captions):
-            match = re.fullmatch(r"(?:class (\d+))?", caption.strip())
-            if not match or int(match[1] or 0) >= self.classes:
-                raise ValueError(f"caption {caption!r} is not a class: write 'class 0' to 'class {self.classes - 1}', "
-                                 "or nothing for any class")
-            row[0] = int(match[1]) + 2 if match[1] else NULL
-        return ids
-
-
-def get_tokenizer(name="captions"):
-    """"captions": the small vocabulary of this repository's data sets, in which each of their words is one token;
-    "gpt2": GPT-2's 50,257, which tiktoken downloads once; "classes": captions are numbers of ImageNet's 1,000 classes,
-    "classes:N" of N.
-    Raises ValueError for any other name, ConnectionError where gpt2 cannot be had.
-    """
-    if name == "captions":
-        lines = (ASSETS / "captions.tiktoken").read_bytes().splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        return Tokenizer(tiktoken.Encoding(name, pat_str=WORD, mergeable_ranks=ranks, special_tokens={}))
-    if name == "gpt2":
-        try:
-            return Tokenizer(tiktoken.get_encoding("gpt2"))
-        except Exception as error:  # tiktoken downloads with requests, whose errors are many
-            raise ConnectionError("tokenizer 'gpt2' cannot be had: tiktoken needs the network once, or a folder named "
-                                  "in TIKTOKEN_CACHE_DIR that has it; or use tokenizer='captions'") from error
-    if match := re.fullmatch(r"classes(?::([1-9]\d*))?", name):
-        return ClassNumbers(int(match[1] or 1000))
-    raise ValueError(f"tokenizer {name!r} is unknown; there are captions, gpt2, classes and classes:N")
-
-
-def train_bpe(words, vocab_size):
-    """Byte-pair encoding. `words` is a Counter of byte strings. Joins the most frequent pair of tokens, over and over,
-    until there are `vocab_size` tokens or every word is one. Returns the tokens by rank, the 256 bytes first.
-    """
-    vocab = [bytes([b]) for b in range(256)]
-    splits = {word: [bytes([b]) for b in word] for word in words}
-    while len(vocab) < vocab_size:
-        pairs = Counter()
-        for word, parts in splits.items():
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += words[word]
-        if not pairs:
-            break
-        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))  # the pair itself settles a tie
-        vocab.append(left + right)
-        for parts in splits.values():
-            for i in range(len(parts) - 1, 0, -1):
-                if parts[i - 1:i + 1] == [left, right]:
-                    parts[i - 1:i + 1] = [left + right]
-    return vocab
-
-
-def caption_vocabulary():
-    """The bytes of assets/captions.tiktoken: one line a token, base64 and rank. The same at every call."""
-    captions = shapes.captions(shapes.scenes(0, range(10_000)))
-    captions += [caption for classes in WORDINGS.values() for wordings in classes for caption in wordings]
-    words = Counter(word.encode() for caption in captions for word in re.findall(WORD, caption))
-    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(train_bpe(words, 512)))
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # python data.py NAME
 
 
-def prepare(name, image_size, split, data_dir, seed, out):
-    """Prints what a data set holds and what its captions cost in tokens, and draws 36 of its items."""
-    channels = 3 if name == "shapes" else 1
-    sizes = {s: len(get_dataset(name, s, image_size, channels, seed, data_dir)) for s in ("train", "val")}
-    ds = get_dataset(name, split, image_size, channels, seed, data_dir)
-    images, captions = zip(*ds.__getitems__(list(range(min(2_000, len(ds))))))
-    print(f"{name}: {sizes['train']:,} to train on, {sizes['val']:,} to validate, {channels}x{image_size}x{image_size}")
+def caption_vocabulary():
+    """The bytes of assets/captions.tiktoken, the same at every call."""
+    captions = shapes.captions(shapes.scenes(0, range(10_000)))
+    captions += [caption for classes in WORDINGS.values() for wordings in classes for caption in wordings]
+    return vocabulary(captions)
 
-    tokenizer = get_tokenizer()
+
+def make_vocabulary(args):
+    """assets/captions.tiktoken anew, or args.out from the captions of the training shards in args.data_dir."""
+    out, contents = Path(args.out or ASSETS / "captions.tiktoken"), None
+    if args.data_dir:
+        if not args.out:
+            raise ValueError("the vocabulary of some shards needs --out=NAME.tiktoken")
+        shards = Shards(args.data_dir, "train", *first_example(find_shards(args.data_dir, "train")[0])[1])
+        contents = vocabulary((caption for _, caption, _ in map(shards.usable, range(len(shards)))), args.size)
+    out.write_bytes(contents or caption_vocabulary())
+    print(f"wrote {out}")
+
+
+def show(args):
+    """Prints what a data set holds and what its captions cost in tokens, and draws 36 of its items."""
+    size = args.image_size
+    if args.name == "shards":
+        latent, (channels, *native) = first_example(find_shards(args.data_dir, args.split)[0])
+        size = tuple(native) if size is None or latent else size
+    else:
+        channels = 3 if args.name == "shapes" else 1
+        size = {"shapes": 16, "fashion": 28, "digits": 8}[args.name] if size is None else size
+    splits = ("train", "val", args.split)  # an unknown one is told
+    sets = {split: get_dataset(args.name, split, size, channels, args.seed, args.data_dir) for split in splits}
+    images, captions, *faults = zip(*sets[args.split].__getitems__(list(range(min(2_000, len(sets[args.split]))))))
+    print(f"{args.name}: {len(sets['train']):,} to train on, {len(sets['val']):,} to validate, "
+          + "x".join(map(str, images[0].shape)))
+    for name, fault in getattr(sets[args.split], "header", {"faults": {}})["faults"].items():
+        print(f"  {name} is damaged: {fault}")
+    if unusable := [fault for fault in (faults[0] if faults else ()) if fault]:
+        print(f"{len(unusable)} of the first {len(images):,} examples are unusable; {unusable[0]}")
+
+    tokenizer = get_tokenizer(args.tokenizer)
     lengths = np.array([len(tokenizer.tokens(caption)) for caption in captions])
     words = {word for caption in captions for word in re.findall(WORD, caption)}
     whole = sum(len(tokenizer.encoding.encode_ordinary(word)) == 1 for word in words)
     print(f"vocabulary of {tokenizer.vocab_size}: {whole} of the {len(words)} words are single tokens, "
           f"{lengths.mean():.1f} tokens a caption, {lengths.max()} at most")
-    for length in (4, 8, 16):
+    for length in (4, 8, 16, 32, 77):
         print(f"  text_len {length:2}: {(lengths <= length).mean():.1%} of captions whole")
     for caption in captions[:6]:
         print(f"  {caption}")
+    out = args.out or f"out/{args.name}.png"
     pictures.save(pictures.grid(torch.stack(images[:36]), captions[:36]), out)
     print(f"wrote {out}")
 
 
-def prepare_latents(data_dir, split, out):
-    """Prints what a folder of latents holds and the scale that brings them to standard deviation 1, and draws 36."""
-    first = next(iter(sorted(Path(data_dir, split).glob("*.npy"))), None)
-    channels, *size = np.load(first, allow_pickle=False).shape if first else (1, 1, 1)
-    ds = get_dataset("latents", split, tuple(size), channels, data_dir=data_dir)
-    some = [ds[i] for i in range(min(1_000, len(ds)))]
-    scale = 1 / torch.stack([latent for latent, _ in some]).std().item()
-    print(f"latents: {len(ds):,} of {channels}x{size[0]}x{size[1]}; --latent_scale={scale:.5f} makes their standard "
-          f"deviation 1; {sum(not caption for _, caption in some)} of {len(some)} have no caption")
-    for _, caption in some[:6]:
-        print(f"  {caption}")
-    latents, captions = zip(*some[:36])
-    pictures.save(pictures.grid(scale * torch.stack(latents), captions), out)
-    print(f"wrote {out}")
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Checks a data set and draws a contact sheet.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Checks data sets and makes them.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+
+    def command(name, function, help):
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.error = parser.error
+        sub.set_defaults(function=function)
+        return sub
+
     parser.error = lambda message: sys.exit(f"data.py: {message}")
-    parser.add_argument("name", choices=(*DATASETS, "vocab"), help="vocab makes assets/captions.tiktoken anew")
-    parser.add_argument("--image_size", type=int, help="default: 16 for shapes, 28 for fashion, 8 for digits")
-    parser.add_argument("--split", default="train", help="train or val: whose items to show")
-    parser.add_argument("--data_dir", default="", help=f"fashion's files, default {FASHION_DIR}; or latents' folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="the contact sheet, default out/NAME.png")
+    for name in DATASETS:
+        sub = command(name, show, f"checks {name} and draws some of it")
+        sub.add_argument("--image_size", type=int, help="default: 16 for shapes, 28 for fashion, or as they are")
+        sub.add_argument("--split", default="train", help="train or val: whose items to show")
+        sub.add_argument("--data_dir", default="", help=f"fashion's files, default {FASHION_DIR}; or which shards")
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--tokenizer", default="captions", help="captions, emoji, gpt2 or NAME.tiktoken")
+        sub.add_argument("--out", help="the contact sheet, default out/NAME.png")
+    sub = command("vocab", make_vocabulary, "makes a vocabulary: assets/captions.tiktoken, or that of some shards")
+    sub.add_argument("--data_dir", default="", help="which shards")
+    sub.add_argument("--size", type=int, default=4096, help="of shards' vocabulary, in tokens")
+    sub.add_argument("--out", help="a file NAME.tiktoken")
+    prepare.add_commands(command)
     args = parser.parse_args()
     try:
-        if args.name == "vocab":
-            (ASSETS / "captions.tiktoken").write_bytes(caption_vocabulary())
-            print(f"wrote {ASSETS / 'captions.tiktoken'}")
-        elif args.name == "latents":
-            prepare_latents(args.data_dir, args.split, args.out or "out/latents.png")
-        else:
-            native = {"shapes": 16, "fashion": 28, "digits": 8}[args.name]
-            size = native if args.image_size is None else args.image_size
-            prepare(args.name, size, args.split, args.data_dir, args.seed, args.out or f"out/{args.name}.png")
+        args.function(args)
     except (OSError, ValueError) as error:
         sys.exit(f"data.py: {error}")
 

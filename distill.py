@@ -16,10 +16,11 @@ import torch
 
 import checkpoint
 import pictures
-from configurator import configure
+from configurator import configure, one_line_errors
 from flow import forward_trajectory
-from loop import all_sum, find_start, fit, load_data, one_line_errors, start_ranks, validation_batches
+from loop import find_start, fit, load_data, validation_batches
 from model import Denoiser
+from ranks import all_sum, start_ranks
 
 # ---- run
 out_dir = "out/digits"  # holds the model's ckpt.pt, and gets denoiser.pt
@@ -29,7 +30,8 @@ device = ""  # cuda, mps or cpu; empty: the best there is
 bfloat16: bool | None = None  # autocast; None: on CUDA only
 compile: bool | None = None  # torch.compile; None: on CUDA only
 workers = 0  # processes that load data, per rank; 0: load in the training process
-data_dir = ""  # where fashion's files are; empty: as for the model
+data_dir = ""  # where the model's data are now; empty: as for the model
+bad_limit = 0.01  # the share of unusable examples, replaced by others, at which a run stops
 caption_dropout = 0.1  # share of captions replaced by the null caption
 
 # ---- denoiser
@@ -56,6 +58,9 @@ log_interval = 50
 val_interval = 100  # iterations between validations, each with a sample grid and a checkpoint
 val_examples = 297
 num_samples = 25  # in the grid
+wandb_log = False  # the log to Weights & Biases as well
+wandb_project = "ntm"
+wandb_run_name = ""
 
 config = configure(globals())
 

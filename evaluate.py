@@ -25,12 +25,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import pictures
-from configurator import configure
-from data import dataset_class_captions, dequantize, get_dataset
+from configurator import at_least_one, configure, one_line_errors
+from data import dataset_class_captions, get_dataset
 from detector import TASKS, follows, task_prompts
 from flow import forward_log_prob, forward_trajectory
-from loop import at_least_one, collate, find_device, one_line_errors, validation_batches
+from loop import collate, open_dataset, validation_batches
 from model import gaussian_nll, null_caption
+from pictures import dequantize
+from ranks import find_device
 from sampler import Sampler
 
 out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
@@ -273,8 +275,7 @@ def main(config):
     counts = steps if isinstance(steps, tuple) else (steps,)
     sampler = Sampler(out_dir, where, counts[0], "none", t_min)
     settings = sampler.settings
-    arguments = settings["image_size"], settings["channels"], settings["seed"], data_dir or settings["data_dir"]
-    train_set, val_set = (get_dataset(settings["dataset"], split, *arguments) for split in ("train", "val"))
+    train_set, val_set = (open_dataset(settings, split, data_dir) for split in ("train", "val"))
 
     if sampler.kind == "fm":
         chosen, ways = ["pictures"], ["none"]
@@ -282,7 +283,7 @@ def main(config):
         ways = [way for way in denoise.split(",") if way != "learned" or (Path(out_dir) / "denoiser.pt").exists()]
     drawers = {f"pictures, {len(s.grid) - 1} steps" + (f", {way}" if s.kind == "ntm" else ""): s
                for count in counts for way in ways for s in [Sampler(out_dir, where, count, way, t_min)]}
-    if settings["dataset"] == "latents":
+    if sampler.latents:
         chosen = [name for name in chosen if name == "likelihood"]
 
     batches = -(-min(val_examples, len(val_set)) // batch_size)

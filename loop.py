@@ -8,7 +8,6 @@ import contextlib
 import copy
 import json
 import math
-import os
 import signal
 import time
 from pathlib import Path
@@ -20,71 +19,27 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
-from data import dequantize, get_dataset, get_tokenizer
+from configurator import at_least_one, one_line_errors
+from data import get_dataset, get_tokenizer
 from flow import Layer
 from model import null_caption
+from pictures import dequantize
+from ranks import all_sum, autocast, gathered, job, restarts
+from shards import Shards
 
 PATIENCE = 10  # updates skipped in a row before a run gives up
 HAS_MUON = hasattr(torch.optim, "Muon")  # torch 2.9 or newer
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """Turns what a setting can be wrong about (ValueError, OSError) into one line and exit status 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
-
-
-def find_device(name=""):
-    """The device called `name`, or the best there is: cuda, else mps, else cpu. Raises ValueError if it is absent."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name or best)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"device {name!r} is not available here: leave it out for {best!r}") from error
-    return device
-
-
-def at_least_one(config, *names):
-    """Raises ValueError for a setting among `names` that counts something and is below 1."""
-    for name in names:
-        if config[name] < 1:
-            raise ValueError(f"{name} is {config[name]}, but must be at least 1")
-
-
-def start_ranks(device_name=""):
-    """Joins the other processes under torchrun (gloo on CPU, nccl on CUDA); alone, there is nothing to join.
-
-    Returns device, rank, world size.
-    """
-    device = find_device(device_name)
-    if "RANK" not in os.environ:
-        return device, 0, 1
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), dist.get_world_size()
-
-
-def autocast(config, device):
-    """The precision of the networks. On CUDA bfloat16; on CPUs float32, which was faster for models this small: most
-    of their time is not in the matrix products, and casting back and forth cost more than those gained."""
-    bfloat16 = device.type == "cuda" if config["bfloat16"] is None else config["bfloat16"]
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
-
-
 class Order:
     """Which examples each iteration sees: epoch after epoch, each shuffled anew. A batch sampler for DataLoader.
 
-    Position p of the endless sequence is a function of (seed, p), so nothing about it needs saving.
+    Position p of the endless sequence is a function of (seed, p), so nothing about it needs saving. rows: those of the
+    batch that a rank reads. again: what an example's number grows by with every epoch.
     """
 
-    def __init__(self, size, batch_size, seed, start, stop, rows):
-        self.size, self.batch_size, self.seed, self.rows = size, batch_size, seed, rows
+    def __init__(self, size, batch_size, seed, start, stop, rows, again=0):
+        self.size, self.batch_size, self.seed, self.rows, self.again = size, batch_size, seed, rows, again
         self.iterations = range(start, stop)
 
     def __len__(self):
@@ -98,22 +53,29 @@ class Order:
                 if epoch != position // self.size:
                     epoch = position // self.size
                     shuffle = torch.Generator().manual_seed(self.seed + epoch)
-                    permutation = torch.randperm(self.size, generator=shuffle)
-                indices.append(permutation[position % self.size].item())
+                    permutation = torch.randperm(self.size, generator=shuffle, dtype=torch.int32)  # half of int64
+                indices.append(epoch * self.again + permutation[position % self.size].item())
             yield indices
 
 
 def collate(examples):
-    images, captions = zip(*examples)
-    return torch.stack(images), list(captions)
+    """Images (B, C, H, W), B captions, and what was wrong with those that had to be replaced."""
+    images, captions, *faults = zip(*examples)
+    return torch.stack(images), list(captions), [fault for fault in (faults[0] if faults else ()) if fault]
+
+
+def open_dataset(settings, split, data_dir=""):
+    """The data set that a run's settings name; data_dir: where it is now, if not there any more."""
+    of_shards = ("latent_scale", "crop", "flip") if settings["dataset"] == "shards" else ()
+    return get_dataset(settings["dataset"], split, settings["image_size"], settings["channels"], settings["seed"],
+                       data_dir or settings["data_dir"], **{name: settings[name] for name in of_shards})
 
 
 def load_data(config):
     """The training and validation sets and the tokenizer that a run's settings name, once its counts are checked."""
     at_least_one(config, "batch_size", "grad_accum", "max_iters", "log_interval", "val_interval", "val_examples",
                  "num_samples")
-    arguments = [config[name] for name in ("image_size", "channels", "seed", "data_dir", "latent_scale")]
-    sets = [get_dataset(config["dataset"], split, *arguments) for split in ("train", "val")]
+    sets = [open_dataset(config, split) for split in ("train", "val")]
     return *sets, get_tokenizer(config["tokenizer"])
 
 
@@ -124,23 +86,10 @@ def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, worl
     """
     count = min(count, len(dataset))
     for start in range(0, count, batch_size)[rank::world]:
-        images, captions = collate(dataset.__getitems__(list(range(start, min(start + batch_size, count)))))
+        images, captions, _ = collate(dataset.__getitems__(list(range(start, min(start + batch_size, count)))))
         generator = torch.Generator(device).manual_seed(start)
         images = dequantize(images.to(device), generator) if dataset.eight_bit else images.to(device)
         yield images, tokenizer.encode(captions, text_len).to(device), captions, generator
-
-
-last_sum = []  # the handle of the last all_sum
-
-
-def all_sum(tensor):
-    """The sum over all ranks, in place."""
-    if dist.is_initialized():
-        # Whoever drops the last handle lets go of the tensor, for which it needs Python. Were it one of gloo's threads,
-        # and the interpreter ending meanwhile, the process would abort; so this one is kept until the next sum.
-        last_sum[:] = [dist.all_reduce(tensor, async_op=True)]
-        last_sum[0].wait()
-    return tensor
 
 
 def learning_rate(config, i):
@@ -201,10 +150,18 @@ class Interrupt:
 
 
 class Log:
-    """out_dir/log.jsonl, one JSON object a line; on resuming, lines from after the checkpoint are dropped."""
+    """out_dir/log.jsonl, one JSON object a line; on resuming, lines from after the checkpoint are dropped. With
+    wandb_log, the same to Weights & Biases."""
 
-    def __init__(self, path, start):
-        self.path = path
+    def __init__(self, path, start, config):
+        self.path, self.wandb = path, None
+        if config["wandb_log"]:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ValueError("wandb_log needs wandb: `pip install wandb`, or leave wandb_log out") from error
+            name = config["wandb_run_name"] or None
+            self.wandb = wandb.init(project=config["wandb_project"], name=name, config=config)
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
         path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start))
@@ -213,6 +170,8 @@ class Log:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         with open(self.path, "a") as file:
             file.write(json.dumps(finite) + "\n")
+        if self.wandb:
+            self.wandb.log(finite, step=values["iter"])
 
 
 STARTS = ("scratch", "resume", "auto")
@@ -220,11 +179,15 @@ STARTS = ("scratch", "resume", "auto")
 
 def find_start(init_from, path, kind, device):
     """The checkpoint to continue from, or None to start anew, by init_from: "resume" continues, "auto" does so if
-    there is something to continue. A checkpoint that is there is never overwritten by a run that starts anew."""
+    there is something to continue, and so does whatever torchrun has restarted, if it wrote that itself. A checkpoint
+    that is there is never overwritten by a run that starts anew."""
     if init_from not in STARTS:
         raise ValueError(f"init_from {init_from!r} is unknown: choose {', '.join(map(repr, STARTS))}")
-    if init_from == "resume" or (init_from == "auto" and path.exists()):
+    if init_from == "resume" or (path.exists() and (init_from == "auto" or restarts())):
         contents = checkpoint.load(path, kind, device=device)
+        if init_from == "scratch" and contents.get("job") != job():
+            raise ValueError(f"{path} is of another job: continue it with --init_from=resume, or choose another "
+                             "--out_dir")
         if "optimizers" not in contents:
             raise ValueError(f"{path} holds what sampling needs and no more: it cannot be resumed")
         return contents
@@ -277,12 +240,15 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
 
     share = batch_size // world
     mine = range(rank * share, (rank + 1) * share)  # this rank's rows of every batch
-    order = Order(len(dataset), batch_size, config["seed"], start, config["max_iters"], mine)
+    again = len(dataset) if isinstance(dataset, Shards) else 0  # which crop and flip anew in every epoch
+    order = Order(len(dataset), batch_size, config["seed"], start, config["max_iters"], mine, again)
     with one_line_errors():
         loader = iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=config["workers"],
-                                 pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer))
-        log = Log(log_path, start) if rank == 0 else None
-    generator = torch.Generator(device)
+                                 pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer,
+                                 # workers of a fresh interpreter would each run the script that we are in once more
+                                 multiprocessing_context="fork" if config["workers"] else None))
+        log = Log(log_path, start, config) if rank == 0 else None
+    generator, this_job = torch.Generator(device), job()
     interrupt = Interrupt()
     bar = tqdm(total=config["max_iters"], initial=start, disable=rank > 0, unit="it", dynamic_ncols=True)
 
@@ -290,10 +256,12 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
         if rank == 0:
             checkpoint.save(path, kind=kind, model_config=checkpoint.config_dict(model.config), settings=config, iter=i,
                             model=model.state_dict(), ema=ema.state_dict(),
-                            optimizers=[optimizer.state_dict() for optimizer in optimizers], **(keep or {}))
+                            optimizers=[optimizer.state_dict() for optimizer in optimizers], job=this_job,
+                            **(keep or {}))
 
     skipped = skipped_in_a_row = 0
-    since, seen = time.perf_counter(), 0
+    faults, cut = [], 0  # of this rank: what was wrong with examples, and how many captions were too long
+    since, seen, waited = time.perf_counter(), 0, 0.0
     for i in range(start, config["max_iters"]):
         lr = learning_rate(config, i)
         for optimizer in optimizers:
@@ -302,8 +270,12 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
 
         # The batch, and all that is random about it: for the whole batch, of which this rank keeps its rows.
         with one_line_errors():
-            images, captions = next(loader)
+            asked_at = time.perf_counter()
+            images, captions, new_faults = next(loader)
+            waited += time.perf_counter() - asked_at
+            cut -= tokenizer.cut
             text = tokenizer.encode(captions, model.config.text_len).to(device)
+            cut, faults = cut + tokenizer.cut, faults + new_faults
         generator.manual_seed(config["seed"] * 1_000_003 + i)
         images = images.to(device, non_blocking=True)
         if dataset.eight_bit:
@@ -323,9 +295,11 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
             for name, part in parts.items():
                 means[name] = means.get(name, 0) + torch.as_tensor(part, device=device).detach() / (passes * world)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"]).item()
-        means["asked"] = torch.tensor(float(interrupt.asked), device=device)
-        means = dict(zip(means, all_sum(torch.stack(list(means.values()))).tolist()))
-        loss, asked = means["loss"], means.pop("asked")
+        counts = {"asked": interrupt.asked, "unusable": len(faults), "cut": cut}  # to end; examples; captions
+        sums = {**means, **{name: torch.tensor(float(count), device=device) for name, count in counts.items()}}
+        sums = dict(zip(sums, all_sum(torch.stack(list(sums.values()))).tolist()))
+        means, (asked, *counts) = {name: sums[name] for name in means}, (int(sums[name]) for name in counts)
+        counts, loss = dict(zip(("unusable", "cut"), counts)), means["loss"]
 
         # Every rank has the same loss and gradient, so all of them skip an update or none does.
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -340,17 +314,29 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
         i += 1  # iterations done
         seen += batch_size
         bar.update()
-        finished = i == config["max_iters"] or asked or skipped_in_a_row == PATIENCE
+        spoilt = counts["unusable"] >= 10 and counts["unusable"] > config["bad_limit"] * (i - start) * batch_size
+        finished = i == config["max_iters"] or asked or skipped_in_a_row == PATIENCE or spoilt
         validating = i % config["val_interval"] == 0 or i == config["max_iters"]
         if rank == 0 and (i % config["log_interval"] == 0 or finished or validating):
-            rate, since, seen = seen / (time.perf_counter() - since), time.perf_counter(), 0
-            bar.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{rate:.0f}", **({"skipped": skipped} if skipped else {}))
-            log.write(iter=i, **means, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1), skipped=skipped)
+            seconds = time.perf_counter() - since
+            rate, wait, since, seen, waited = seen / seconds, waited / seconds, time.perf_counter(), 0, 0.0
+            counts = {"skipped": skipped, **counts}
+            bar.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{rate:.0f}", data_wait=f"{wait:.0%}",
+                            **{name: count for name, count in counts.items() if count})
+            log.write(iter=i, **means, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
+                      data_wait=round(wait, 3), **counts)
         if skipped_in_a_row == PATIENCE:
             bar.close()
             raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {loss}, gradient norm "
                              f"{grad_norm}); stopped at iteration {i}, none of it in {path}: lower lr (now {lr:.1e}) "
                              "or grad_clip, or lengthen warmup_iters")
+        if spoilt:
+            save(i)
+            bar.close()
+            named = "; ".join([fault for some in gathered(faults[:10]) for fault in some][:10])
+            raise SystemExit(f"{counts['unusable']} of {(i - start) * batch_size} examples are unusable, more than "
+                             f"bad_limit {config['bad_limit']} allows; stopped at iteration {i}, which {path} holds. "
+                             f"The first are: {named}")
         if validating or finished:
             save(i)  # before the validation, so that nothing that goes wrong there costs the weights
         if validating:
@@ -358,7 +344,7 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
             if rank == 0:
                 log.write(iter=i, **values)
                 bar.write(f"iteration {i}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
-            since = time.perf_counter()  # the rate is that of training
+            since, waited = time.perf_counter(), 0.0  # the rate is that of training
         if asked and i < config["max_iters"]:
             bar.close()
             if rank == 0:

@@ -1,4 +1,4 @@
-"""Images in, one picture out: grids of enlarged, captioned samples for people to look at.
+"""Pixels as numbers, and pictures for people to look at: grids of enlarged, captioned samples.
 
     python pictures.py OUT.png "a name"=ROW.png "another"=ROW.png ...     rows of pictures under one another
 """
@@ -8,12 +8,38 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK = (255, 255, 255), (20, 20, 20)
 GAP = 8  # pixels between cells, and around them
 FONT_SIZE = 13
 MIN_CELL = 96  # a narrower cell would have no room for its caption
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pixels as numbers
+
+
+def to_pixels(images):
+    """8-bit images (uint8, any shape, array or tensor) -> float32 tensor: v becomes (2v + 1)/256 - 1."""
+    return (torch.as_tensor(images).float() * 2 + 1) / 256 - 1
+
+
+def to_uint8(images):
+    """Images in [-1, 1] -> the uint8 value of the bin each pixel is in; what lies outside [-1, 1] is clipped."""
+    return ((images + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+
+
+def dequantize(images, generator=None):
+    """Spreads each pixel uniformly over its bin, v -> 2(v + U[0, 1))/256 - 1, so that a density exists. `images` come
+    from to_pixels; a generator must live on their device."""
+    # 16 random bits: float32 adds them to any level without rounding, so that noise never leaves the bin
+    u = torch.randint(2**16, images.shape, generator=generator, dtype=images.dtype, device=images.device) / 2**16
+    return images + (2 * u - 1) / 256
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures to look at
 
 
 def wrap(text, font, width):
@@ -35,7 +61,7 @@ def pixels_of(images):
     1, the first three channels are shown, which gives an idea."""
     if images.shape[-3] not in (1, 3):
         images = images[..., :3 if images.shape[-3] > 3 else 1, :, :] / 3
-    pixels = np.moveaxis(((images.detach().float().cpu().numpy() + 1) * 128).clip(0, 255).astype(np.uint8), -3, -1)
+    pixels = np.moveaxis(to_uint8(images.detach().float().cpu()).numpy(), -3, -1)
     return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
 
 

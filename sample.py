@@ -8,7 +8,7 @@
 Leaves in out_dir/pictures: grid.png with the prompts under the pictures, the single pictures 0000.png, 0001.png, ...
 and, with --show_trajectory=True, a strip of levels from noise to picture for each, 0000_trajectory.png, ... Where the
 trajectory was carried back to x-space, for the strips or for --denoise=score|none, its -log p stands beside the prompt.
-Of a model of latents the pictures are a first look only, and 0000.npy, ... are what its decoder takes.
+A model of latents leaves them as 0000.npy, ... and makes pictures with --decoder; without, the PNGs are a first look.
 
 For judges of many pictures there are two other layouts, which an interrupted run continues: "flat", a folder of nothing
 but PNGs (for FID); and "geneval", 00000/metadata.jsonl, 00000/samples/0000.png, ..., 00000/grid.png for each prompt.
@@ -24,9 +24,11 @@ import torch
 from PIL import Image
 
 import pictures
-from configurator import configure
-from data import dataset_class_captions, get_dataset
-from loop import at_least_one, find_device, one_line_errors
+from configurator import at_least_one, configure, one_line_errors
+from data import dataset_class_captions
+from loop import open_dataset
+from prepare import load_exported
+from ranks import find_device
 from sampler import Sampler
 
 out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: the model in assets/, pictures go to out/
@@ -42,6 +44,7 @@ batch_size = 64
 show_trajectory = False  # also a strip of every level for each picture
 layout = "grid"  # "flat": single pictures and nothing else; "geneval": a folder for each prompt
 folder = ""  # where the pictures go; empty: out_dir/pictures
+decoder = ""  # of a model of latents: a program saved by torch.export, latents (B, C, h, w) to pictures in [-1, 1]
 device = ""  # cuda, mps or cpu; empty: the best there is
 
 config = configure(globals())
@@ -66,8 +69,7 @@ def read_prompts(settings):
     else:
         captions = dataset_class_captions(settings["dataset"])
         if captions is None:
-            dataset = get_dataset(settings["dataset"], "val", settings["image_size"], settings["channels"],
-                                  data_dir=settings["data_dir"])
+            dataset = open_dataset(settings, "val")
             captions = [dataset[i % len(dataset)][1] for i in range(num_samples)]
         return [captions[i % len(captions)] for i in range(num_samples)], []
     return [entry["prompt"] for entry in entries for _ in range(num_samples)], entries
@@ -107,6 +109,9 @@ with one_line_errors():
         raise ValueError("layout 'geneval' makes a folder for each prompt: name a file of them in --prompts")
     if layout != "grid" and show_trajectory:
         raise ValueError(f"layout {layout!r} has no place for strips: leave show_trajectory out")
+    if decoder and not sampler.latents:
+        raise ValueError(f"decoder is {decoder!r}, but the model in {out_dir or SHIPPED} draws pictures: leave it out")
+    decode = load_exported(decoder, sampler.device) if decoder else None
     sampler.encode(captions)  # a caption that cannot be encoded is told before anything is drawn
     folder = Path(folder or Path(out_dir or "out") / "pictures")
     if layout != "grid":
@@ -120,10 +125,16 @@ def path_of(i):
     return folder / f"{i:04d}.png"
 
 
+@torch.inference_mode()
+def decoded(images):
+    """What to look at: the pictures that the decoder makes of normalised latents; without one, what was drawn."""
+    return decode(sampler.plain_latents(images)).clamp(-1, 1) if decode else images
+
+
 def strip(x, image):
     """A trajectory (T+1, N, D), of many levels about eight, and its picture (C, H, W) side by side, noise first."""
     shown = slice(None, None, -(-len(grid) // 9))
-    levels = torch.cat([model.unpatchify(x.flip(0)[shown]), image[None]])
+    levels = torch.cat([decoded(model.unpatchify(x.flip(0)[shown])), image[None]])
     names = [f"t = {t:.2f}" for t in grid.flip(0)[shown].tolist()] + [f"denoise: {sampler.denoise}"]
     return pictures.grid(levels, names, columns=len(levels))
 
@@ -134,12 +145,14 @@ for start in range(0, len(wanted), batch_size):
     numbers = wanted[start:start + batch_size]
     batch, x, nll = sampler.draw([captions[i] for i in numbers], numbers, guidance, seed, levels=show_trajectory)
     nlls += [] if nll is None else nll.tolist()
+    latents = sampler.plain_latents(batch).half().cpu().numpy() if sampler.latents else None
+    batch = decoded(batch)
     if layout == "grid":
         images.append(batch)
     for j, i in enumerate(numbers):
         pictures.save(pictures.picture(batch[j]), path_of(i))
-        if sampler.settings["dataset"] == "latents":
-            np.save(path_of(i).with_suffix(".npy"), (batch[j] / sampler.settings["latent_scale"]).half().cpu().numpy())
+        if sampler.latents:
+            np.save(path_of(i).with_suffix(".npy"), latents[j])
         if show_trajectory:
             pictures.save(strip(x[j], batch[j]), path_of(i).with_name(f"{i:04d}_trajectory.png"))
 

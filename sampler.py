@@ -14,6 +14,7 @@ class Sampler:
     """Captions in, pictures out, by an NTM in a few steps and a way to clean them, or by a flow-matching model.
 
     model, kind ("ntm" or "fm"), settings (of its training), tokenizer, grid (T+1,) of noise levels, cleanest first.
+    latents: {"mean", "scale"} of each channel, where it draws normalised latents, else None.
     seconds: of each stage so far, {stage: seconds}.
     """
 
@@ -31,7 +32,7 @@ class Sampler:
         trained = checkpoint.load(path, "ntm", "fm", device=device)
         self.kind, self.settings, self.iteration = trained["kind"], trained["settings"], trained["iter"]
         self.model, self.device = checkpoint.network_of(trained, path, device), device
-        self.tokenizer = get_tokenizer(self.settings["tokenizer"])
+        self.tokenizer, self.latents = get_tokenizer(self.settings["tokenizer"]), self.settings.get("latents")
         self.denoise, self.seconds = denoise if self.kind == "ntm" else "none", {}
         if self.denoise == "learned":
             self.denoiser, t_min = self.load_denoiser(path.with_name("denoiser.pt"))
@@ -85,6 +86,11 @@ class Sampler:
         else:
             tokens = x[:, 0]
         return model.unpatchify(tokens), x, nll
+
+    def plain_latents(self, images):
+        """Normalised latents (B, C, h, w) as the autoencoder knows them."""
+        mean, scale = (torch.tensor(self.latents[name])[:, None, None].to(images) for name in ("mean", "scale"))
+        return images / scale + mean
 
     def clock(self, stage, function, *args, **kwargs):
         """The function's result; its seconds, an accelerator waited for, are added to the stage's."""

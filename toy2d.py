@@ -23,9 +23,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import pictures
-from configurator import configure
+from configurator import at_least_one, configure, one_line_errors
 from flow import forward_kernel, forward_log_prob, forward_trajectory, reverse_posterior, time_grid
-from loop import at_least_one, one_line_errors, update_average
+from loop import update_average
 from model import NTM, NULL, NTMConfig
 
 dataset = "checkerboard"  # or "moons", "gaussians"

@@ -16,10 +16,11 @@ import torch
 
 import checkpoint
 import pictures
-from configurator import configure
+from configurator import configure, one_line_errors
 from flow import forward_log_prob, forward_trajectory
-from loop import STARTS, all_sum, autocast, find_start, fit, load_data, one_line_errors, start_ranks, validation_batches
+from loop import STARTS, find_start, fit, load_data, validation_batches
 from model import NTM, NTMConfig
+from ranks import all_sum, autocast, start_ranks
 from sit import load_sit
 
 # ---- run
@@ -34,11 +35,14 @@ workers = 0  # processes that load data, per rank; 0: load in the training proce
 
 # ---- data
 dataset = "digits"
-data_dir = ""  # where fashion's files are, empty: where Debian's package puts them; the folder of latents
-latent_scale = 1.0  # what latents are multiplied by; 0.18215 for those of the Stable Diffusion autoencoder
+data_dir = ""  # which shards: a folder, a glob, or NAME-{00000..00099}.tar; or where fashion's files are
+crop = "center"  # of the shards' pictures that are not square; or "random"
+flip = False  # mirror every second picture of the shards
+latent_scale = 0.0  # what latents are multiplied by; 0: what `data.py encode` measured. SiT's want 0.18215
+bad_limit = 0.01  # the share of unusable examples, replaced by others, at which a run stops
 image_size: int | tuple = 8
 channels = 1
-tokenizer = "captions"  # or "gpt2"; or "classes": captions are "class 0" to "class 999"
+tokenizer = "captions"  # or "emoji", "gpt2", a file NAME.tiktoken; or "classes": captions are "class 0" to "class 999"
 text_len = 4  # caption tokens; longer captions are cut
 caption_dropout = 0.1  # share of captions replaced by the null caption, which guidance needs
 
@@ -75,6 +79,9 @@ val_interval = 500  # iterations between validations, each with a sample grid an
 val_examples = 297
 t_min = 0.02  # where validation's trajectories and the sample grid end
 num_samples = 25  # in the grid
+wandb_log = False  # the log to Weights & Biases as well
+wandb_project = "ntm"
+wandb_run_name = ""
 
 config = configure(globals())
 
@@ -101,14 +108,16 @@ with one_line_errors():
         raise ValueError(f"objective {objective!r} is unknown: choose 'ntm' or 'fm'")
     velocity, starts_anew = None, init_from not in STARTS
     resumed = find_start("scratch" if starts_anew else init_from, Path(out_dir) / "ckpt.pt", objective, device)
-    if starts_anew:
-        if objective == "fm":
-            raise ValueError("only an NTM starts from a flow-matching model: leave objective or init_from out")
+    if starts_anew and objective == "fm":
+        raise ValueError("only an NTM starts from a flow-matching model: leave objective or init_from out")
+    if starts_anew and not resumed:
         velocity, decided = velocity_network(init_from)
         config |= decided
     elif resumed and resumed["model_config"]["parametrization"] == "posterior":
         config |= {key: resumed["settings"][key] for key in (*NETWORK, "parametrization", "predictor")}
     train_set, val_set, tokenizer = load_data(config)
+    if dataset == "shards" and train_set.latent:  # for whoever decodes what the model draws
+        config["latents"] = {"mean": train_set.mean.flatten().tolist(), "scale": train_set.scale.flatten().tolist()}
     model_config = NTMConfig(vocab_size=tokenizer.vocab_size, **{
         name: config[name] for name in NTMConfig.__dataclass_fields__ if name in config})
     grid = model_config.time_grid(t_min).to(device)

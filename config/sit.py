@@ -3,7 +3,7 @@
 #   torchrun --nproc_per_node=8 train.py config/sit.py --init_from=sit:SiT-XL-2-256.pt --data_dir=LATENTS
 # The checkpoint decides about the network, the size of the latents and the classes ("class 207").
 out_dir = "out/sit"
-dataset = "latents"
+dataset = "shards"
 latent_scale = 0.18215
 
 transporter_width = 1152

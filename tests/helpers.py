@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import checkpoint
+from shards import write_shard
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--device=cpu", "--batch_size=8", "--max_iters=6", "--val_interval=3", "--val_examples=16", "--num_samples=4",
@@ -76,7 +77,8 @@ def training_lines(path):
 
 
 def read_log_without_speed(path):
-    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in read_log(path)]
+    return [{name: value for name, value in line.items() if name not in ("images_per_s", "data_wait")}
+            for line in read_log(path)]
 
 
 def same(a, b):
@@ -122,6 +124,31 @@ def two_ranks(*command):
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out
+
+
+def file_of(picture, kind="PNG", **options):
+    """A PIL.Image as the bytes of a file."""
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(colour=(200, 100, 50), size=(12, 12), mode="RGB"):
+    """A picture of one colour as the bytes of a PNG."""
+    return file_of(Image.new(mode, size, colour))
+
+
+def npy(array):
+    """An array as the bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def latent_shard(path, latents, captions):
+    """A shard of latents, float16."""
+    write_shard(path, [(f"{i:03d}", {"npy": npy(latent.astype(np.float16)), "txt": caption.encode()})
+                       for i, (latent, caption) in enumerate(zip(latents, captions))])
 
 
 def assert_close_training(out, other, name, log):

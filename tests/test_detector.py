@@ -7,6 +7,7 @@ import torch
 
 import data
 import detector
+import pictures
 import shapes
 from detector import TASKS, detect, follows, parse, task_prompts
 from shapes import COLOURS, KINDS, NUMBERS, RELATIONS, SHAPES
@@ -18,12 +19,12 @@ def draw(*things, size=16):
     rows = [[*column, *[column[0]] * (4 - len(things))] for column in zip(*things)]
     colour, shape = ([list(names).index(name) for name in row] for names, row in zip((COLOURS, SHAPES), rows))
     scene = shapes.Scene(*(np.array(a)[None] for a in (0, 0, len(things), shape, colour, *rows[2:])))
-    return data.to_pixels(shapes.render(scene, size)[0])
+    return pictures.to_pixels(shapes.render(scene, size)[0])
 
 
 def paint(mask, colour):
     """A boolean picture (S, S) in one paint (three 8-bit numbers) on the ground."""
-    return data.to_pixels(np.where(mask, np.reshape(colour, (3, 1, 1)), np.reshape(shapes.GROUND, (3, 1, 1))))
+    return pictures.to_pixels(np.where(mask, np.reshape(colour, (3, 1, 1)), np.reshape(shapes.GROUND, (3, 1, 1))))
 
 
 def changed(caption):
@@ -65,7 +66,7 @@ def test_changed_captions_are_captions_of_all_kinds():
 @pytest.mark.parametrize("size", [16, 32])
 def test_objects_are_found_where_they_are(size):
     scene = shapes.scenes(0, range(300))
-    for b, image in enumerate(data.to_pixels(shapes.render(scene, size))):
+    for b, image in enumerate(pictures.to_pixels(shapes.render(scene, size))):
         for thing in detect(image):
             miss = np.hypot(scene.x[b] - thing.x, scene.y[b] - thing.y)[:scene.count[b]]
             k = miss.argmin()

@@ -15,19 +15,22 @@ from torch import nn
 import checkpoint
 import data
 import loop
-from model import NTM, Denoiser, NTMConfig
+import pictures
+from model import NTM, NULL, PAD, Denoiser, NTMConfig
 
 SETTINGS = dict(init_from="scratch", seed=0, bfloat16=None, compile=None, workers=0, caption_dropout=0.0, batch_size=4,
                 grad_accum=1, max_iters=6, optimizer="adamw", lr=0.01, min_lr=0.001, warmup_iters=2, weight_decay=0.1,
-                grad_clip=1.0, ema=0.9, log_interval=1, val_interval=100, val_examples=1, num_samples=1)
+                grad_clip=1.0, ema=0.9, log_interval=1, val_interval=100, val_examples=1, num_samples=1, bad_limit=0.01,
+                wandb_log=False)
 
 
 class Items(list):
     eight_bit = True
 
 
-DATA = Items((data.to_pixels(torch.full((1, 2, 2), 20 * i)), str(i)) for i in range(12))  # captioned by their numbers
-TOKENIZER = SimpleNamespace(encode=lambda captions, length: torch.tensor([[int(c) + 2] * length for c in captions]))
+# captioned by their numbers
+DATA = Items((pictures.to_pixels(torch.full((1, 2, 2), 20 * i)), str(i)) for i in range(12))
+TOKENIZER = SimpleNamespace(encode=lambda texts, length: torch.tensor([[int(c) + 2] * length for c in texts]), cut=0)
 TINY = NTMConfig(image_size=4, width=8, depth=1, heads=2, transporter_width=8, transporter_blocks=1,
                  transporter_layers=1)
 
@@ -133,7 +136,7 @@ def test_share_of_null_captions(tmp_path):
     for share in (0.0, 0.25, 1.0):
         seen = record(tmp_path / str(share), caption_dropout=share, max_iters=200)
         text = torch.cat([text for _, text, _ in seen])
-        null = (text == torch.tensor([data.NULL, data.PAD, data.PAD])).all(dim=1)
+        null = (text == torch.tensor([NULL, PAD, PAD])).all(dim=1)
         assert (text[~null] == text[~null][:, :1]).all() and (text[~null] >= 2).all()  # the others are whole
         assert null.float().mean() == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 800))
 
@@ -385,14 +388,14 @@ def test_killed_run_resumes_from_its_last_checkpoint(tmp_path):
 def test_log_drops_what_comes_after_the_checkpoint(tmp_path):
     path = tmp_path / "new" / "log.jsonl"
     lines = [json.dumps({"iter": i}) + "\n" for i in range(1, 6)]
-    log = loop.Log(path, 0)
+    log = loop.Log(path, 0, SETTINGS)
     for i in range(1, 6):
         log.write(iter=i)
     assert path.read_text() == "".join(lines)
     path.write_text("".join(lines) + '{"iter": 2')
-    loop.Log(path, 3)
+    loop.Log(path, 3, SETTINGS)
     assert path.read_text() == "".join(lines[:3])
-    loop.Log(path, 0)
+    loop.Log(path, 0, SETTINGS)
     assert path.read_text() == ""
 
 

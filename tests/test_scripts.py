@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, TRAIN, assert_close_training, contents, fails, load, pixels,
-                     read_log, read_log_without_speed, run, same, same_training, start, training_lines, two_ranks)
+from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, TRAIN, assert_close_training, contents, fails, latent_shard,
+                     load, pixels, png, read_log, read_log_without_speed, run, same, same_training, start,
+                     training_lines, two_ranks)
 from test_data import write_idx
 from torch.distributions import Normal
 
@@ -25,6 +26,7 @@ from detector import follows, task_prompts
 from flow import forward_trajectory, time_grid
 from loop import validation_batches
 from sampler import Sampler
+from shards import write_shard
 
 # ---------------------------------------------------------------------------------------------------------------
 # Train and distill
@@ -33,7 +35,7 @@ from sampler import Sampler
 @pytest.mark.parametrize("name, kind, iterations", [("ckpt.pt", "ntm", 100), ("denoiser.pt", "denoiser", 40)])
 def test_checkpoint_holds_what_a_resumption_needs(trained, name, kind, iterations):
     held = contents(trained / name)
-    assert held.keys() == {"kind", "model_config", "settings", "model", "ema", "optimizers", "iter"}
+    assert held.keys() == {"kind", "model_config", "settings", "model", "ema", "optimizers", "iter", "job"}
     assert (held["kind"], held["iter"], held["settings"]["max_iters"]) == (kind, iterations, iterations)
     assert held["settings"]["out_dir"] == str(trained) and held["model_config"]["width"] == 16
     assert held["model"].keys() == held["ema"].keys()
@@ -517,20 +519,26 @@ def test_config_runs(tmp_path, config):
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", np.arange(4, dtype=np.uint8))
     small = TRAIN + ["--transporter_heads=2", "--max_iters=1", "--batch_size=2", "--grad_accum=1", "--val_examples=2",
                      "--num_samples=1", "--workers=0", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}"]
-    if config == "sit.py":
+    if config.startswith(("sit", "t2i")):
         for split in ("train", "val"):
-            (tmp_path / split).mkdir()
-            for i in range(2):
-                np.save(tmp_path / split / f"{i}.npy", np.ones((4, 8, 8), dtype=np.float16))
+            size = 8 if config == "sit.py" else 32
+            latent_shard(tmp_path / split / "0.tar", np.ones((2, 4, size, size)), ["class 1", "class 2"])
+    if config.startswith("emoji"):
+        for split in ("train", "val"):
+            write_shard(tmp_path / split / "0.tar", [(str(i), {"png": png(), "txt": b"a red apple"}) for i in range(2)])
+    if config.startswith("t2i"):
+        small += ["--tokenizer=captions", "--max_iters=2"]  # GPT-2's vocabulary is not on every machine
+    if config == "sit.py":
         torch.save(contents(ROOT / "tests" / "sit_tiny.pt")["state_dict"], tmp_path / "sit.pt")
         small += [f"--init_from=sit:{tmp_path / 'sit.pt'}"]
     if config.endswith("_tune.py"):
         run("train.py", str(ROOT / "config" / config.replace("_tune", "_fm")), *small, f"--out_dir={tmp_path / 'fm'}")
         small += [f"--init_from={tmp_path / 'fm' / 'ckpt.pt'}"]
     names, _ = run("train.py", str(ROOT / "config" / config), *small)
-    assert names["config"]["dataset"] in config or config == "sit.py"
-    assert contents(tmp_path / "ckpt.pt")["iter"] == 1
-    assert [line["iter"] for line in read_log(tmp_path / "log.jsonl")] == [1, 1]
+    assert names["config"]["dataset"] in (config.split("_")[0].removesuffix(".py").removesuffix("32"), "shards")
+    iterations = 2 if config.startswith("t2i") else 1
+    assert contents(tmp_path / "ckpt.pt")["iter"] == iterations
+    assert read_log(tmp_path / "log.jsonl")[-1]["iter"] == iterations
 
 
 def test_denoiser_of_another_model_is_named(copied):

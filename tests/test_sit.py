@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize
-from helpers import DISTILL, SAMPLE, contents, fails, pixels, run, training_lines
+from helpers import DISTILL, SAMPLE, contents, fails, latent_shard, pixels, run, training_lines
 
 import checkpoint
 import data
@@ -14,7 +14,7 @@ from model import NTM, NTMConfig
 from sit import heads_of, load_sit
 
 # SHORT of test_scripts, for latents of 4x8x8 and the transporter alone: the rest is the published network's
-TRAIN = ["--device=cpu", "--dataset=latents", "--latent_scale=0.5", "--batch_size=4", "--max_iters=4",
+TRAIN = ["--device=cpu", "--dataset=shards", "--latent_scale=0.5", "--batch_size=4", "--max_iters=4",
          "--val_interval=2", "--val_examples=4", "--num_samples=4", "--log_interval=1", "--warmup_iters=2",
          "--optimizer=adamw", "--lr=2e-3",
          "--transporter_width=16", "--transporter_blocks=2", "--transporter_layers=1", "--shift=None"]
@@ -36,14 +36,11 @@ def published(reference, tmp_path):
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
-    """A folder of latents: 12 to train on, 6 to validate, one of them without a caption."""
+    """Shards of latents: 12 to train on, 6 to validate."""
     folder, generator = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 6)):
-        (folder / split).mkdir()
-        for i in range(count):
-            np.save(folder / split / f"{i:03d}.npy", (2 * generator.normal(size=(4, 8, 8))).astype(np.float16))
-            if i:
-                (folder / split / f"{i:03d}.txt").write_text(f"class {i % 10}\n")
+        latent_shard(folder / split / "0.tar", 2 * generator.normal(size=(count, 4, 8, 8)),
+                     [f"class {i % 10}" for i in range(count)])
     return folder
 
 
@@ -192,8 +189,6 @@ def test_captions_that_are_no_classes_are_named(published, latents, tmp_path):
     line = fails("sample.py", *SAMPLE, f"--out_dir={tmp_path / 'run'}", "--prompt=class 10", "--denoise=none")
     assert "'class 10' is not a class" in line and "'class 9'" in line
     for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        np.save(tmp_path / split / "a.npy", np.zeros((4, 8, 8), np.float16))
-        (tmp_path / split / "a.txt").write_text("a cat")
+        latent_shard(tmp_path / split / "0.tar", np.zeros((1, 4, 8, 8)), ["a cat"])
     line = fails("train.py", *settings, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'cats'}", "--batch_size=1")
     assert "caption 'a cat' is not a class" in line

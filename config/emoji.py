@@ -1,0 +1,16 @@
+# Emoji, 32x32, from scratch. `python data.py emoji` makes the data.
+out_dir = "out/emoji"
+dataset = "shards"
+data_dir = "out/data/emoji"
+image_size = 32
+channels = 3
+tokenizer = "emoji"
+text_len = 16
+
+patch_size = 4
+width = 160
+depth = 5
+
+max_iters = 6000
+val_interval = 500
+val_examples = 392

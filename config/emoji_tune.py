@@ -1,0 +1,10 @@
+# An NTM of emoji that starts from the flow-matching model of config/emoji_fm.py.
+init_from = "out/emoji_fm/ckpt.pt"
+out_dir = "out/emoji_tune"
+dataset = "shards"
+data_dir = "out/data/emoji"
+
+lr = 2e-3
+max_iters = 2500
+val_interval = 500
+val_examples = 392

@@ -1,0 +1,76 @@
+"""The device a process computes on, and the other processes under torchrun."""
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+
+def find_device(name=""):
+    """The device called `name`, or the best there is: cuda, else mps, else cpu. Raises ValueError if it is absent."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or best)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device {name!r} is not available here: leave it out for {best!r}") from error
+    return device
+
+
+def start_ranks(device_name=""):
+    """Joins the other processes under torchrun (gloo on CPU, nccl on CUDA); alone, there is nothing to join.
+
+    Returns device, rank, world size.
+    """
+    device = find_device(device_name)
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def autocast(config, device):
+    """The precision of the networks. On CUDA bfloat16; on CPUs float32, which was faster for models this small: most
+    of their time is not in the matrix products, and casting back and forth cost more than those gained."""
+    bfloat16 = device.type == "cuda" if config["bfloat16"] is None else config["bfloat16"]
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
+
+
+last_sum = []  # the handle of the last all_sum
+
+
+def all_sum(tensor):
+    """The sum over all ranks, in place."""
+    if dist.is_initialized():
+        # Whoever drops the last handle lets go of the tensor, for which it needs Python. Were it one of gloo's threads,
+        # and the interpreter ending meanwhile, the process would abort; so this one is kept until the next sum.
+        last_sum[:] = [dist.all_reduce(tensor, async_op=True)]
+        last_sum[0].wait()
+    return tensor
+
+
+def gathered(value):
+    """The values of all ranks, a list in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def restarts():
+    """How often torchrun has started these processes anew, as it does with --max-restarts when one dies."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def job():
+    """A name that tells this torchrun job from others, the same on all ranks and through restarts; "" without torchrun.
+
+    It is the --rdzv_id; where there is none, the process that launched the first rank.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return gathered(f"{socket.gethostname()} {os.getppid()}")[0] if name == "none" else name

@@ -1,0 +1,328 @@
+"""Shards from emoji packages, from folders, and from other shards by way of an autoencoder."""
+import io
+import json
+import subprocess
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from helpers import DISTILL, SAMPLE, SHORT, SMALL, contents, fails, latent_shard, pixels, png, run
+from PIL import Image
+from torch import nn
+
+import data
+import prepare
+from prepare import TONES, emoji_caption, measure_latents
+from shards import Shards, write_shards
+
+
+def command(*arguments):
+    """Runs `python data.py arguments` in this process. Returns what it printed."""
+    return run("data.py", *map(str, arguments))[1]
+
+
+def examples_of(folder, split):
+    """{caption: pixels (C, H, W)} of some shards."""
+    return {caption: image for image, caption in Shards(str(folder), split, 3, 8, 8)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Emoji
+
+
+def emoji(name, code, subcategory="food-fruit", category="Food & Drink", **more):
+    return {"name": name, "short_names": [name.lower().replace(" ", "_")], "unified": code.upper(),
+            "image": f"{code}.png", "category": category, "subcategory": subcategory, **more}
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """Two packages as npm packs them, of 60 plain emoji and one with skin tones; the second lacks one picture."""
+    folder = tmp_path_factory.mktemp("packages")
+    table = [emoji(f"RED APPLE {i}", f"{i:04x}") for i in range(60)]
+    variations = {tone: {"image": f"wave-{tone.lower()}.png"} for tone in (*TONES, "1F3FB-1F3FF")}
+    table.append(emoji("WAVING HAND", "wave", "hand-fingers-open", "People & Body", skin_variations=variations))
+    names = [entry["image"] for entry in table] + [variant["image"] for variant in variations.values()]
+    names = [name.replace("wave", "aaaa") for name in names]
+    text = json.dumps(table).replace("wave", "aaaa").encode()
+    paths = []
+    for vendor, missing in (("google", 0), ("twitter", 1)):
+        paths.append(folder / f"emoji-datasource-{vendor}-1.0.0.tgz")
+        with tarfile.open(paths[-1], "w:gz") as tar:
+            members = {"package/emoji.json": text, f"package/img/{vendor}/sheets/64.png": b""}
+            for i, name in enumerate(names[missing:]):
+                members[f"package/img/{vendor}/64/{name}"] = png((i, 0, 0, 255 * (i % 2)), mode="RGBA")
+            for name, content in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return paths
+
+
+def test_emoji_become_captioned_shards(packages, tmp_path):
+    printed = command("emoji", *(f"--source={path}" for path in packages), f"--out={tmp_path}")
+    train, val = (list(Shards(str(tmp_path), split, 3, 16, 16)) for split in ("train", "val"))
+    assert len(train) + len(val) == 2 * 67 - 1 and f"train: {len(train)} pictures" in printed
+    assert {image.shape for image, _ in train} == {(3, 16, 16)}
+    whites = [image for image, _ in train + val if image.min() > 0.99]
+    assert len(whites) > 50  # every second picture was transparent
+    captions = [caption for _, caption in train + val]
+    assert all(caption.endswith(("google style", "twitter style")) for caption in captions)
+    assert sum("skin tone" in caption for caption in captions) == 12
+    assert any("with light and dark skin tone" in caption for caption in captions)
+    assert any(", food fruit, " in caption for caption in captions)
+    assert any(", food and drink, " in caption for caption in captions)
+    assert "Apache" in (tmp_path / "LICENCES.txt").read_text() and "CC BY" in (tmp_path / "LICENCES.txt").read_text()
+
+
+def test_no_emoji_is_in_both_splits_and_the_split_is_always_the_same(packages, tmp_path):
+    for name in ("a", "b"):
+        command("emoji", *(f"--source={path}" for path in packages), f"--out={tmp_path / name}")
+    splits = {}
+    for split in ("train", "val"):
+        tars = [(tmp_path / name / split / "00000.tar").read_bytes() for name in ("a", "b")]
+        assert tars[0] == tars[1]
+        with tarfile.open(tmp_path / "a" / split / "00000.tar") as tar:
+            splits[split] = {name.split("-")[1].split(".")[0] for name in tar.getnames()}
+    assert splits["train"] and splits["val"] and not splits["train"] & splits["val"]
+
+
+@pytest.mark.parametrize("name, caption", [
+    ("RED APPLE", "a red apple"), ("ORANGE", "an orange"), ("WOMEN HOLDING HANDS", "women holding hands"),
+    ("GLASS OF MILK", "a glass of milk"), ("CACTUS", "a cactus"), ("Man: Red Hair", "a man with red hair"),
+    ("Ceuta & Melilla Flag", "a ceuta and melilla flag"), ("BUSTS IN SILHOUETTE", "busts in silhouette"),
+])
+def test_captions_of_emoji(name, caption):
+    texts = {emoji_caption({**emoji(name, f"{i:04x}"), "short_names": ["flag-xx"]}, [], "google") for i in range(80)}
+    assert texts == {f"{caption}, google style", f"{caption}, food fruit, google style",
+                     f"{caption}, food and drink, google style"}
+
+
+def test_sources_that_are_no_packages_are_named(packages, tmp_path, monkeypatch):
+    (tmp_path / "other.tgz").write_bytes(b"nothing of the kind")
+    (tmp_path / "half.tgz").write_bytes(packages[0].read_bytes()[:1000])
+    with tarfile.open(tmp_path / "empty.tgz", "w:gz"):
+        pass
+    for name, fault in (("other", "cannot be read"), ("half", "cannot be read"),
+                        ("empty", "is not one of emoji-datasource-google")):
+        line = fails("data.py", "emoji", f"--source={tmp_path / name}.tgz", f"--out={tmp_path / 'out'}")
+        assert f"{name}.tgz {fault}" in line
+
+    def no_npm(*args, **kwargs):
+        raise FileNotFoundError("npm")
+    monkeypatch.setattr(subprocess, "run", no_npm)
+    line = fails("data.py", "emoji", f"--out={tmp_path}")
+    assert "install npm" in line and "--source=FILE.tgz" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def make_folder(folder, count):
+    """Pictures of which the first pixel is the number, in two folders."""
+    (folder / "deep.er").mkdir(parents=True)
+    names = [f"{'deep.er/' if i % 2 else ''}picture.{i}.png" for i in range(count)]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(png((i, 0, 0)))
+    return names
+
+
+@pytest.mark.parametrize("layout", ["txt", "jsonl", "csv"])
+def test_a_folder_becomes_shards(tmp_path, layout):
+    names = make_folder(tmp_path / "mine", 40)
+    for i, name in enumerate(names):
+        if layout == "txt":
+            (tmp_path / "mine" / name).with_suffix(".txt").write_text(f'number {i}, "né"\n')
+    rows = [{"file_name": name, "text": f'number {i}, "né"', "other": 1} for i, name in enumerate(names)]
+    if layout == "jsonl":
+        (tmp_path / "mine" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if layout == "csv":
+        quoted = ['"' + row["text"].replace('"', '""') + '"' for row in rows]
+        (tmp_path / "mine" / "metadata.csv").write_text(
+            "file_name,text\n" + "".join(f"{row['file_name']},{text}\n" for row, text in zip(rows, quoted)))
+    printed = command("folder", tmp_path / "mine", f"--out={tmp_path / 'shards'}", "--val=0.1")
+    assert "train: 36 pictures" in printed and "val: 4 pictures" in printed
+    both = examples_of(tmp_path / "shards", "train") | examples_of(tmp_path / "shards", "val")
+    assert len(both) == 40
+    for i in range(40):
+        assert data.pictures.to_uint8(both[f'number {i}, "né"'])[0, 0, 0] == i
+
+
+def test_pictures_without_captions_are_left_out_and_said(tmp_path):
+    names = make_folder(tmp_path / "mine", 10)
+    for name in names[:7]:
+        (tmp_path / "mine" / name).with_suffix(".txt").write_text("a picture")
+    (tmp_path / "mine" / names[7]).with_suffix(".txt").write_text(" \n")
+    printed = command("folder", tmp_path / "mine", f"--out={tmp_path / 'o'}")
+    assert "3 pictures without a caption were left out" in printed
+
+
+def test_folders_that_cannot_serve_are_named(tmp_path):
+    assert "there is no folder" in fails("data.py", "folder", str(tmp_path / "none"))
+    make_folder(tmp_path / "mine", 2)
+    assert "holds no captioned picture" in fails("data.py", "folder", str(tmp_path / "mine"))
+    (tmp_path / "mine" / "metadata.jsonl").write_text('{"file_name": "a.png"}')
+    assert "needs a file_name and a text in every row" in fails("data.py", "folder", str(tmp_path / "mine"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Latents by an autoencoder
+
+
+class Encoder(nn.Module):
+    """Means of 4x4 pixels, by channel and of all, shifted and stretched."""
+
+    def forward(self, images):
+        means = nn.functional.avg_pool2d(images, 4)
+        return torch.cat([3 * means + 1, means.mean(dim=1, keepdim=True)], dim=1)
+
+
+class Decoder(nn.Module):
+    def forward(self, latents):
+        return nn.functional.interpolate((latents[:, :3] - 1) / 3, scale_factor=4.0)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """encoder.pt2 and decoder.pt2 of an autoencoder 3x32x32 -> 4x8x8, for any batch size."""
+    folder, batch = tmp_path_factory.mktemp("autoencoder"), torch.export.Dim("batch", min=1, max=1024)
+    for name, module, example in (("encoder", Encoder(), torch.zeros(2, 3, 32, 32)),
+                                  ("decoder", Decoder(), torch.zeros(2, 4, 8, 8))):
+        torch.export.save(torch.export.export(module, (example,), dynamic_shapes=({0: batch},)), folder / f"{name}.pt2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Shards of 90 and 10 pictures in smooth colours, one of them not decodable."""
+    folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for split, count in (("train", 90), ("val", 10)):
+        examples = []
+        for i in range(count):
+            file = io.BytesIO()
+            corners = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
+            corners.resize((40, 40), Image.Resampling.BILINEAR).save(file, "PNG")
+            examples.append((f"{i:04d}", {"png": b"" if i == 5 else file.getvalue(), "txt": f"{split} {i}".encode()}))
+        write_shards(folder / split, examples, per_shard=40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(exported, photographs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("encoded")
+    printed = command("encode", f"--data_dir={photographs}", f"--encoder={exported / 'encoder.pt2'}", f"--out={out}",
+                      "--image_size=32", "--batch_size=16", "--device=cpu", "--workers=1")
+    assert "2 unusable pictures were left out" in printed
+    return out
+
+
+def test_latents_are_the_encoders_and_normalised_by_what_was_measured(encoded, photographs):
+    source = Shards(str(photographs), "train", 3, 32, 32)
+    raw = Shards(str(encoded), "train", 4, 8, 8, latent_scale=1.0)
+    assert len(raw) == 89 and raw[5][1] == "train 6"
+    for i in (0, 41, 88):
+        image, caption = source[i + (i >= 5)]
+        assert raw[i][1] == caption
+        torch.testing.assert_close(raw[i][0], Encoder()(image[None])[0], atol=2e-3, rtol=0)
+    normalised = torch.stack([latent for latent, _ in Shards(str(encoded), "train", 4, 8, 8)])
+    torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+    assert len(Shards(str(encoded), "val", 4, 8, 8)) == 9
+
+
+def test_an_interrupted_encoding_goes_on(exported, photographs, encoded, tmp_path, monkeypatch):
+    settings = ["encode", f"--data_dir={photographs}", f"--encoder={exported / 'encoder.pt2'}", f"--out={tmp_path}",
+                "--image_size=32", "--device=cpu"]
+    write = prepare.write_shard
+
+    def failing(path, examples):
+        if path.name == "00001.tar":
+            raise KeyboardInterrupt
+        write(path, examples)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_shard", failing)
+        with pytest.raises(KeyboardInterrupt):
+            command(*settings)
+    done = tmp_path / "train" / "00000.tar"
+    before = done.stat().st_mtime_ns
+    assert [path.name for path in (tmp_path / "train").iterdir()] == ["00000.tar"]
+    command(*settings)
+    assert done.stat().st_mtime_ns == before
+    for split in ("train", "val"):
+        for path in (encoded / split).glob("*.tar"):
+            assert path.read_bytes() == (tmp_path / split / path.name).read_bytes()
+    assert (tmp_path / "latents.json").read_text() == (encoded / "latents.json").read_text()
+
+
+def test_flat_shards_are_encoded_flat(exported, tmp_path):
+    write_shards(tmp_path / "in", [(f"{i}", {"png": png((i, 2 * i, 255 - i)), "txt": b"x"}) for i in range(120)], 50)
+    command("encode", f"--data_dir={tmp_path / 'in'}", f"--encoder={exported / 'encoder.pt2'}",
+            f"--out={tmp_path / 'o'}", "--image_size=32", "--device=cpu", "--batch_size=64")
+    assert [path.name for path in sorted((tmp_path / "o").glob("*.tar"))] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert [len(Shards(str(tmp_path / "o"), split, 4, 8, 8)) for split in ("train", "val")] == [119, 1]
+
+
+def test_what_cannot_be_encoded_is_named(exported, photographs, encoded, tmp_path):
+    encoder = f"--encoder={exported / 'encoder.pt2'}"
+    rest = [f"--out={tmp_path}", "--device=cpu"]
+    assert "there is no" in fails("data.py", "encode", f"--data_dir={photographs}", "--encoder=no.pt2", *rest)
+    (tmp_path / "bad.pt2").write_bytes(b"PK nothing")
+    line = fails("data.py", "encode", f"--data_dir={photographs}", f"--encoder={tmp_path / 'bad.pt2'}", *rest)
+    assert "bad.pt2 is not a program saved by torch.export" in line
+    assert "holds latents already" in fails("data.py", "encode", f"--data_dir={encoded}", encoder, *rest)
+    write_shards(tmp_path / "grey" / "train", [(f"{i}", {"png": png((9, 9, 9)), "txt": b"x"}) for i in range(3)])
+    write_shards(tmp_path / "grey" / "val", [("0", {"png": png((9, 9, 9)), "txt": b"x"})])
+    line = fails("data.py", "encode", f"--data_dir={tmp_path / 'grey'}", encoder, "--image_size=32", *rest)
+    assert "a channel of the latents is constant" in line
+
+
+def test_from_latents_to_pictures(encoded, exported, tmp_path):
+    """Training on what was encoded, and sampling with the decoder: latents leave as the autoencoder knows them."""
+    settings = [*SHORT, *SMALL, "--transporter_width=16", "--transporter_blocks=1", "--transporter_layers=1",
+                "--dataset=shards", f"--data_dir={encoded}", "--image_size=8", "--channels=4", f"--out_dir={tmp_path}"]
+    run("train.py", *settings)
+    stored = json.loads((encoded / "latents.json").read_text())
+    latents = contents(tmp_path / "ckpt.pt")["settings"]["latents"]
+    assert latents["mean"] == pytest.approx(stored["mean"]) and latents["scale"] == pytest.approx(stored["scale"])
+    run("distill.py", *DISTILL, f"--out_dir={tmp_path}")
+    decoder = f"--decoder={exported / 'decoder.pt2'}"
+    for denoise in ("learned", "score"):
+        run("sample.py", *SAMPLE, f"--out_dir={tmp_path}", decoder, f"--denoise={denoise}", "--show_trajectory=True")
+        latent = torch.as_tensor(np.load(tmp_path / "pictures" / "0003.npy")).float()
+        picture = (Decoder()(latent[None])[0].clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 128
+        assert np.abs(pixels(tmp_path / "pictures" / "0003.png") - picture.clip(0, 255)).max() < 3
+    strip = pixels(tmp_path / "pictures" / "0003_trajectory.png")
+    assert strip.shape[1] > 6 * 96
+    line = fails("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--decoder=none.pt2")
+    assert "there is no none.pt2" in line
+    assert "draws pictures: leave it out" in fails("sample.py", *SAMPLE, decoder)
+
+
+def test_measured_scale_of_known_latents(tmp_path):
+    deviation, mean = (np.array(pair)[:, None, None] for pair in ([2.0, 0.5], [1.0, -3.0]))
+    latents = np.random.default_rng(0).normal(size=(200, 2, 4, 4)) * deviation + mean
+    latent_shard(tmp_path / "0.tar", latents, ["x"] * 200)
+    mean, scale = measure_latents(str(tmp_path))
+    assert mean == pytest.approx([1, -3], abs=0.1) and scale == pytest.approx([0.5, 2], rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What data.py shows of shards
+
+
+def test_data_script_shows_shards_and_what_is_wrong_with_them(photographs, encoded, tmp_path):
+    printed = command("shards", f"--data_dir={photographs}", f"--out={tmp_path / 'sheet.png'}")
+    assert "90 to train on, 10 to validate, 3x40x40" in printed and "1 of the first 90 examples are unusable" in printed
+    assert pixels(tmp_path / "sheet.png").shape[1] > 500
+    printed = command("shards", f"--data_dir={encoded}", "--split=val", f"--out={tmp_path / 'latents.png'}")
+    assert "89 to train on, 9 to validate, 4x8x8" in printed
+
+
+def test_vocabulary_of_shards(photographs, tmp_path):
+    command("vocab", f"--data_dir={photographs}", f"--out={tmp_path / 'mine.tiktoken'}", "--size=300")
+    tokenizer = data.get_tokenizer(str(tmp_path / "mine.tiktoken"))
+    assert len(tokenizer.tokens("train 77")) == 2
+    assert "needs --out" in fails("data.py", "vocab", f"--data_dir={photographs}")
+    assert data.get_tokenizer("emoji").vocab_size == 4098

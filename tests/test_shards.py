@@ -1,0 +1,414 @@
+"""Shards: the index, every example once however many read, pictures of all kinds, and what is wrong with some."""
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SHORT, SMALL, fails, file_of, latent_shard, npy, png, read_log, run, training_lines
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import pictures
+import shards
+from loop import Order, collate
+from shards import Shards, expand, find_shards, load_index, write_shard, write_shards
+
+TRAIN = SHORT + SMALL + ["--transporter_width=16", "--transporter_blocks=1", "--transporter_layers=1",
+                         "--dataset=shards", "--image_size=8", "--channels=3", "--patch_size=4"]
+
+
+def numbered(count, first=0):
+    """Examples whose pictures and captions are their numbers."""
+    return [(f"{i:05d}", {"png": png((i % 256, i // 256, 7)), "txt": str(i).encode()})
+            for i in range(first, first + count)]
+
+
+def dataset(folder, split="train", size=8, channels=3, **settings):
+    return Shards(str(folder), split, channels, size, size, **settings)
+
+
+def shown(members, folder, **settings):
+    """The picture, 8-bit (H, W, 3), that a data set makes of one example's members."""
+    write_shard(folder / "train" / "0.tar", [("a", {"txt": b"a caption", **members})])
+    return pictures.to_uint8(dataset(folder, **settings)[0][0]).permute(1, 2, 0).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which files
+
+
+@pytest.mark.parametrize("pattern, names", [
+    ("a-{00..02}.tar", ["a-00.tar", "a-01.tar", "a-02.tar"]),
+    ("{x,y}/{8..10}.tar", ["x/8.tar", "x/9.tar", "x/10.tar", "y/8.tar", "y/9.tar", "y/10.tar"]),
+    ("plain.tar", ["plain.tar"]),
+])
+def test_braces_are_expanded_as_a_shell_does(pattern, names):
+    assert expand(pattern) == names
+    assert subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True).stdout.split() == names
+
+
+def test_a_folder_a_glob_and_a_range_name_the_same_shards(tmp_path, monkeypatch):
+    write_shards(tmp_path, numbered(30), per_shard=10)
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path), f"{tmp_path}/*.tar", f"{tmp_path}/{{00000..00002}}.tar", "*.tar", "."):
+        paths, own = find_shards(name, "train")
+        assert [path.name for path in paths] == ["00000.tar", "00001.tar", "00002.tar"] and not own
+    with pytest.raises(FileNotFoundError, match="2 of 5 shards .* are missing, .*00003.tar first"):
+        find_shards(f"{tmp_path}/{{00000..00004}}.tar", "train")
+    for nothing in ("", str(tmp_path / "no"), f"{tmp_path}/*.zip"):
+        with pytest.raises(FileNotFoundError, match="there are no shards in data_dir"):
+            find_shards(nothing, "train")
+
+
+def test_splits_are_folders_or_every_hundredth(tmp_path):
+    write_shards(tmp_path / "flat", numbered(250), per_shard=60)
+    train, val = (dataset(tmp_path / "flat", split) for split in ("train", "val"))
+    captions = [[caption for _, caption in split] for split in (train, val)]
+    assert captions[1] == ["99", "199"] and len(train) == 248 and len(val) == 2
+    assert captions[0] == [str(i) for i in range(250) if i not in (99, 199)]
+    assert len(dataset(tmp_path / "flat", "all")) == 250
+    write_shards(tmp_path / "own" / "train", numbered(5))
+    write_shards(tmp_path / "own" / "val", numbered(3, 100))
+    assert [caption for _, caption in dataset(tmp_path / "own", "val")] == ["100", "101", "102"]
+    write_shards(tmp_path / "few", numbered(20))
+    with pytest.raises(ValueError, match="has 20 examples, too few for 'val'"):
+        dataset(tmp_path / "few", "val")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The index
+
+
+def test_any_order_gives_the_example_that_reading_through_gives(tmp_path):
+    """Members in img2dataset's layout, with long names, folders and dots in them, JSON captions and other members."""
+    rng, expected = np.random.default_rng(0), []
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i in range(7):
+                key, caption = f"{'deep/' * 30}{shard}_{i}", f"caption {shard} {i} é"
+                members = {"jpg": png(tuple(rng.integers(0, 256, 3).tolist())),
+                           "json": json.dumps({"caption": caption, "url": "x" * int(rng.integers(2000))}).encode()}
+                if i % 2:
+                    members |= {"txt": caption.encode(), "json": b'{"caption": "not this one"}', "seg.cls": b"3"}
+                for suffix, data in members.items():
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                expected.append((Image.open(io.BytesIO(members["jpg"])).getpixel((0, 0)), caption))
+    ds = dataset(tmp_path, "all")
+    assert len(ds) == 21
+    for i in rng.permutation(21):
+        image, caption = ds[i]
+        assert (tuple(pictures.to_uint8(image)[:, 3, 3].tolist()), caption) == expected[i]
+
+
+def test_the_index_is_built_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
+    write_shards(tmp_path / "train", numbered(30), per_shard=10)
+    assert len(dataset(tmp_path)) == 30
+    index, = (tmp_path / "train").glob("*.index")
+    written = index.read_bytes(), index.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "scan", lambda path: pytest.fail("scanned again"))
+        assert len(dataset(tmp_path)) == 30
+    assert (index.read_bytes(), index.stat().st_mtime_ns) == written
+    write_shards(tmp_path / "train", numbered(25), per_shard=10)  # the last is shorter now
+    assert len(dataset(tmp_path)) == 25 and dataset(tmp_path)[24][1] == "24"
+    os.utime(tmp_path / "train" / "00001.tar", (1, 1))  # only its time
+    before = index.read_bytes()
+    assert len(dataset(tmp_path)) == 25 and index.read_bytes() != before
+    for damage in (b"", index.read_bytes()[:-4], b"{}\n", b"\xff" * 100):
+        index.write_bytes(damage)
+        assert len(dataset(tmp_path)) == 25
+
+
+def test_ranks_that_start_together_build_one_index(tmp_path):
+    write_shards(tmp_path, numbered(300), per_shard=20)
+    program = ("import sys; sys.path.insert(0, '.'); from shards import Shards; "
+               "print(len(Shards(sys.argv[1], 'all', 3, 8, 8)))")
+    processes = [subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=Path(shards.__file__).parent,
+                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    answers = [process.communicate(timeout=120) for process in processes]
+    assert [out for out, _ in answers] == ["300\n"] * 3
+    assert sum("index" in err for _, err in answers) == 1  # the bar of the one that built it
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    write_shards(tmp_path / "train", numbered(3))
+    (tmp_path / "train" / f"{next(iter(index_names(tmp_path / 'train')))}.lock").mkdir()
+    line = fails("train.py", *TRAIN, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'run'}")
+    assert ".lock" in line and "Is a directory" in line
+
+
+def index_names(folder):
+    """The names of the indices of a folder's shards, without their ends."""
+    load_index(find_shards(str(folder), "all")[0])
+    for path in folder.glob("*.index"):
+        path.unlink()
+        path.with_suffix(".lock").unlink()
+        yield path.stem
+
+
+def test_twelve_million_examples_cost_a_process_less_than_100_mb(tmp_path):
+    """A mapped index, and the shuffled order of an epoch, as /proc counts what is resident."""
+    write_shards(tmp_path, numbered(2), per_shard=1)
+    paths, _ = find_shards(str(tmp_path), "all")
+    header, _ = load_index(paths)
+    index, = tmp_path.glob("*.index")
+    each = 6_000_000
+    header["counts"] = [each, each]
+    text = json.dumps(header)
+    with open(index, "wb") as file:
+        file.write((text + " " * (-(len(text) + 1) % 4) + "\n").encode())
+        for _ in range(2):
+            np.arange(each + 1, dtype=np.uint32).tofile(file)
+    program = """
+import sys; sys.path.insert(0, '.')
+import torch
+from loop import Order
+import shards
+def resident():
+    return int(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')).split()[1]) / 1024
+shards.first_example, shards.Shards.usable = lambda paths: (False, (3, 8, 8)), lambda self, number: None
+torch.randperm(10)
+before = resident()
+ds = shards.Shards(sys.argv[1], 'all', 3, 8, 8)
+print(len(ds))
+for i, batch in enumerate(Order(len(ds), 1000, 0, 0, 20, range(1000))):
+    for number in batch:
+        shard, place = ds.place(number)
+        row = number + shard
+        assert int(ds.starts[row]) == place, (number, shard, place)
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=Path(shards.__file__).parent, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    count, megabytes = done.stdout.split()
+    assert int(count) == 12_000_000 and float(megabytes) < 100, megabytes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Every example once an epoch
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (2, 2), (3, 1)])
+def test_ranks_and_workers_see_every_example_once_an_epoch(tmp_path, world, workers):
+    write_shards(tmp_path / "train", numbered(60), per_shard=7)
+    ds = dataset(tmp_path)
+    epochs = []
+    for epoch in range(2):
+        seen = []
+        for rank in range(world):
+            share = 12 // world
+            order = Order(len(ds), 12, 0, 5 * epoch, 5 * epoch + 5, range(rank * share, (rank + 1) * share), len(ds))
+            loader = DataLoader(ds, batch_sampler=order, collate_fn=collate, num_workers=workers)
+            seen += [caption for _, captions, _ in loader for caption in captions]
+        assert sorted(map(int, seen)) == list(range(60))
+        epochs.append(seen)
+    assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0], key=int)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_size_and_crop_of_a_wide_picture(tmp_path):
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20], wide[:, 20:] = 100, 200
+    members = {"png": file_of(Image.fromarray(wide))}
+    assert (shown(members, tmp_path, size=10) == 100).all()  # the middle third, not scaled
+    assert np.abs(shown(members, tmp_path, size=5)[:, 2].astype(int) - 100).max() <= 2
+
+
+def test_down_scaling_is_antialiased(tmp_path):
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(shown({"png": file_of(Image.fromarray(stripes))}, tmp_path).astype(int) - 127).max() <= 3
+
+
+def test_random_crops_and_flips_are_new_in_each_epoch_and_never_in_validation(tmp_path):
+    wide = np.repeat(np.linspace(0, 255, 40).astype(np.uint8)[None, :, None], 10, axis=0).repeat(3, axis=2)
+    for split in ("train", "val"):
+        write_shard(tmp_path / split / "0.tar", [("a", {"png": file_of(Image.fromarray(wide)), "txt": b"a ramp"})])
+    ds = dataset(tmp_path, size=10, crop="random", flip=True)
+    views = [pictures.to_uint8(image)[0, 0].int() for image, _, _ in ds.__getitems__(range(200))]
+    rising = [bool(view[-1] > view[0]) for view in views]
+    assert 70 < sum(rising) < 130
+    assert len({int(view.min()) for view in views}) > 20
+    again = [pictures.to_uint8(image)[0, 0].int() for image, _, _ in ds.__getitems__(range(200))]
+    assert all(map(torch.equal, views, again))
+    centred = dataset(tmp_path, "val", size=10, crop="random", flip=True)
+    assert pictures.to_uint8(centred[0][0])[0, 0].tolist() == wide[0, 15:25, 0].tolist()
+
+
+@pytest.mark.parametrize("mode, colour, expected", [
+    ("L", 90, (90, 90, 90)), ("RGBA", (200, 0, 0, 0), (255, 255, 255)), ("RGBA", (0, 100, 0, 255), (0, 100, 0)),
+    ("LA", (10, 0), (255, 255, 255)), ("1", 1, (255, 255, 255)), ("I;16", 0, (0, 0, 0)),
+])
+def test_modes_become_rgb_and_transparency_white(tmp_path, mode, colour, expected):
+    assert shown({"png": png(colour, mode=mode)}, tmp_path)[4, 4].tolist() == list(expected)
+
+
+def test_palettes_with_transparency_cmyk_and_webp(tmp_path):
+    palette = Image.new("P", (12, 12), 1)
+    palette.putpalette([1, 2, 3, 200, 100, 0])
+    file = file_of(palette, transparency=1)
+    assert shown({"png": file}, tmp_path)[4, 4].tolist() == [255, 255, 255]
+    cmyk = file_of(Image.new("CMYK", (12, 12), (255, 0, 0, 0)), "JPEG")
+    assert np.abs(shown({"jpg": cmyk}, tmp_path)[4, 4].astype(int) - [0, 255, 255]).max() < 8
+    webp = file_of(Image.new("RGB", (12, 12), (10, 200, 30)), "WEBP", lossless=True)
+    assert shown({"webp": webp}, tmp_path)[4, 4].tolist() == [10, 200, 30]
+
+
+def test_exif_orientation_is_followed(tmp_path):
+    picture = Image.new("RGB", (8, 8))
+    picture.paste((255, 255, 255), (0, 0, 8, 4))  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    upside_down = shown({"jpg": file_of(picture, "JPEG", exif=exif, quality=100)}, tmp_path)
+    assert upside_down[:3].max() < 30 and upside_down[5:].min() > 225
+
+
+def test_grey_models_get_grey_pictures(tmp_path):
+    write_shard(tmp_path / "train" / "0.tar", [("a", {"png": png((255, 0, 0)), "txt": b"red"})])
+    image, _ = dataset(tmp_path, channels=1)[0]
+    assert image.shape == (1, 8, 8) and pictures.to_uint8(image).unique().tolist() == [76]  # red's luma
+    with pytest.raises(ValueError, match="1 or 3 channels: channels is 4"):
+        dataset(tmp_path, channels=4)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Latents
+
+
+def test_latents_are_normalised_as_latents_json_says_or_as_set(tmp_path):
+    latent_shard(tmp_path / "train" / "0.tar", np.arange(2 * 4 * 2 * 6).reshape(2, 4, 2, 6), ["class 1", "class 2"])
+    raw = torch.arange(48.0).view(4, 2, 6)
+    ds = Shards(str(tmp_path), "train", 4, 2, 6)
+    assert not ds.eight_bit and ds.latent and torch.equal(ds[0][0], raw) and ds[1][1] == "class 2"
+    (tmp_path / "latents.json").write_text(json.dumps({"mean": [1, 2, 3, 4], "scale": [0.5, 1, 2, 4]}))
+    mean, scale = torch.tensor([1, 2, 3, 4.0])[:, None, None], torch.tensor([0.5, 1, 2, 4])[:, None, None]
+    assert torch.equal(Shards(str(tmp_path), "train", 4, 2, 6)[0][0], (raw - mean) * scale)
+    assert torch.equal(Shards(str(tmp_path), "train", 4, 2, 6, latent_scale=0.25)[0][0], raw / 4)
+    (tmp_path / "latents.json").write_text("{}")
+    with pytest.raises(ValueError, match="latents.json is damaged"):
+        Shards(str(tmp_path), "train", 4, 2, 6)
+    (tmp_path / "latents.json").write_text(json.dumps({"mean": [1], "scale": [1]}))
+    with pytest.raises(ValueError, match="is of latents of 1 channels, but channels is 4"):
+        Shards(str(tmp_path), "train", 4, 2, 6)
+
+
+def test_latents_of_another_size_are_told_at_once(tmp_path):
+    latent_shard(tmp_path / "train" / "0.tar", np.zeros((120, 4, 2, 6)), ["class 1"] * 120)
+    with pytest.raises(ValueError, match="100 examples in a row are unusable.*4x2x6 numbers, not 4x8x8 finite ones"):
+        Shards(str(tmp_path), "train", 4, 8, 8)
+    write_shard(tmp_path / "pictures" / "train" / "0.tar", numbered(1))
+    with pytest.raises(ValueError, match="latent_scale is 0.5, but .* holds pictures"):
+        dataset(tmp_path / "pictures", latent_scale=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is wrong with some
+
+JPEG, PNG = (file_of(Image.effect_noise((64, 64), 90), kind) for kind in ("JPEG", "PNG"))
+FAULTS = [
+    ({"png": b"not a picture", "txt": b"x"}, "it cannot be decoded"),
+    ({"jpg": JPEG[:len(JPEG) // 2], "txt": b"x"}, "it cannot be decoded"),
+    ({"png": PNG[:len(PNG) // 2], "txt": b"x"}, "it cannot be decoded"),
+    ({"png": b"", "txt": b"x"}, "it cannot be decoded"),
+    ({"png": png(0, (20_000, 9_000), "1"), "txt": b"x"}, "it is enormous (Image size (180000000 pixels) exceeds limit"),
+    ({"png": png(0, (10_000, 9_000), "1"), "txt": b"x"}, "it is enormous (Image size (90000000 pixels) exceeds limit"),
+    ({"png": png()}, "it has no caption"),
+    ({"png": png(), "txt": b" \n"}, "its caption is empty"),
+    ({"png": png(), "txt": b"\xff\xfe"}, "it has no caption"),
+    ({"png": png(), "json": b"{}"}, "it has no caption"),
+    ({"png": png(), "json": b'{"caption": null}'}, "it has no caption"),
+    ({"png": png(), "json": b"[1"}, "it has no caption"),
+    ({"txt": b"alone"}, "it has no picture"),
+    ({"npy": npy(np.zeros((3, 8, 8))), "txt": b"x"}, "it has no picture"),
+]
+
+
+@pytest.mark.parametrize("members, fault", FAULTS)
+def test_unusable_example_is_named_and_replaced_by_the_next(tmp_path, members, fault):
+    write_shard(tmp_path / "train" / "0.tar", [*numbered(3), ("bad", members), *numbered(3, 3)])
+    ds = dataset(tmp_path)
+    triples = ds.__getitems__(range(7))
+    assert [caption for _, caption, _ in triples] == ["0", "1", "2", "3", "3", "4", "5"]
+    assert [bool(found) for _, _, found in triples] == [False] * 3 + [True] + [False] * 3
+    assert triples[3][2].startswith(f"example 3 of {tmp_path / 'train' / '0.tar'}: {fault}")
+    assert torch.equal(triples[3][0], triples[4][0]) and ds[3][1] == "3"
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 511])
+@pytest.mark.parametrize("keep", [0.3, 0.6])
+def test_truncated_shard_keeps_its_whole_examples(tmp_path, keep, cut):
+    rng = np.random.default_rng(0)
+    noisy = [(f"{i}", {"png": file_of(Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))),
+                       "txt": str(i).encode()}) for i in range(20)]
+    for name in ("0.tar", "1.tar"):
+        write_shard(tmp_path / "train" / name, noisy)
+    path = tmp_path / "train" / "0.tar"
+    blocks = int(keep * path.stat().st_size / 512)
+    path.write_bytes(path.read_bytes()[:512 * blocks - cut])
+    ds = dataset(tmp_path)
+    assert "0.tar" in ds.header["faults"]
+    triples = ds.__getitems__(range(len(ds)))
+    first = len(ds) - 20
+    assert 4 < first < 16
+    unusable = [i for i, (_, _, fault) in enumerate(triples) if fault]
+    assert unusable in ([], [first - 1])  # the one that the cut went through
+    assert [caption for _, caption, _ in triples[first:]] == [str(i) for i in range(20)]
+
+
+def test_a_shard_that_is_none_is_named(tmp_path):
+    write_shard(tmp_path / "train" / "0.tar", numbered(3))
+    (tmp_path / "train" / "1.tar").write_bytes(b"<html>404</html>" * 100)
+    ds = dataset(tmp_path)
+    assert len(ds) == 3 and list(ds.header["faults"]) == ["1.tar"]
+    (tmp_path / "train" / "0.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="has 0 examples"):
+        dataset(tmp_path)
+
+
+def spoilt(folder, good, bad):
+    examples = numbered(good + bad)
+    for i in range(bad):
+        examples[i * (good + bad) // bad][1]["png"] = b"garbage"
+    write_shards(folder / "train", examples)
+    write_shards(folder / "val", numbered(16))
+    return folder
+
+
+def test_training_counts_unusable_examples_and_goes_on(tmp_path):
+    folder = spoilt(tmp_path / "data", 44, 4)
+    run("train.py", *TRAIN, f"--data_dir={folder}", f"--out_dir={tmp_path / 'run'}")
+    lines = training_lines(tmp_path / "run" / "log.jsonl")
+    assert lines[-1]["unusable"] == 4  # 48 examples, an epoch
+    assert all(0 <= line["data_wait"] <= 1 and line["cut"] == 0 for line in lines)
+
+
+def test_too_many_unusable_examples_stop_the_run_and_are_named(tmp_path):
+    folder = spoilt(tmp_path / "data", 30, 18)
+    settings = [*TRAIN, f"--data_dir={folder}", "--max_iters=20"]
+    line = fails("train.py", *settings, f"--out_dir={tmp_path / 'run'}", "--workers=2")
+    assert "examples are unusable, more than bad_limit 0.01 allows" in line and line.count("cannot be decoded") == 10
+    assert str(tmp_path / "run" / "ckpt.pt") in line and (tmp_path / "run" / "ckpt.pt").exists()
+    stopped = read_log(tmp_path / "run" / "log.jsonl")[-1]
+    assert stopped["unusable"] >= 10
+    run("train.py", *settings, f"--out_dir={tmp_path / 'lenient'}", "--bad_limit=0.5", "--val_interval=100")
+    assert training_lines(tmp_path / "lenient" / "log.jsonl")[-1]["iter"] == 20
+
+
+def test_long_captions_are_counted(tmp_path):
+    examples = [(f"{i}", {"png": png(), "txt": b"a red circle above a blue square"}) for i in range(16)]
+    for split in ("train", "val"):
+        write_shards(tmp_path / split, examples)
+    run("train.py", *TRAIN, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'run'}", "--text_len=4")
+    assert [line["cut"] for line in training_lines(tmp_path / "run" / "log.jsonl")] == [8, 16, 24, 32, 40, 48]
