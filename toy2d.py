@@ -25,7 +25,7 @@ from tqdm import tqdm
 import pictures
 from configurator import at_least_one, configure, one_line_errors
 from flow import forward_kernel, forward_log_prob, forward_trajectory, reverse_posterior, time_grid
-from loop import update_average
+from loop import HAS_MUON, make_optimizers, update_average
 from model import NTM, NULL, NTMConfig
 
 dataset = "checkerboard"  # or "moons", "gaussians"
@@ -40,14 +40,16 @@ t_min = 0.02  # the cleanest level
 # ---- model
 width = 32  # of the predictor, as depth
 depth = 1
-transporter_width = 32
-transporter_blocks = 6  # each stretches one pixel as a function of the other, in turn
+transporter_width = 24
+transporter_blocks = 10  # each stretches one pixel as a function of the other, in turn
 
 # ---- optimisation
 seconds = 150.0  # processor time that each model trains for
 max_iters = 0  # updates of each model instead, for a result that does not depend on the clock
-batch_size = 512
-lr = 5e-3
+batch_size = 256
+optimizer = "muon" if HAS_MUON else "adamw"
+lr = 8e-3
+weight_decay = 1e-4
 warmup_iters = 100
 ema = 0.998  # decay of the averaged weights, which everything below uses
 
@@ -194,21 +196,23 @@ def build(blocks):
 def train(name, model):
     """Maximum likelihood for `seconds` of this thread's processor time. Returns the averaged model and its updates."""
     average, generator = copy.deepcopy(model).requires_grad_(False), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+    optimizers = make_optimizers(model, config, torch.device("cpu"))
     text, T = caption(batch_size), torch.full((batch_size,), steps)
     bar = tqdm(total=100, desc=name, bar_format="{l_bar}{bar}| {elapsed}", position=NAMES.index(name))
     start, i, done = time.thread_time(), 0, 0
     while done < 1:
-        optimizer.param_groups[0]["lr"] = lr * min(1, (i + 1) / warmup_iters) * (1 + math.cos(math.pi * done)) / 2
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * min(1, (i + 1) / warmup_iters) * (1 + math.cos(math.pi * done)) / 2
         # One step of a trajectory per example; the cube, because there is far more to learn in the last steps.
         k = (steps * torch.rand(batch_size, 1, generator=generator) ** 3).long()
         ts = grid[torch.cat([k, k + 1], dim=1)]
         x = forward_trajectory(draw_data(batch_size, generator), ts, generator)
         loss = model.transitions(x, ts, text, T)[0].mean()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         update_average(average, model, ema, i)
         i += 1
         done = i / max_iters if max_iters > 0 else (time.thread_time() - start) / seconds

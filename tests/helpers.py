@@ -119,10 +119,17 @@ def pixels(path):
     return array
 
 
-def two_ranks(*command):
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command)
+def torchrun(ranks, *command):
+    """Status, output and errors of a command under torchrun."""
+    process = start("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command)
     out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+    return process.returncode, out, err
+
+
+def on_ranks(ranks, *command):
+    """What a command printed, once all of its ranks are through."""
+    status, out, err = torchrun(ranks, *command)
+    assert status == 0, err
     return out
 
 

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 from conftest import randomize
-from helpers import (DISTILL, SAMPLE, TRAIN, assert_close_training, contents, fails, interrupted_run, load, pixels,
-                     read_log, read_log_without_speed, run, same, same_training, training_lines, two_ranks)
+from helpers import (DISTILL, SAMPLE, TRAIN, assert_close_training, contents, fails, interrupted_run, load, on_ranks,
+                     pixels, read_log, read_log_without_speed, run, same, same_training, training_lines)
 
 import checkpoint
 from flow import forward_trajectory, time_grid
@@ -234,7 +234,7 @@ def test_two_processes_do_as_one(tune, tmp_path):
     for name, settings in {"fm": [*TRAIN, "--objective=fm"], "tune": tune}.items():
         alone, both = tmp_path / f"{name}_alone", tmp_path / f"{name}_both"
         run("train.py", *settings, f"--out_dir={alone}", "--max_iters=3")
-        two_ranks("train.py", *settings, f"--out_dir={both}", "--max_iters=3")
+        on_ranks(2, "train.py", *settings, f"--out_dir={both}", "--max_iters=3")
         assert_close_training(both, alone, "ckpt.pt", "log.jsonl")
 
 

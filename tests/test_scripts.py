@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, TRAIN, assert_close_training, contents, fails, latent_shard,
+from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, TRAIN, contents, fails, latent_shard,
                      load, pixels, png, read_log, read_log_without_speed, run, same, same_training, start,
-                     training_lines, two_ranks)
+                     training_lines)
 from test_data import write_idx
 from torch.distributions import Normal
 
@@ -286,60 +286,6 @@ def test_interrupted_and_resumed_distillation_is_the_uninterrupted(trained, tmp_
     assert same_training(parts / "denoiser.pt", whole / "denoiser.pt")
     assert (read_log_without_speed(parts / "denoiser_log.jsonl")
             == read_log_without_speed(whole / "denoiser_log.jsonl"))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Two processes
-
-ONE_BAD_RANK = """
-import os, runpy, signal, sys
-sys.path.insert(0, {root!r})
-import torch
-from model import NTM
-
-rank, forward, calls = os.environ["RANK"], NTM.forward, []
-
-def forward_badly(*args):
-    calls.append(args)
-    if rank == "1" and len(calls) == 5:
-        signal.raise_signal(signal.SIGTERM)
-    loss = forward(*args)
-    return loss * float("nan") if rank == "1" and len(calls) == 3 else loss
-
-NTM.forward = forward_badly
-model = runpy.run_path({script!r}, run_name="__main__")["model"]
-torch.save(model.state_dict(), os.path.join({out!r}, f"rank{{rank}}.pt"))
-"""
-
-
-def test_two_processes_train_and_distill_as_one_does(tmp_path):
-    alone, accumulated, both = (tmp_path / name for name in ("alone", "accumulated", "both"))
-    settings = ["--val_examples=120", "--caption_dropout=0.5"]  # two batches of validation, one a rank
-    run("train.py", *TRAIN, *settings, f"--out_dir={alone}")
-    run("train.py", *TRAIN, *settings, f"--out_dir={accumulated}", "--grad_accum=2")
-    assert_close_training(accumulated, alone, "ckpt.pt", "log.jsonl")
-    printed = two_ranks("train.py", *TRAIN, *settings, f"--out_dir={both}", "--grad_accum=2")
-    assert_close_training(both, alone, "ckpt.pt", "log.jsonl")
-    assert printed.count("M parameters") == printed.count("iteration 6: val_loss") == 1  # one rank speaks
-
-    shutil.copy(alone / "ckpt.pt", both)  # the same teacher
-    run("distill.py", *DISTILL, *settings, f"--out_dir={alone}")
-    two_ranks("distill.py", *DISTILL, *settings, f"--out_dir={both}")
-    assert_close_training(both, alone, "denoiser.pt", "denoiser_log.jsonl")
-
-
-def test_ranks_skip_and_stop_together(tmp_path):
-    """One rank's loss is not finite in iteration 3, and one rank gets SIGTERM in iteration 5."""
-    script = tmp_path / "one_bad_rank.py"
-    script.write_text(ONE_BAD_RANK.format(root=str(ROOT), script=str(ROOT / "train.py"), out=str(tmp_path)))
-    printed = two_ranks(script, *TRAIN, f"--out_dir={tmp_path}")
-    held = contents(tmp_path / "ckpt.pt")
-    ranks = [contents(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    assert same(*ranks) and same(ranks[0], held["model"])
-    assert all(tensor.isfinite().all() for tensor in ranks[0].values())
-    lines = training_lines(tmp_path / "log.jsonl")
-    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
-    assert held["iter"] == 5 and printed.count("holds iteration 5") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------

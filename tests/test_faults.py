@@ -1,0 +1,280 @@
+"""Nothing is lost: many processes, kills at any moment, full disks, folders that belong to another run."""
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+from helpers import (DISTILL, ROOT, TRAIN, assert_close_training, contents, fails, on_ranks, read_log_without_speed, run,
+                     same, same_training, torchrun, training_lines)
+
+import checkpoint
+from model import NTM
+
+# ---------------------------------------------------------------------------------------------------------------
+# Many processes
+
+ONE_BAD_RANK = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+from model import NTM
+
+rank, forward, calls = os.environ["RANK"], NTM.forward, []
+
+def forward_badly(*args):
+    calls.append(args)
+    if rank == "1" and len(calls) == 5:
+        signal.raise_signal(signal.SIGTERM)
+    loss = forward(*args)
+    return loss * float("nan") if rank == "1" and len(calls) == 3 else loss
+
+NTM.forward = forward_badly
+model = runpy.run_path({script!r}, run_name="__main__")["model"]
+torch.save(model.state_dict(), os.path.join({out!r}, f"rank{{rank}}.pt"))
+"""
+
+
+def test_two_and_four_processes_train_as_one_does(tmp_path):
+    alone, accumulated, both, four = (tmp_path / name for name in ("alone", "accumulated", "both", "four"))
+    settings = ["--val_examples=120", "--caption_dropout=0.5"]  # two batches of validation, one a rank
+    run("train.py", *TRAIN, *settings, f"--out_dir={alone}")
+    run("train.py", *TRAIN, *settings, f"--out_dir={accumulated}", "--grad_accum=2")
+    assert_close_training(accumulated, alone, "ckpt.pt", "log.jsonl")
+    on_ranks(4, "train.py", *TRAIN, *settings, f"--out_dir={four}")
+    assert_close_training(four, alone, "ckpt.pt", "log.jsonl")
+    printed = on_ranks(2, "train.py", *TRAIN, *settings, f"--out_dir={both}", "--grad_accum=2")
+    assert_close_training(both, alone, "ckpt.pt", "log.jsonl")
+    assert printed.count("M parameters") == printed.count("iteration 6: val_loss") == 1  # one rank speaks
+
+    shutil.copy(alone / "ckpt.pt", both)  # the same teacher
+    run("distill.py", *DISTILL, *settings, f"--out_dir={alone}")
+    on_ranks(2, "distill.py", *DISTILL, *settings, f"--out_dir={both}")
+    assert_close_training(both, alone, "denoiser.pt", "denoiser_log.jsonl")
+
+
+def test_ranks_skip_and_stop_together(tmp_path):
+    """One rank's loss is not finite in iteration 3, and one rank gets SIGTERM in iteration 5."""
+    script = tmp_path / "one_bad_rank.py"
+    script.write_text(ONE_BAD_RANK.format(root=str(ROOT), script=str(ROOT / "train.py"), out=str(tmp_path)))
+    printed = on_ranks(2, script, *TRAIN, f"--out_dir={tmp_path}")
+    held = contents(tmp_path / "ckpt.pt")
+    ranks = [contents(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert same(*ranks) and same(ranks[0], held["model"])
+    assert all(tensor.isfinite().all() for tensor in ranks[0].values())
+    lines = training_lines(tmp_path / "log.jsonl")
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
+    assert held["iter"] == 5 and printed.count("holds iteration 5") == 1
+
+
+def test_another_number_of_ranks_continues_the_run(tmp_path):
+    alone, other = tmp_path / "alone", tmp_path / "other"
+    run("train.py", *TRAIN, f"--out_dir={alone}", "--caption_dropout=0.5")
+    for ranks, iterations in ((2, 2), (1, 4), (4, 6)):
+        # the learning rate goes down to the end of the whole run, wherever a part of it ends
+        on_ranks(ranks, stopping(tmp_path, iterations), *TRAIN, f"--out_dir={other}", "--caption_dropout=0.5",
+                 "--init_from=auto")
+    assert_close_training(other, alone, "ckpt.pt", "log.jsonl")
+
+
+SCRIPT = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+from model import NTM
+
+forward, calls = NTM.forward, []
+
+def forward_with_trouble(*args):
+    calls.append(args)
+    {trouble}
+    return forward(*args)
+
+NTM.forward = forward_with_trouble
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def script(folder, trouble):
+    """train.py with something happening in every forward pass; `calls` are the passes so far."""
+    path = folder / f"script_{len(list(folder.glob('script_*')))}.py"
+    path.write_text(SCRIPT.format(root=str(ROOT), script=str(ROOT / "train.py"), trouble=trouble))
+    return path
+
+
+def stopping(folder, iterations):
+    """train.py that is asked to end after some more iterations of the run."""
+    resumed = contents(folder / "other" / "ckpt.pt")["iter"] if (folder / "other" / "ckpt.pt").exists() else 0
+    return script(folder, f"if len(calls) == {iterations - resumed}: signal.raise_signal(signal.SIGTERM)")
+
+
+@pytest.mark.parametrize("trouble, message", [("raise RuntimeError('a cosmic ray')", "RuntimeError: a cosmic ray"),
+                                              ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)")])
+def test_a_rank_that_dies_takes_the_job_down_with_its_message(tmp_path, trouble, message):
+    bad = script(tmp_path, f"if os.environ['RANK'] == '1' and len(calls) == 5: {trouble}")
+    began = time.monotonic()
+    status, _, err = torchrun(2, bad, *TRAIN, f"--out_dir={tmp_path / 'run'}")
+    assert status != 0 and message in err and time.monotonic() - began < 120  # torchrun waits 30 s for the other
+    assert contents(tmp_path / "run" / "ckpt.pt")["iter"] == 3
+
+
+def test_torchrun_restarts_a_run_by_itself(tmp_path):
+    """Two of its ranks die, before the first checkpoint and after it; the result is that of two ranks left in peace."""
+    peace, war = tmp_path / "peace", tmp_path / "war"
+    on_ranks(2, "train.py", *TRAIN, f"--out_dir={peace}")
+    trouble = "".join(f"""
+    if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"], len(calls)) == ({attempt!r}, {rank!r}, {i}):
+        os.kill(os.getpid(), signal.SIGKILL)""" for attempt, rank, i in (("0", "1", 2), ("1", "0", 5)))
+    on_ranks(2, "--max-restarts=3", script(tmp_path, trouble), *TRAIN, f"--out_dir={war}")
+    assert same_training(war / "ckpt.pt", peace / "ckpt.pt")
+    assert read_log_without_speed(war / "log.jsonl") == read_log_without_speed(peace / "log.jsonl")
+
+
+def test_restarts_do_not_continue_another_job(tmp_path):
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--max_iters=3")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    status, _, err = torchrun(2, "--max-restarts=1", "train.py", *TRAIN, f"--out_dir={tmp_path}")
+    assert status != 0 and "is there already" in err and "is of another job" in err
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Killed
+
+
+class Dying:
+    """Counts what a run does, a forward pass or a write to its checkpoint, and kills the process at a chosen one."""
+
+    def __init__(self, what, number):
+        self.what, self.left = what, number
+
+    def __call__(self, what):
+        if what == self.what:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def open(self, path, mode):
+        file = open(path, mode, buffering=0)  # so that what is written before the kill is on the disk
+        write = file.write
+
+        class Counted:
+            def write(_, data):
+                self("write")
+                return write(data)
+
+            def __getattr__(_, name):
+                return getattr(file, name)
+
+            def __enter__(_):
+                return _
+
+            def __exit__(_, *error):
+                self("write")
+                file.close()
+        return Counted()
+
+    def replace(self, source, target, replace=os.replace):
+        self("write")
+        replace(source, target)
+        self("write")
+
+
+def forked(settings, dying=None, seconds=None):
+    """Runs train.py in a copy of this process, killed by `dying` or after some seconds. Returns its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            if dying:
+                forward = NTM.forward
+                NTM.forward = lambda *args: (dying("forward"), forward(*args))[1]
+                checkpoint.open, checkpoint.os.replace = dying.open, dying.replace
+            run("train.py", *settings)
+            status = 0
+        finally:
+            os._exit(status)
+    if seconds:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_killed_more_than_twenty_times_a_run_ends_as_if_it_had_not_been(tmp_path):
+    settings = [*TRAIN, "--max_iters=150", "--val_interval=3"]
+    run("train.py", *settings, f"--out_dir={tmp_path / 'peace'}")
+    settings += [f"--out_dir={tmp_path / 'war'}", "--init_from=auto"]
+    path, moments = tmp_path / "war" / "ckpt.pt", random.Random(0)
+    kills, reached = {"forward": 0, "write": 0, "clock": 0}, 0
+    for attempt in itertools.count():
+        what = ("forward", "write", "clock")[attempt % 3] if attempt < 100 else None
+        dying = {"forward": Dying("forward", moments.randint(1, 7)), "write": Dying("write", moments.randint(1, 300)),
+                 "clock": None, None: None}[what]
+        status = forked(settings, dying, moments.uniform(0.1, 0.8) if what == "clock" else None)
+        assert status in (0, -signal.SIGKILL)
+        if path.exists():
+            held = checkpoint.load(path, "ntm")
+            assert held["iter"] >= reached and held["iter"] % 3 == 0
+            reached = held["iter"]
+        if status == 0:
+            break
+        kills[what] += 1
+    print(f"killed in training, in writing, by the clock: {kills}")
+    assert sum(kills.values()) >= 20 and min(kills.values()) >= 5
+    assert same_training(path, tmp_path / "peace" / "ckpt.pt")
+    assert read_log_without_speed(path.with_name("log.jsonl")) == read_log_without_speed(
+        tmp_path / "peace" / "log.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Full disks, and folders of other runs
+
+
+def test_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path):
+    """The kernel's own full disk: whatever is written to the part file fails with ENOSPC."""
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--max_iters=3")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt.part").symlink_to("/dev/full")
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume")
+    assert "is the disk full?" in line and "No space left on device" in line and "the one before it is kept" in line
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume")  # there is room again
+    assert contents(tmp_path / "ckpt.pt")["iter"] == 6
+
+
+def test_a_folder_of_another_run_is_refused_with_the_two_ways_on(tmp_path):
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--max_iters=3")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}")
+    assert "is there already" in line and "--init_from=resume" in line and "another --out_dir" in line
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume", "--width=32")
+    assert "is of another model: width is 16, the settings say 32" in line
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights & Biases
+
+
+def test_wandb_is_named_when_it_is_missing_and_told_everything_when_not(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'without'}", "--wandb_log=True")
+    assert "pip install wandb" in line
+
+    told = []
+
+    class Run:
+        def log(self, values, step):
+            told.append({**values, "iter": step})
+
+    class Wandb:
+        def init(project, name, config):
+            assert (project, name, config["max_iters"]) == ("mine", "first", 6)
+            return Run()
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--wandb_log=True", "--wandb_project=mine", "--wandb_run_name=first")
+    assert told == [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
