@@ -164,7 +164,10 @@ class Log:
             self.wandb = wandb.init(project=config["wandb_project"], name=name, config=config)
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start))
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start]
+        path.write_text("".join(lines))
+        # a run may have been killed between a checkpoint and its validation
+        self.lacks_validation = bool(lines) and "loss" in json.loads(lines[-1])
 
     def write(self, **values):
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
@@ -259,6 +262,18 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
                             optimizers=[optimizer.state_dict() for optimizer in optimizers], job=this_job,
                             **(keep or {}))
 
+    def check(i):
+        values = validate(ema, i)
+        if rank == 0:
+            log.write(iter=i, **values)
+            bar.write(f"iteration {i}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
+
+    def to_be_checked(i):
+        return i % config["val_interval"] == 0 or i == config["max_iters"]
+
+    if start and to_be_checked(start) and gathered(rank == 0 and log.lacks_validation)[0]:
+        check(start)
+
     skipped = skipped_in_a_row = 0
     faults, cut = [], 0  # of this rank: what was wrong with examples, and how many captions were too long
     since, seen, waited = time.perf_counter(), 0, 0.0
@@ -316,7 +331,7 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
         bar.update()
         spoilt = counts["unusable"] >= 10 and counts["unusable"] > config["bad_limit"] * (i - start) * batch_size
         finished = i == config["max_iters"] or asked or skipped_in_a_row == PATIENCE or spoilt
-        validating = i % config["val_interval"] == 0 or i == config["max_iters"]
+        validating = to_be_checked(i)
         if rank == 0 and (i % config["log_interval"] == 0 or finished or validating):
             seconds = time.perf_counter() - since
             rate, wait, since, seen, waited = seen / seconds, waited / seconds, time.perf_counter(), 0, 0.0
@@ -340,10 +355,7 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
         if validating or finished:
             save(i)  # before the validation, so that nothing that goes wrong there costs the weights
         if validating:
-            values = validate(ema, i)
-            if rank == 0:
-                log.write(iter=i, **values)
-                bar.write(f"iteration {i}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
+            check(i)
             since, waited = time.perf_counter(), 0.0  # the rate is that of training
         if asked and i < config["max_iters"]:
             bar.close()

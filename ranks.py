@@ -2,9 +2,12 @@
 
 import os
 import socket
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=10)  # that the ranks wait for one that says nothing
 
 
 def find_device(name=""):
@@ -29,8 +32,12 @@ def start_ranks(device_name=""):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), dist.get_world_size()
+    # torchrun keeps one store through its restarts: without a prefix of its own, a restarted rank may find the address
+    # that a dead one left there, and wait for it.
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, rank=rank, world_size=world,
+                            store=dist.PrefixStore(f"start {restarts()}", store))
+    return device, rank, world
 
 
 def autocast(config, device):
