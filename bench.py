@@ -3,18 +3,24 @@
     python bench.py                                     # the size of config/shapes.py, at random weights
     python bench.py --out_dir=out/shapes                # a trained model's size and weights
     python bench.py --width=512 --depth=12 --heads=8 --batch_size=256
+    python bench.py data                                # reading instead: images/s of one worker, from shards
 
 Each figure is the median of several after a warm-up; what is compared takes turns, so that a machine that slows down
-slows all alike. Prints tables and leaves bench.json in out_dir, or here.
+slows all alike. Prints tables and leaves bench.json (bench_data.json) in out_dir, or out/.
 """
 
+import io
 import json
 import statistics
+import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -25,6 +31,7 @@ from fm import EULER_STEPS, FlowMatching
 from loop import make_optimizers
 from model import NTM, Denoiser, NTMConfig
 from ranks import autocast, find_device
+from shards import Shards, write_shards
 
 out_dir = ""  # of a trained model to take size and weights from; empty: the sizes below, and random weights
 image_size: int | tuple = 16
@@ -221,6 +228,37 @@ def bench_cost(model, settings, device, bar):
     return results
 
 
+def photographs(count):
+    """Pictures of 384x256 with soft shapes and fine grain, as heavy to decode as photographs."""
+    grain = np.random.default_rng(0)
+    for _ in range(count):
+        soft = Image.fromarray(grain.integers(0, 256, (12, 18, 3), dtype=np.uint8)).resize((384, 256))
+        yield Image.fromarray((soft + grain.normal(0, 6, (256, 384, 3))).clip(0, 255).astype(np.uint8))
+
+
+def bench_data(bar, count=64):
+    """Images/s of one worker from shards of PNGs, of JPEGs (384x256 to 256x256) and of latents (4x32x32)."""
+    def as_file(picture, kind):
+        file = io.BytesIO()
+        if kind == "latents":
+            np.save(file, np.zeros((4, 32, 32), dtype=np.float16))
+        else:
+            picture.save(file, kind, quality=90)
+        return file.getvalue()
+
+    suffixes = {"PNG": "png", "JPEG": "jpg", "latents": "npy"}
+    with tempfile.TemporaryDirectory() as folder:
+        sets = {}
+        for kind, suffix in suffixes.items():
+            write_shards(Path(folder) / kind, [(f"{i:05d}", {suffix: as_file(picture, kind), "txt": b"a caption"})
+                                               for i, picture in enumerate(photographs(count))])
+            sets[kind] = Shards(str(Path(folder) / kind), "all", *((4, 32, 32) if kind == "latents" else (3, 256, 256)))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+        seconds = medians({kind: lambda ds=ds: ds.__getitems__(order) for kind, ds in sets.items()},
+                          torch.device("cpu"), bar)
+    return {kind: {"images_per_s": count / s} for kind, s in seconds.items()}
+
+
 def table(title, results):
     """A part's results as lines: a row for each name, a column for each figure."""
     yield title
@@ -232,6 +270,10 @@ def table(title, results):
 def main(config):
     where = find_device(config["device"])
     at_least_one(config, "batch_size", "repeats")
+    if of_data:
+        with tqdm(total=3 * (1 + repeats), unit="call", dynamic_ncols=True) as bar:
+            report(config, where, {"data": bench_data(bar)}, "bench_data.json")
+        return
     if out_dir:
         trained = checkpoint.load(Path(out_dir) / "ckpt.pt", "ntm", device=where)
         model = checkpoint.network_of(trained, Path(out_dir) / "ckpt.pt", where)
@@ -250,17 +292,24 @@ def main(config):
                    "inversion": bench_inversion(models, where, bar),
                    "sampling": bench_sampling(model, denoiser, where, bar),
                    "cost": bench_cost(model, config, where, bar)}
+    report(config, where, results, "bench.json")
+
+
+def report(config, where, results, name_of_file):
+    """Prints the results and leaves them in a file, with the machine and the settings they are of."""
     for title, rows in results.items():
         print("\n".join(table(title, rows)))
     cuda = where.type == "cuda"
     name = torch.cuda.get_device_name(where) if cuda else f"{where.type}, {torch.get_num_threads()} threads"
-    path = Path(out_dir or "out") / "bench.json"
+    path = Path(out_dir or "out") / name_of_file
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": name, "torch": torch.__version__, "config": config, **results}, indent=1))
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
+    of_data = sys.argv[1:2] == ["data"]
+    del sys.argv[1:1 + of_data]
     config = configure(globals())
     with one_line_errors():
         main(config)
