@@ -189,7 +189,7 @@ def prepare_folder(args):
 
 
 def load_exported(path, device):
-    """A program saved by torch.export, as a function. Raises ValueError or OSError for another file."""
+    """A program saved by torch.export, as a function of a batch. Raises ValueError or OSError for another file."""
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no {path}: the README shows how an autoencoder is exported")
     try:
@@ -198,7 +198,9 @@ def load_exported(path, device):
         program = torch.export.load(path)
     except Exception as error:  # what reading garbage raises depends on the garbage
         raise ValueError(f"{path} is not a program saved by torch.export ({type(error).__name__})") from error
-    return program.module().to(device)
+    module = program.module().to(device)
+    # in pieces: torch.export allowed AutoencoderKL no more than 63 pictures at once, and so does memory
+    return lambda batch: torch.cat([module(piece) for piece in batch.split(16)])
 
 
 def encode_shards(args, split, out, encoder, device):
