@@ -32,7 +32,7 @@ from flow import forward_log_prob, forward_trajectory
 from loop import collate, open_dataset, validation_batches
 from model import gaussian_nll, null_caption
 from pictures import dequantize
-from ranks import find_device
+from ranks import gathered, leave_ranks, rank_and_world, start_ranks
 from sampler import Sampler
 
 out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
@@ -118,11 +118,22 @@ def average(values):
 
 
 def held_out(sampler, dataset, count, bar):
-    """Held-out pictures (tokens, text, captions, generator), always with the same noise in them."""
+    """This rank's share of held-out pictures (tokens, text, captions, generator), always with the same noise in them."""
     for images, text, captions, generator in validation_batches(
-            dataset, sampler.tokenizer, sampler.model.config.text_len, count, sampler.device, batch_size=batch_size):
+            dataset, sampler.tokenizer, sampler.model.config.text_len, count, sampler.device, *rank_and_world(),
+            batch_size=batch_size):
         yield sampler.model.patchify(images), text, captions, generator
-        bar.update()
+        advance(bar)
+
+
+def advance(bar):
+    """A batch is done, and probably one on each other rank."""
+    bar.update(min(rank_and_world()[1], bar.total - bar.n))
+
+
+def together(batches):
+    """The batches of all ranks, a list of tensors each, as one tensor on the CPU."""
+    return torch.cat([batch for share in gathered([batch.cpu() for batch in batches]) for batch in share])
 
 
 def evaluate_likelihood(sampler, dataset, bar):
@@ -140,7 +151,7 @@ def evaluate_likelihood(sampler, dataset, bar):
             nll, bound = trajectory_bound(model, forward_trajectory(x0, ts, generator), ts, text)
             nlls.append(nll)
             bounds.append(bound)
-        nll, bound = torch.cat(nlls), torch.cat(bounds)
+        nll, bound = together(nlls), together(bounds)
         if name == "bound":
             columns = {f"step {k}": nll[:, k] for k in range(nll.shape[1] - 1)}
             for key, values in {**columns, "trajectory": nll.sum(dim=1), "bound": bound}.items():
@@ -161,15 +172,18 @@ def evaluate_pictures(sampler, bar, train_set, val_set):
         captions = [classes[i % len(classes)] for i in range(num_samples)]
     else:
         captions = [val_set[i % len(val_set)][1] for i in range(num_samples)]
-    images = []
-    for start in range(0, len(captions), batch_size):
+    drawn, (rank, world) = {}, rank_and_world()
+    for start in range(0, len(captions), batch_size)[rank::world]:
         numbers = range(start, min(start + batch_size, len(captions)))
-        images.append(sampler.draw([captions[i] for i in numbers], numbers, guidance, seed)[0].cpu())
-        bar.update()
-    images = torch.cat(images)
+        drawn[start] = sampler.draw([captions[i] for i in numbers], numbers, guidance, seed)[0].cpu()
+        advance(bar)
+    drawn = {start: images for share in gathered(drawn) for start, images in share.items()}
+    images = torch.cat([drawn[start] for start in sorted(drawn)])
+    seconds = max(gathered(sum(sampler.seconds.values())))
     name = f"{sampler.kind}_{len(sampler.grid) - 1}_{sampler.denoise}.png"
-    pictures.save(pictures.grid(images[:10], captions[:10], columns=10), Path(out_dir) / "evaluate" / name)
-    results = {"images_per_s": len(images) / sum(sampler.seconds.values())}
+    if rank == 0:
+        pictures.save(pictures.grid(images[:10], captions[:10], columns=10), Path(out_dir) / "evaluate" / name)
+    results = {"images_per_s": len(images) / seconds}
     if is_shapes:
         whole = [follows(image, caption) for image, caption in zip(images, captions)]
         results["strictly"] = share(whole)
@@ -192,14 +206,15 @@ def evaluate_pictures(sampler, bar, train_set, val_set):
 
 def evaluate_classifier(sampler, dataset, bar):
     """How often the true caption is the likeliest of ten: of the classes', or of ten held-out pictures'."""
-    classes, generator = dataset_class_captions(sampler.settings["dataset"]), np.random.default_rng(seed)
+    classes, (rank, world) = dataset_class_captions(sampler.settings["dataset"]), rank_and_world()
     pool = sorted({dataset[i][1] for i in range(min(1000, len(dataset)))})
-    hits, first = [], 0
+    hits, first = [], rank * batch_size
     for x0, _, captions, noise in held_out(sampler, dataset, val_examples, bar):
         if classes:
             candidates = [classes] * len(x0)
             truth = torch.tensor([dataset.label(first + i) for i in range(len(x0))])
         else:
+            generator = np.random.default_rng([seed, first])
             others = [generator.permutation([c for c in pool if c != caption])[:9].tolist() for caption in captions]
             candidates, truth = [[caption, *nine] for caption, nine in zip(captions, others)], torch.zeros(len(x0))
         text = torch.stack([sampler.encode(ten) for ten in candidates])
@@ -207,8 +222,8 @@ def evaluate_classifier(sampler, dataset, bar):
         for _ in range(draws):
             total = total + caption_log_likelihoods(sampler.model, forward_trajectory(x0, ts, noise), ts, text)
         hits += (total.argmax(dim=1).cpu() == truth).tolist()
-        first += len(x0)
-    return {"accuracy": share(hits)}
+        first += world * batch_size
+    return {"accuracy": share(sum(gathered(hits), []))}
 
 
 def outlier_sets(name, image_size, channels, count, data_dir):
@@ -236,14 +251,19 @@ def evaluate_outliers(sampler, dataset, bar):
         columns = {f"step {k}": nll[:, k] for k in range(nll.shape[1] - 1)}
         return {"trajectory": nll.sum(dim=1), "bound": bound, **columns}
 
-    inside = [scores(x0, generator) for x0, _, _, generator in held_out(sampler, dataset, val_examples, bar)]
-    results = {}
+    def scores_of(batches):
+        parts = [scores(x0, generator) for x0, generator in batches]
+        names = next(filter(None, gathered([*parts[0]] if parts else [])))
+        return {name: together([part[name] for part in parts]) for name in names}
+
+    inside = scores_of((x0, generator) for x0, _, _, generator in held_out(sampler, dataset, val_examples, bar))
+    results, (rank, world) = {}, rank_and_world()
     for name, images in outlier_sets(sampler.settings["dataset"], (height, width), model.config.channels,
                                      val_examples, data_dir or sampler.settings["data_dir"]):
         x0 = model.patchify(images.to(sampler.device))
-        outside = [scores(chunk, torch.Generator(sampler.device).manual_seed(seed)) for chunk in x0.split(batch_size)]
-        results |= {f"{name}, by {key}": auroc(*(torch.cat([part[key] for part in side]) for side in (inside, outside)))
-                    for key in inside[0]}
+        chunks = x0.split(batch_size)[rank::world]
+        outside = scores_of((chunk, torch.Generator(sampler.device).manual_seed(seed)) for chunk in chunks)
+        results |= {f"{name}, by {key}": auroc(inside[key], outside[key]) for key in inside}
     return results
 
 
@@ -266,7 +286,8 @@ def rows(results):
 
 @torch.no_grad()
 def main(config):
-    chosen, where = parts.split(","), find_device(config["device"])
+    where, rank, world = start_ranks(config["device"])
+    chosen = parts.split(",")
     known = ["likelihood", "pictures", "classifier", "outliers"]
     for name in chosen:
         if name not in known:
@@ -291,7 +312,8 @@ def main(config):
     drawn = -(-num_samples // batch_size) * len(drawers)
     work = {"likelihood": likelihoods, "pictures": drawn, "classifier": batches, "outliers": batches}
     results = {}
-    with tqdm(total=sum(work[name] for name in chosen), unit="batch", dynamic_ncols=True) as bar:
+    total = sum(work[name] for name in chosen)
+    with tqdm(total=total, unit="batch", dynamic_ncols=True, disable=rank > 0) as bar:
         for name in chosen:
             bar.set_description(name)
             if name == "likelihood":
@@ -302,10 +324,12 @@ def main(config):
                 results[name] = evaluate_classifier(sampler, val_set, bar)
             else:
                 results[name] = evaluate_outliers(sampler, val_set, bar)
-    print("\n".join(rows(results)))
-    path = Path(out_dir) / "evaluate.json"
-    path.write_text(json.dumps({"config": config, "iteration": sampler.iteration, **results}, indent=1))
-    print(f"wrote {path}")
+    if rank == 0:
+        print("\n".join(rows(results)))
+        path = Path(out_dir) / "evaluate.json"
+        path.write_text(json.dumps({"config": config, "iteration": sampler.iteration, **results}, indent=1))
+        print(f"wrote {path}")
+    leave_ranks()
 
 
 if __name__ == "__main__":

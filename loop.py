@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from data import get_dataset, get_tokenizer
 from flow import Layer
 from model import null_caption
 from pictures import dequantize
-from ranks import all_sum, autocast, gathered, job, restarts
+from ranks import all_sum, autocast, gathered, job, leave_ranks, restarts
 from shards import Shards
 
 PATIENCE = 10  # updates skipped in a row before a run gives up
@@ -363,6 +362,4 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
                 print(f"interrupted: {path} holds iteration {i}; continue with --init_from=resume")
             break
     bar.close()
-    if dist.is_initialized():
-        dist.barrier()  # nobody hangs up on a rank that is still talking
-        dist.destroy_process_group()
+    leave_ranks()

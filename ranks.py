@@ -60,6 +60,17 @@ def all_sum(tensor):
     return tensor
 
 
+def leave_ranks():
+    """The end of a run: nobody hangs up on a rank that is still talking."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def gathered(value):
     """The values of all ranks, a list in their order."""
     if not dist.is_initialized():

@@ -198,6 +198,8 @@ if rank == 0:
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     parts = ", ".join(f"{name} {size:.2f}M" for name, size in sizes.items())
     print(f"{sum(sizes.values()):.2f}M parameters ({parts}); {len(train_set):,} examples; on {world} x {device.type}")
+    for name, fault in list(train_set.header["faults"].items())[:10] if dataset == "shards" else ():
+        print(f"{name} is damaged: {fault}")
     if velocity:
         print(f"the predictor is {init_from}'s: " + ", ".join(f"{key} {value}" for key, value in decided.items()))
 fit(config, objective, model, train_set, tokenizer, model.draw, losses, validate, (device, rank, world), resumed,

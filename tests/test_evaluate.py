@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import DISTILL, TRAIN, fails, pixels, run
+from helpers import DISTILL, TRAIN, fails, on_ranks, pixels, run
 from PIL import Image
 from torch.distributions import MultivariateNormal
 from tqdm import tqdm
@@ -133,12 +133,27 @@ def test_digits_in_all_parts(copied):
         assert word in printed
 
 
+def test_three_ranks_measure_what_one_does(copied):
+    """Of three batches of pictures and two drawn ones, so that a rank has nothing to draw."""
+    settings = [f"--out_dir={copied}", "--device=cpu", "--val_examples=60", "--num_samples=40", "--batch_size=25",
+                "--draws=1", "--denoise=none,learned"]
+    alone, _ = evaluated(*settings)
+    printed = on_ranks(3, "evaluate.py", *settings)
+    together = json.loads((copied / "evaluate.json").read_text())
+    assert printed.count("wrote") == 1 and alone.keys() == together.keys()
+    for part, measured in alone.items():
+        for name, value in measured.items() if part not in ("config", "iteration") else ():
+            if name != "images_per_s":
+                assert together[part][name] == pytest.approx(value, rel=1e-4), (part, name)
+
+
 def test_classifier_counts_the_true_class(trained, monkeypatch):
     for name, value in {"val_examples": 60, "batch_size": 25, "draws": 1}.items():
         monkeypatch.setattr(evaluate, name, value)
     monkeypatch.setattr(evaluate, "caption_log_likelihoods", lambda model, x, *_: torch.eye(10)[[3] * len(x)])
     dataset = evaluate.get_dataset("digits", "val", 8, 1)
-    found = evaluate.evaluate_classifier(evaluate.Sampler(trained, torch.device("cpu"), 0, "none"), dataset, tqdm())
+    found = evaluate.evaluate_classifier(evaluate.Sampler(trained, torch.device("cpu"), 0, "none"), dataset,
+                                         tqdm(total=3))
     assert found["accuracy"]["mean"] == sum(dataset.label(i) == 3 for i in range(60)) / 60 > 0
 
 

@@ -388,7 +388,9 @@ def spoilt(folder, good, bad):
 
 def test_training_counts_unusable_examples_and_goes_on(tmp_path):
     folder = spoilt(tmp_path / "data", 44, 4)
-    run("train.py", *TRAIN, f"--data_dir={folder}", f"--out_dir={tmp_path / 'run'}")
+    (folder / "train" / "x.tar").write_bytes(b"no tar")
+    _, printed = run("train.py", *TRAIN, f"--data_dir={folder}", f"--out_dir={tmp_path / 'run'}")
+    assert "x.tar is damaged" in printed
     lines = training_lines(tmp_path / "run" / "log.jsonl")
     assert lines[-1]["unusable"] == 4  # 48 examples, an epoch
     assert all(0 <= line["data_wait"] <= 1 and line["cut"] == 0 for line in lines)
