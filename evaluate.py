@@ -118,7 +118,7 @@ def average(values):
 
 
 def held_out(sampler, dataset, count, bar):
-    """This rank's share of held-out pictures (tokens, text, captions, generator), always with the same noise in them."""
+    """This rank's share of the held-out pictures (tokens, text, captions, generator), always with the same noise."""
     for images, text, captions, generator in validation_batches(
             dataset, sampler.tokenizer, sampler.model.config.text_len, count, sampler.device, *rank_and_world(),
             batch_size=batch_size):

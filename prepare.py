@@ -4,7 +4,7 @@
     python data.py folder DIR --out=out/data/mine              from pictures with captions beside them
     python data.py encode --data_dir=out/data/mine --encoder=encoder.pt2 --image_size=256 --out=out/data/mine_latents
 
-What is there already is not made again: an interrupted run goes on where it stopped.
+An interrupted encoding goes on where it stopped.
 """
 
 import csv
@@ -24,8 +24,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from example import PICTURES
 from ranks import find_device
-from shards import PICTURES, Shards, find_shards, first_example, write_shard, write_shards
+from shards import Shards, find_shards, first_example, write_shard, write_shards
 
 # ---------------------------------------------------------------------------------------------------------------
 # python data.py emoji
@@ -203,6 +204,16 @@ def load_exported(path, device):
     return lambda batch: torch.cat([module(piece) for piece in batch.split(16)])
 
 
+def claim(folder, settings):
+    """Makes the folder of an encoding that continues; ValueError if it holds latents of other settings."""
+    path = folder / "encoding.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise ValueError(f"{folder} holds latents made with other settings, {path.read_text().strip()}: choose another "
+                         "--out, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings) + "\n")
+
+
 def encode_shards(args, split, out, encoder, device):
     """Encodes the shards of a split, a shard to a shard of `out`, but for those that are there already.
 
@@ -253,6 +264,8 @@ def measure_latents(data_dir, most=10_000):
 def prepare_latents(args):
     device = find_device(args.device)
     encoder, out = load_exported(args.encoder, device), Path(args.out)
+    claim(out, {"data_dir": args.data_dir, "encoder": args.encoder, "image_size": args.image_size,
+                "sha256": hashlib.sha256(Path(args.encoder).read_bytes()).hexdigest()})
     if (Path(args.data_dir) / "train").is_dir():
         left_out = sum(encode_shards(args, split, out / split, encoder, device) for split in ("train", "val"))
     else:

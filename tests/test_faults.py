@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-from helpers import (DISTILL, ROOT, TRAIN, assert_close_training, contents, fails, on_ranks, read_log_without_speed, run,
-                     same, same_training, torchrun, training_lines)
+from helpers import (DISTILL, ROOT, TRAIN, assert_close_training, contents, fails, on_ranks, read_log_without_speed,
+                     run, same, same_training, torchrun, training_lines)
 
 import checkpoint
 from model import NTM
@@ -276,5 +276,6 @@ def test_wandb_is_named_when_it_is_missing_and_told_everything_when_not(tmp_path
             assert (project, name, config["max_iters"]) == ("mine", "first", 6)
             return Run()
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--wandb_log=True", "--wandb_project=mine", "--wandb_run_name=first")
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--wandb_log=True", "--wandb_project=mine",
+        "--wandb_run_name=first")
     assert told == [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -159,6 +159,16 @@ def test_pictures_without_captions_are_left_out_and_said(tmp_path):
     assert "3 pictures without a caption were left out" in printed
 
 
+def test_a_smaller_folder_leaves_no_shards_of_the_larger(tmp_path):
+    for name, count in (("large", 30), ("small", 8)):
+        for picture in make_folder(tmp_path / name, count):
+            (tmp_path / name / picture).with_suffix(".txt").write_text(f"{name} {picture}")
+    large = [(f"{i}", {"png": png((i, 0, 0)), "txt": f"large {i}".encode()}) for i in range(30)]
+    write_shards(tmp_path / "shards" / "train", large, per_shard=10)
+    command("folder", tmp_path / "small", f"--out={tmp_path / 'shards'}")
+    assert len(Shards(str(tmp_path / "shards"), "train", 3, 8, 8)) == 7
+
+
 def test_folders_that_cannot_serve_are_named(tmp_path):
     assert "there is no folder" in fails("data.py", "folder", str(tmp_path / "none"))
     make_folder(tmp_path / "mine", 2)
@@ -254,6 +264,8 @@ def test_an_interrupted_encoding_goes_on(exported, photographs, encoded, tmp_pat
         for path in (encoded / split).glob("*.tar"):
             assert path.read_bytes() == (tmp_path / split / path.name).read_bytes()
     assert (tmp_path / "latents.json").read_text() == (encoded / "latents.json").read_text()
+    line = fails("data.py", *settings, "--image_size=64")
+    assert "holds latents made with other settings" in line and "another --out" in line
 
 
 def test_flat_shards_are_encoded_flat(exported, tmp_path):
@@ -268,10 +280,13 @@ def test_what_cannot_be_encoded_is_named(exported, photographs, encoded, tmp_pat
     encoder = f"--encoder={exported / 'encoder.pt2'}"
     rest = [f"--out={tmp_path}", "--device=cpu"]
     assert "there is no" in fails("data.py", "encode", f"--data_dir={photographs}", "--encoder=no.pt2", *rest)
+    rest = [f"--out={tmp_path / 'out'}", "--device=cpu"]
     (tmp_path / "bad.pt2").write_bytes(b"PK nothing")
     line = fails("data.py", "encode", f"--data_dir={photographs}", f"--encoder={tmp_path / 'bad.pt2'}", *rest)
     assert "bad.pt2 is not a program saved by torch.export" in line
+    rest[0] = f"--out={tmp_path / 'latents'}"
     assert "holds latents already" in fails("data.py", "encode", f"--data_dir={encoded}", encoder, *rest)
+    rest[0] = f"--out={tmp_path / 'constant'}"
     write_shards(tmp_path / "grey" / "train", [(f"{i}", {"png": png((9, 9, 9)), "txt": b"x"}) for i in range(3)])
     write_shards(tmp_path / "grey" / "val", [("0", {"png": png((9, 9, 9)), "txt": b"x"})])
     line = fails("data.py", "encode", f"--data_dir={tmp_path / 'grey'}", encoder, "--image_size=32", *rest)
