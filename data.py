@@ -210,7 +210,7 @@ def make_vocabulary(args):
 
 
 def show(args):
-    """Prints what a data set holds and what its captions cost in tokens, and draws 36 of its items."""
+    """Prints what a data set holds and what its captions cost in tokens, and draws some of its items."""
     size = args.image_size
     if args.name == "shards":
         latent, (channels, *native) = first_example(find_shards(args.data_dir, args.split)[0])
@@ -239,7 +239,8 @@ def show(args):
     for caption in captions[:6]:
         print(f"  {caption}")
     out = args.out or f"out/{args.name}.png"
-    pictures.save(pictures.grid(torch.stack(images[:36]), captions[:36]), out)
+    columns = args.count if args.count <= 10 else None
+    pictures.save(pictures.grid(torch.stack(images[:args.count]), captions[:args.count], columns), out)
     print(f"wrote {out}")
 
 
@@ -261,6 +262,7 @@ def main():
         sub.add_argument("--data_dir", default="", help=f"fashion's files, default {FASHION_DIR}; or which shards")
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--tokenizer", default="captions", help="captions, emoji, gpt2 or NAME.tiktoken")
+        sub.add_argument("--count", type=int, default=36, help="pictures on the contact sheet; up to 10 make one row")
         sub.add_argument("--out", help="the contact sheet, default out/NAME.png")
     sub = command("vocab", make_vocabulary, "makes a vocabulary: assets/captions.tiktoken, or that of some shards")
     sub.add_argument("--data_dir", default="", help="which shards")

@@ -331,6 +331,9 @@ def test_data_script_shows_shards_and_what_is_wrong_with_them(photographs, encod
     printed = command("shards", f"--data_dir={photographs}", f"--out={tmp_path / 'sheet.png'}")
     assert "90 to train on, 10 to validate, 3x40x40" in printed and "1 of the first 90 examples are unusable" in printed
     assert pixels(tmp_path / "sheet.png").shape[1] > 500
+    command("shards", f"--data_dir={photographs}", "--count=4", f"--out={tmp_path / 'row.png'}")
+    row = pixels(tmp_path / "row.png")
+    assert 3 * row.shape[0] < row.shape[1]
     printed = command("shards", f"--data_dir={encoded}", "--split=val", f"--out={tmp_path / 'latents.png'}")
     assert "89 to train on, 9 to validate, 4x8x8" in printed
 
