@@ -158,7 +158,10 @@ def one_line_errors():
     try:
         yield
     except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
+        message = str(error)
+        if "Original Traceback" in message:  # of a process that loads data: its last line is the error
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        raise SystemExit(message) from error
 
 
 def at_least_one(config, *names):

@@ -20,6 +20,7 @@ What a user can get wrong raises ValueError (a setting, a damaged file) or OSErr
 """
 
 import argparse
+import contextlib
 import gzip
 import re
 import struct
@@ -33,6 +34,7 @@ import torch
 import pictures
 import prepare
 import shapes
+from example import Unusable, caption_of
 from pictures import to_pixels
 from shards import Shards, find_shards, first_example
 from tokenizer import ASSETS, WORD, get_tokenizer, vocabulary
@@ -197,6 +199,13 @@ def caption_vocabulary():
     return vocabulary(captions)
 
 
+def captions_of(shards):
+    """The captions of shards, but for unusable ones."""
+    for i in range(len(shards)):
+        with contextlib.suppress(Unusable):
+            yield caption_of(shards.members(i))
+
+
 def make_vocabulary(args):
     """assets/captions.tiktoken anew, or args.out from the captions of the training shards in args.data_dir."""
     out, contents = Path(args.out or ASSETS / "captions.tiktoken"), None
@@ -204,7 +213,7 @@ def make_vocabulary(args):
         if not args.out:
             raise ValueError("the vocabulary of some shards needs --out=NAME.tiktoken")
         shards = Shards(args.data_dir, "train", *first_example(find_shards(args.data_dir, "train")[0])[1])
-        contents = vocabulary((caption for _, caption, _ in map(shards.usable, range(len(shards)))), args.size)
+        contents = vocabulary(captions_of(shards), args.size)
     out.write_bytes(contents or caption_vocabulary())
     print(f"wrote {out}")
 
@@ -220,13 +229,17 @@ def show(args):
         size = {"shapes": 16, "fashion": 28, "digits": 8}[args.name] if size is None else size
     splits = ("train", "val", args.split)  # an unknown one is told
     sets = {split: get_dataset(args.name, split, size, channels, args.seed, args.data_dir) for split in splits}
-    images, captions, *faults = zip(*sets[args.split].__getitems__(list(range(min(2_000, len(sets[args.split]))))))
+    images, captions, faults = [], [], []
+    for i in range(min(2_000, len(sets[args.split]))):  # one at a time: pictures may be large
+        (image, caption, *fault), = sets[args.split].__getitems__([i])
+        images += [image] if i < args.count else []
+        captions, faults = [*captions, caption], [*faults, *fault]
     print(f"{args.name}: {len(sets['train']):,} to train on, {len(sets['val']):,} to validate, "
           + "x".join(map(str, images[0].shape)))
     for name, fault in getattr(sets[args.split], "header", {"faults": {}})["faults"].items():
         print(f"  {name} is damaged: {fault}")
-    if unusable := [fault for fault in (faults[0] if faults else ()) if fault]:
-        print(f"{len(unusable)} of the first {len(images):,} examples are unusable; {unusable[0]}")
+    if unusable := [fault for fault in faults if fault]:
+        print(f"{len(unusable)} of the first {len(captions):,} examples are unusable; {unusable[0]}")
 
     tokenizer = get_tokenizer(args.tokenizer)
     lengths = np.array([len(tokenizer.tokens(caption)) for caption in captions])
@@ -240,7 +253,7 @@ def show(args):
         print(f"  {caption}")
     out = args.out or f"out/{args.name}.png"
     columns = args.count if args.count <= 10 else None
-    pictures.save(pictures.grid(torch.stack(images[:args.count]), captions[:args.count], columns), out)
+    pictures.save(pictures.grid(torch.stack(images), captions[:args.count], columns), out)
     print(f"wrote {out}")
 
 

@@ -207,7 +207,7 @@ def evaluate_pictures(sampler, bar, train_set, val_set):
 def evaluate_classifier(sampler, dataset, bar):
     """How often the true caption is the likeliest of ten: of the classes', or of ten held-out pictures'."""
     classes, (rank, world) = dataset_class_captions(sampler.settings["dataset"]), rank_and_world()
-    pool = sorted({dataset[i][1] for i in range(min(1000, len(dataset)))})
+    pool = sorted({dataset[i][1] for i in range(min(max(1000, val_examples), len(dataset)))})
     hits, first = [], rank * batch_size
     for x0, _, captions, noise in held_out(sampler, dataset, val_examples, bar):
         if classes:
@@ -305,7 +305,9 @@ def main(config):
     drawers = {f"pictures, {len(s.grid) - 1} steps" + (f", {way}" if s.kind == "ntm" else ""): s
                for count in counts for way in ways for s in [Sampler(out_dir, where, count, way, t_min)]}
     if sampler.latents:
-        chosen = [name for name in chosen if name == "likelihood"]
+        chosen = [name for name in chosen if name == "likelihood" and sampler.kind == "ntm"]
+        if not chosen:
+            raise ValueError(f"{out_dir} holds a model of latents: only an NTM's likelihood can be measured")
 
     batches = -(-min(val_examples, len(val_set)) // batch_size)
     likelihoods = batches * (1 + (sampler.kind == "ntm" and sampler.model.config.parametrization == "direct"))

@@ -39,7 +39,7 @@ def caption_of(members):
             caption = members["txt"].decode("utf-8")
         else:
             caption = json.loads(members["json"])["caption"]
-        caption = caption.strip()
+        caption = caption.strip().encode("utf-8", "replace").decode()  # JSON can hold half a character
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Unusable("it has no caption") from error
     if not caption:
@@ -62,6 +62,8 @@ def decode_picture(data):
             warnings.simplefilter("ignore")  # about corners of formats, of which a large data set has all
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+            if picture.mode.startswith("I;16"):  # which Pillow would clip instead of scale
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -75,11 +77,10 @@ def decode_picture(data):
 def fit_picture(picture, height, width, across=0.5, down=0.5):
     """A picture scaled, antialiased, until it just covers height x width, and cropped there: across and down in [0, 1]
     say which part, 0.5 the middle. uint8 (H, W, 3)."""
-    scale = max(height / picture.height, width / picture.width)
-    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    left, top = round(across * (size[0] - width)), round(down * (size[1] - height))
-    return np.asarray(picture.crop((left, top, left + width, top + height)))
+    scale = min(picture.height / height, picture.width / width)  # source pixels for one of ours
+    left, top = across * (picture.width - scale * width), down * (picture.height - scale * height)
+    box = left, top, min(left + scale * width, picture.width), min(top + scale * height, picture.height)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0))
 
 
 def load_array(data):

@@ -185,7 +185,7 @@ def find_start(init_from, path, kind, device):
     that is there is never overwritten by a run that starts anew."""
     if init_from not in STARTS:
         raise ValueError(f"init_from {init_from!r} is unknown: choose {', '.join(map(repr, STARTS))}")
-    if init_from == "resume" or (path.exists() and (init_from == "auto" or restarts())):
+    if init_from == "resume" or (path.exists() and (init_from == "auto" or max(gathered(restarts())))):
         contents = checkpoint.load(path, kind, device=device)
         if init_from == "scratch" and contents.get("job") != job():
             raise ValueError(f"{path} is of another job: continue it with --init_from=resume, or choose another "
@@ -259,6 +259,7 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
             checkpoint.save(path, kind=kind, model_config=checkpoint.config_dict(model.config), settings=config, iter=i,
                             model=model.state_dict(), ema=ema.state_dict(),
                             optimizers=[optimizer.state_dict() for optimizer in optimizers], job=this_job,
+                            counts={"skipped": skipped, "unusable": counts["unusable"], "cut": counts["cut"]},
                             **(keep or {}))
 
     def check(i):
@@ -273,8 +274,10 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
     if start and to_be_checked(start) and gathered(rank == 0 and log.lacks_validation)[0]:
         check(start)
 
-    skipped = skipped_in_a_row = 0
-    faults, cut = [], 0  # of this rank: what was wrong with examples, and how many captions were too long
+    before = resumed["counts"] if resumed else {"skipped": 0, "unusable": 0, "cut": 0}
+    skipped, skipped_in_a_row = before["skipped"], 0
+    faults, cut = [], 0  # of this rank since then: what was wrong with examples, and how many captions were too long
+    counts = before
     since, seen, waited = time.perf_counter(), 0, 0.0
     for i in range(start, config["max_iters"]):
         lr = learning_rate(config, i)
@@ -312,8 +315,8 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
         counts = {"asked": interrupt.asked, "unusable": len(faults), "cut": cut}  # to end; examples; captions
         sums = {**means, **{name: torch.tensor(float(count), device=device) for name, count in counts.items()}}
         sums = dict(zip(sums, all_sum(torch.stack(list(sums.values()))).tolist()))
-        means, (asked, *counts) = {name: sums[name] for name in means}, (int(sums[name]) for name in counts)
-        counts, loss = dict(zip(("unusable", "cut"), counts)), means["loss"]
+        means, asked, loss = {name: sums[name] for name in means}, sums["asked"], sums["loss"]
+        counts = {name: before[name] + int(sums[name]) for name in ("unusable", "cut")}
 
         # Every rank has the same loss and gradient, so all of them skip an update or none does.
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -328,17 +331,17 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
         i += 1  # iterations done
         seen += batch_size
         bar.update()
-        spoilt = counts["unusable"] >= 10 and counts["unusable"] > config["bad_limit"] * (i - start) * batch_size
+        spoilt = counts["unusable"] >= 10 and counts["unusable"] > config["bad_limit"] * i * batch_size
         finished = i == config["max_iters"] or asked or skipped_in_a_row == PATIENCE or spoilt
         validating = to_be_checked(i)
         if rank == 0 and (i % config["log_interval"] == 0 or finished or validating):
             seconds = time.perf_counter() - since
             rate, wait, since, seen, waited = seen / seconds, waited / seconds, time.perf_counter(), 0, 0.0
-            counts = {"skipped": skipped, **counts}
+            logged = {"skipped": skipped, **counts}
             bar.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{rate:.0f}", data_wait=f"{wait:.0%}",
-                            **{name: count for name, count in counts.items() if count})
+                            **{name: count for name, count in logged.items() if count})
             log.write(iter=i, **means, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
-                      data_wait=round(wait, 3), **counts)
+                      data_wait=round(wait, 3), **logged)
         if skipped_in_a_row == PATIENCE:
             bar.close()
             raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {loss}, gradient norm "
@@ -348,7 +351,7 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
             save(i)
             bar.close()
             named = "; ".join([fault for some in gathered(faults[:10]) for fault in some][:10])
-            raise SystemExit(f"{counts['unusable']} of {(i - start) * batch_size} examples are unusable, more than "
+            raise SystemExit(f"{counts['unusable']} of {i * batch_size} examples are unusable, more than "
                              f"bad_limit {config['bad_limit']} allows; stopped at iteration {i}, which {path} holds. "
                              f"The first are: {named}")
         if validating or finished:

@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 from example import PICTURES
 from ranks import find_device
-from shards import Shards, find_shards, first_example, write_shard, write_shards
+from shards import Shards, find_shards, first_example, load_index, write_shard, write_shards
 
 # ---------------------------------------------------------------------------------------------------------------
 # python data.py emoji
 
 PACKAGES = ("emoji-datasource-google", "emoji-datasource-twitter")
+VERSION = "16.0.0"
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 EMOJI_VAL = 0.05  # the share of emoji held out
 LICENCES = """The pictures are those of the npm packages emoji-datasource-google and emoji-datasource-twitter, by Cal
@@ -119,7 +120,8 @@ def prepare_emoji(args):
         sources = args.source
         if not sources:
             try:
-                subprocess.run(["npm", "pack", "--silent", *PACKAGES], cwd=folder, check=True, capture_output=True)
+                packages = [f"{package}@{VERSION}" for package in PACKAGES]
+                subprocess.run(["npm", "pack", "--silent", *packages], cwd=folder, check=True, capture_output=True)
             except (FileNotFoundError, subprocess.CalledProcessError) as error:
                 raise OSError(f"npm could not fetch {' and '.join(PACKAGES)} ({error}): install npm, or name files "
                               "that `npm pack` made elsewhere with --source=FILE.tgz") from error
@@ -146,11 +148,12 @@ def read_metadata(folder):
         path = folder / name
         if not path.exists():
             continue
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             try:
-                rows = list(csv.DictReader(file)) if name.endswith("csv") else [json.loads(line) for line in file]
-                return {row["file_name"]: row["text"] for row in rows}
-            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                lines = (line for line in file if line.strip())
+                rows = csv.DictReader(lines) if name.endswith("csv") else map(json.loads, lines)
+                return {row["file_name"]: (row["text"] or "").encode("utf-8", "replace").decode() for row in rows}
+            except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
                 raise ValueError(f"{path} needs a file_name and a text in every row: {error!r}") from error
     return None
 
@@ -166,7 +169,7 @@ def prepare_folder(args):
     for path in files:
         sidecar, name = path.with_suffix(".txt"), path.relative_to(folder).as_posix()
         caption = metadata.get(name) if metadata is not None else (
-            sidecar.read_text(encoding="utf-8") if sidecar.exists() else None)
+            sidecar.read_text(encoding="utf-8", errors="replace") if sidecar.exists() else None)
         if caption and caption.strip():
             captions[path] = caption.strip()
     if not captions:
@@ -200,8 +203,15 @@ def load_exported(path, device):
     except Exception as error:  # what reading garbage raises depends on the garbage
         raise ValueError(f"{path} is not a program saved by torch.export ({type(error).__name__})") from error
     module = program.module().to(device)
-    # in pieces: torch.export allowed AutoencoderKL no more than 63 pictures at once, and so does memory
-    return lambda batch: torch.cat([module(piece) for piece in batch.split(16)])
+
+    def call(batch):
+        try:  # in pieces: torch.export allowed AutoencoderKL no more than 63 pictures at once, and so does memory
+            return torch.cat([module(piece) for piece in batch.split(16)])
+        except Exception as error:  # what a program says about other sizes depends on the program
+            size = "x".join(map(str, batch.shape[1:]))
+            raise ValueError(f"{path} cannot take {size}: {str(error).strip().splitlines()[-1]}; give it the size it "
+                             "was exported for") from error
+    return call
 
 
 def claim(folder, settings):
@@ -264,12 +274,15 @@ def measure_latents(data_dir, most=10_000):
 def prepare_latents(args):
     device = find_device(args.device)
     encoder, out = load_exported(args.encoder, device), Path(args.out)
+    splits = {"train": out / "train", "val": out / "val"} if (Path(args.data_dir) / "train").is_dir() else {"all": out}
+    sources = {split: load_index(find_shards(args.data_dir, split)[0])[0]["shards"] for split in splits}
+    for shards in sources.values():
+        if len({Path(name).name for name, _, _ in shards}) < len(shards):
+            raise ValueError(f"several shards of data_dir {args.data_dir!r} have one name: encode folder by folder")
     claim(out, {"data_dir": args.data_dir, "encoder": args.encoder, "image_size": args.image_size,
-                "sha256": hashlib.sha256(Path(args.encoder).read_bytes()).hexdigest()})
-    if (Path(args.data_dir) / "train").is_dir():
-        left_out = sum(encode_shards(args, split, out / split, encoder, device) for split in ("train", "val"))
-    else:
-        left_out = encode_shards(args, "all", out, encoder, device)
+                "encoder_sha256": hashlib.sha256(Path(args.encoder).read_bytes()).hexdigest(),
+                "shards_sha256": hashlib.sha256(json.dumps(sources).encode()).hexdigest()})
+    left_out = sum(encode_shards(args, split, folder, encoder, device) for split, folder in splits.items())
     mean, scale = measure_latents(str(out))
     (out / "latents.json").write_text(json.dumps({"mean": mean, "scale": scale}) + "\n")
     print(f"means {', '.join(f'{m:.3f}' for m in mean)}; scales {', '.join(f'{s:.4f}' for s in scale)}")

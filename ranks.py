@@ -1,13 +1,14 @@
 """The device a process computes on, and the other processes under torchrun."""
 
 import os
-import socket
+import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)  # that the ranks wait for one that says nothing
+launched = {"job": ""}
 
 
 def find_device(name=""):
@@ -31,12 +32,17 @@ def start_ranks(device_name=""):
         return device, 0, 1
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"there are {torch.cuda.device_count()} GPUs here for {os.environ['LOCAL_WORLD_SIZE']} "
+                             "processes: lower --nproc_per_node")
         torch.cuda.set_device(device)
-    # torchrun keeps one store through its restarts: without a prefix of its own, a restarted rank may find the address
-    # that a dead one left there, and wait for it.
     store, rank, world = next(dist.rendezvous("env://"))
+    launched["job"] = store.compare_set("job", "", uuid.uuid4().hex).decode()
+    # torchrun keeps this store through its restarts: without a prefix of its own, a restarted rank may find the address
+    # that a dead one left there, and wait for it. (The nodes of several do not count restarts alike, and need none.)
+    prefix = f"start {restarts()}" if world == int(os.environ["LOCAL_WORLD_SIZE"]) else "start"
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, rank=rank, world_size=world,
-                            store=dist.PrefixStore(f"start {restarts()}", store))
+                            store=dist.PrefixStore(prefix, store))
     return device, rank, world
 
 
@@ -81,14 +87,10 @@ def gathered(value):
 
 
 def restarts():
-    """How often torchrun has started these processes anew, as it does with --max-restarts when one dies."""
+    """How often torchrun has started this process anew, as it does with --max-restarts when one dies."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def job():
-    """A name that tells this torchrun job from others, the same on all ranks and through restarts; "" without torchrun.
-
-    It is the --rdzv_id; where there is none, the process that launched the first rank.
-    """
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return gathered(f"{socket.gethostname()} {os.getppid()}")[0] if name == "none" else name
+    """A name that tells this torchrun job from others, the same on all ranks and through restarts; "" without one."""
+    return launched["job"]

@@ -16,6 +16,7 @@ but PNGs (for FID); and "geneval", 00000/metadata.jsonl, 00000/samples/0000.png,
 A flow-matching checkpoint is sampled by Euler's method: it has no denoiser and no likelihood.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def read_entry(number, line):
 def claim(folder):
     """Makes the folder of a layout that continues; ValueError if it holds pictures of other settings."""
     ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
+    ours |= {"iteration": sampler.iteration, "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
     path = folder / ".settings.json"
     if path.exists() and json.loads(path.read_text()) != ours:
         raise ValueError(f"{folder} holds pictures of other settings: choose another --folder, or remove it")
@@ -128,7 +130,8 @@ def path_of(i):
 @torch.inference_mode()
 def decoded(images):
     """What to look at: the pictures that the decoder makes of normalised latents; without one, what was drawn."""
-    return decode(sampler.plain_latents(images)).clamp(-1, 1) if decode else images
+    with one_line_errors():
+        return decode(sampler.plain_latents(images)).clamp(-1, 1) if decode else images
 
 
 def strip(x, image):
@@ -150,9 +153,10 @@ for start in range(0, len(wanted), batch_size):
     if layout == "grid":
         images.append(batch)
     for j, i in enumerate(numbers):
-        pictures.save(pictures.picture(batch[j]), path_of(i))
         if sampler.latents:
+            path_of(i).parent.mkdir(parents=True, exist_ok=True)
             np.save(path_of(i).with_suffix(".npy"), latents[j])
+        pictures.save(pictures.picture(batch[j]), path_of(i))  # the last: a run that continues looks for it
         if show_trajectory:
             pictures.save(strip(x[j], batch[j]), path_of(i).with_name(f"{i:04d}_trajectory.png"))
 

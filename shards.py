@@ -92,11 +92,23 @@ def scan(path):
                     key = key_of(member.name)
                     starts.append(member.offset // BLOCK)
             end = tar.offset
-        if end >= path.stat().st_size:  # there should be empty blocks
-            fault = "it has no end"
+        fault = fault_after(path, end)
     except (tarfile.TarError, EOFError) as error:  # its examples so far are good, but perhaps for the last
         fault, end = str(error), -(-path.stat().st_size // BLOCK) * BLOCK
     return np.array([*starts, end // BLOCK], dtype=np.uint32), fault
+
+
+def fault_after(path, end):
+    """What is wrong with a shard behind its last member: there should be empty blocks and nothing else, or ""."""
+    with open(path, "rb") as file:
+        file.seek(end)
+        if not (rest := file.read(BLOCK)):
+            return "it has no end"
+        while rest:
+            if rest.strip(b"\0"):
+                return f"what follows its byte {end} is no member"
+            rest = file.read(2**20)
+    return ""
 
 
 def stamp(paths, folder):
@@ -118,6 +130,14 @@ def read_index(path, shards):
     return header, starts
 
 
+def open_lock(path):
+    try:
+        return open(path, "w")
+    except OSError as error:
+        raise OSError(f"the index of the shards cannot be written beside them ({error}): make the folder writable, or "
+                      "link the shards into one that is") from error
+
+
 def load_index(paths):
     """The index of shards, built now if there is none yet or they have changed.
 
@@ -131,7 +151,7 @@ def load_index(paths):
     path = folder / f"shards-{digest}.index"
     if found := read_index(path, shards):
         return found
-    with open(path.with_suffix(".lock"), "w") as lock:
+    with open_lock(path.with_suffix(".lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if found := read_index(path, shards):
             return found
@@ -177,8 +197,9 @@ class Shards:
         self.seed, self.shape = seed, (channels, height, width)
         self.crop, self.flip = (crop, flip) if split == "train" else ("center", False)
         if len(self) == 0:
+            faults = "".join(f"; {name}: {fault}" for name, fault in list(self.header["faults"].items())[:1])
             raise ValueError(f"data_dir {data_dir!r} has {self.ends[-1]} examples, too few for {split!r}: every "
-                             f"{HELD_OUT}th is for validation, where there are no folders train/ and val/")
+                             f"{HELD_OUT}th is for validation, where there are no folders train/ and val/{faults}")
         self.latent, _ = first_example(self.paths)
         self.eight_bit = not self.latent
         if self.latent:
@@ -265,6 +286,8 @@ def first_example(paths):
 def latent_statistics(shard, channels, scale):
     """Mean and scale of each channel, (C, 1, 1), by latents.json beside a shard or above it; or zeros, and `scale`."""
     for folder in (shard.parent, shard.parent.parent):
+        if not scale and (folder / "encoding.json").exists() and not (folder / "latents.json").exists():
+            raise ValueError(f"the encoding in {folder} is not finished: run `python data.py encode` again")
         if not scale and (path := folder / "latents.json").exists():
             try:
                 stored = json.loads(path.read_text())
@@ -305,6 +328,6 @@ def write_shards(folder, examples, per_shard=1000):
         write_shard(path, shard)
         written.add(path)
         count += len(shard)
-    for path in set(folder.glob("*.tar")) - written:  # of an earlier, larger set
+    for path in set(folder.glob("[0-9]" * 5 + ".tar")) - written:  # of an earlier, larger set
         path.unlink()
     return count

@@ -137,7 +137,7 @@ def test_a_folder_becomes_shards(tmp_path, layout):
             (tmp_path / "mine" / name).with_suffix(".txt").write_text(f'number {i}, "né"\n')
     rows = [{"file_name": name, "text": f'number {i}, "né"', "other": 1} for i, name in enumerate(names)]
     if layout == "jsonl":
-        (tmp_path / "mine" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / "mine" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     if layout == "csv":
         quoted = ['"' + row["text"].replace('"', '""') + '"' for row in rows]
         (tmp_path / "mine" / "metadata.csv").write_text(
@@ -173,6 +173,8 @@ def test_folders_that_cannot_serve_are_named(tmp_path):
     assert "there is no folder" in fails("data.py", "folder", str(tmp_path / "none"))
     make_folder(tmp_path / "mine", 2)
     assert "holds no captioned picture" in fails("data.py", "folder", str(tmp_path / "mine"))
+    (tmp_path / "mine" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["a", "b"]}')
+    assert "needs a file_name and a text in every row" in fails("data.py", "folder", str(tmp_path / "mine"))
     (tmp_path / "mine" / "metadata.jsonl").write_text('{"file_name": "a.png"}')
     assert "needs a file_name and a text in every row" in fails("data.py", "folder", str(tmp_path / "mine"))
 
@@ -291,6 +293,13 @@ def test_what_cannot_be_encoded_is_named(exported, photographs, encoded, tmp_pat
     write_shards(tmp_path / "grey" / "val", [("0", {"png": png((9, 9, 9)), "txt": b"x"})])
     line = fails("data.py", "encode", f"--data_dir={tmp_path / 'grey'}", encoder, "--image_size=32", *rest)
     assert "a channel of the latents is constant" in line
+    line = fails("data.py", "encode", f"--data_dir={photographs}", encoder, "--image_size=24", "--device=cpu",
+                 f"--out={tmp_path / 'small'}")
+    assert "encoder.pt2 cannot take 3x24x24" in line and "was exported for" in line
+    for name in ("a", "b"):
+        write_shards(tmp_path / "twice" / name, [("0", {"png": png(), "txt": b"x"})])
+    line = fails("data.py", "encode", f"--data_dir={tmp_path / 'twice' / '*' / '*.tar'}", encoder, *rest)
+    assert "have one name" in line
 
 
 def test_from_latents_to_pictures(encoded, exported, tmp_path):

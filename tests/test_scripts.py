@@ -35,7 +35,7 @@ from shards import write_shard
 @pytest.mark.parametrize("name, kind, iterations", [("ckpt.pt", "ntm", 100), ("denoiser.pt", "denoiser", 40)])
 def test_checkpoint_holds_what_a_resumption_needs(trained, name, kind, iterations):
     held = contents(trained / name)
-    assert held.keys() == {"kind", "model_config", "settings", "model", "ema", "optimizers", "iter", "job"}
+    assert held.keys() == {"kind", "model_config", "settings", "model", "ema", "optimizers", "iter", "job", "counts"}
     assert (held["kind"], held["iter"], held["settings"]["max_iters"]) == (kind, iterations, iterations)
     assert held["settings"]["out_dir"] == str(trained) and held["model_config"]["width"] == 16
     assert held["model"].keys() == held["ema"].keys()

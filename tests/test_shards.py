@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
     write_shards(tmp_path / "train", numbered(3))
     (tmp_path / "train" / f"{next(iter(index_names(tmp_path / 'train')))}.lock").mkdir()
     line = fails("train.py", *TRAIN, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'run'}")
-    assert ".lock" in line and "Is a directory" in line
+    assert ".lock" in line and "make the folder writable" in line
 
 
 def index_names(folder):
@@ -255,6 +255,21 @@ def test_modes_become_rgb_and_transparency_white(tmp_path, mode, colour, expecte
     assert shown({"png": png(colour, mode=mode)}, tmp_path)[4, 4].tolist() == list(expected)
 
 
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    ramp = Image.fromarray(np.tile(np.arange(8, dtype=np.uint16) * 8192, (8, 1)))
+    assert ramp.mode == "I;16"
+    assert shown({"png": file_of(ramp)}, tmp_path)[0, :, 0].tolist() == [0, 32, 64, 96, 128, 160, 192, 224]
+
+
+def test_a_picture_like_a_thread_costs_no_memory(tmp_path):
+    assert (shown({"png": png((9, 8, 7), (20_000, 1))}, tmp_path, size=256) == [9, 8, 7]).all()
+
+
+def test_half_a_character_in_a_caption(tmp_path):
+    write_shard(tmp_path / "train" / "0.tar", [("a", {"png": png(), "json": b'{"caption": "hello \\ud83d"}'})])
+    assert dataset(tmp_path)[0][1] == "hello ?"
+
+
 def test_palettes_with_transparency_cmyk_and_webp(tmp_path):
     palette = Image.new("P", (12, 12), 1)
     palette.putpalette([1, 2, 3, 200, 100, 0])
@@ -301,6 +316,13 @@ def test_latents_are_normalised_as_latents_json_says_or_as_set(tmp_path):
         Shards(str(tmp_path), "train", 4, 2, 6)
     (tmp_path / "latents.json").write_text(json.dumps({"mean": [1], "scale": [1]}))
     with pytest.raises(ValueError, match="is of latents of 1 channels, but channels is 4"):
+        Shards(str(tmp_path), "train", 4, 2, 6)
+
+
+def test_an_unfinished_encoding_is_told(tmp_path):
+    latent_shard(tmp_path / "train" / "0.tar", np.ones((2, 4, 2, 6)), ["class 1", "class 2"])
+    (tmp_path / "encoding.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not finished"):
         Shards(str(tmp_path), "train", 4, 2, 6)
 
 
@@ -367,13 +389,24 @@ def test_truncated_shard_keeps_its_whole_examples(tmp_path, keep, cut):
     assert [caption for _, caption, _ in triples[first:]] == [str(i) for i in range(20)]
 
 
+def test_a_damaged_block_is_told_though_what_follows_is_lost(tmp_path):
+    write_shards(tmp_path, numbered(20))
+    path = tmp_path / "00000.tar"
+    damaged = bytearray(path.read_bytes())
+    block = int(load_index([path])[1][8])  # where the ninth example begins
+    damaged[512 * block:512 * (block + 1)] = bytes(512)
+    path.write_bytes(damaged)
+    ds = dataset(tmp_path, "all")
+    assert len(ds) == 8 and "is no member" in ds.header["faults"]["00000.tar"]
+
+
 def test_a_shard_that_is_none_is_named(tmp_path):
     write_shard(tmp_path / "train" / "0.tar", numbered(3))
     (tmp_path / "train" / "1.tar").write_bytes(b"<html>404</html>" * 100)
     ds = dataset(tmp_path)
     assert len(ds) == 3 and list(ds.header["faults"]) == ["1.tar"]
     (tmp_path / "train" / "0.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="has 0 examples"):
+    with pytest.raises(ValueError, match="has 0 examples.*0.tar: "):
         dataset(tmp_path)
 
 
@@ -404,8 +437,21 @@ def test_too_many_unusable_examples_stop_the_run_and_are_named(tmp_path):
     assert str(tmp_path / "run" / "ckpt.pt") in line and (tmp_path / "run" / "ckpt.pt").exists()
     stopped = read_log(tmp_path / "run" / "log.jsonl")[-1]
     assert stopped["unusable"] >= 10
+    # resumed, as torchrun would, it still knows, and stops again
+    line = fails("train.py", *settings, f"--out_dir={tmp_path / 'run'}", "--init_from=resume")
+    assert "examples are unusable" in line
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["iter"] == stopped["iter"] + 1
     run("train.py", *settings, f"--out_dir={tmp_path / 'lenient'}", "--bad_limit=0.5", "--val_interval=100")
     assert training_lines(tmp_path / "lenient" / "log.jsonl")[-1]["iter"] == 20
+
+
+def test_what_a_worker_reports_is_one_line(tmp_path):
+    for split in ("train", "val"):
+        write_shards(tmp_path / split, numbered(16))
+    bad = [(f"{i}", {"png": b"garbage", "txt": b"x"}) for i in range(300)]
+    write_shards(tmp_path / "train", numbered(1) + bad)
+    line = fails("train.py", *TRAIN, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'run'}", "--workers=1")
+    assert line.startswith("100 examples in a row are unusable")
 
 
 def test_long_captions_are_counted(tmp_path):
