@@ -15,6 +15,7 @@ tuple) an annotation decides instead. A wrong key or value ends the program with
 import ast
 import contextlib
 import difflib
+import json
 import math
 import sys
 import tokenize
@@ -162,6 +163,17 @@ def one_line_errors():
         if "Original Traceback" in message:  # of a process that loads data: its last line is the error
             message = message.strip().splitlines()[-1].partition(": ")[2]
         raise SystemExit(message) from error
+
+
+def claim(path, settings, what):
+    """Makes the folder of work that continues where it was interrupted, and leaves its settings in the file `path`.
+
+    Raises ValueError if what is there already, `what` it holds, was made with others.
+    """
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise ValueError(what)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings) + "\n")
 
 
 def at_least_one(config, *names):

@@ -274,7 +274,7 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
     if start and to_be_checked(start) and gathered(rank == 0 and log.lacks_validation)[0]:
         check(start)
 
-    before = resumed["counts"] if resumed else {"skipped": 0, "unusable": 0, "cut": 0}
+    before = {"skipped": 0, "unusable": 0, "cut": 0, **(resumed or {}).get("counts", {})}
     skipped, skipped_in_a_row = before["skipped"], 0
     faults, cut = [], 0  # of this rank since then: what was wrong with examples, and how many captions were too long
     counts = before

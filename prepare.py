@@ -24,6 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from configurator import claim
 from example import PICTURES
 from ranks import find_device
 from shards import Shards, find_shards, first_example, load_index, write_shard, write_shards
@@ -214,16 +215,6 @@ def load_exported(path, device):
     return call
 
 
-def claim(folder, settings):
-    """Makes the folder of an encoding that continues; ValueError if it holds latents of other settings."""
-    path = folder / "encoding.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{folder} holds latents made with other settings, {path.read_text().strip()}: choose another "
-                         "--out, or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings) + "\n")
-
-
 def encode_shards(args, split, out, encoder, device):
     """Encodes the shards of a split, a shard to a shard of `out`, but for those that are there already.
 
@@ -279,9 +270,11 @@ def prepare_latents(args):
     for shards in sources.values():
         if len({Path(name).name for name, _, _ in shards}) < len(shards):
             raise ValueError(f"several shards of data_dir {args.data_dir!r} have one name: encode folder by folder")
-    claim(out, {"data_dir": args.data_dir, "encoder": args.encoder, "image_size": args.image_size,
+    settings = {"data_dir": args.data_dir, "encoder": args.encoder, "image_size": args.image_size,
                 "encoder_sha256": hashlib.sha256(Path(args.encoder).read_bytes()).hexdigest(),
-                "shards_sha256": hashlib.sha256(json.dumps(sources).encode()).hexdigest()})
+                "shards_sha256": hashlib.sha256(json.dumps(sources).encode()).hexdigest()}
+    claim(out / "encoding.json", settings,
+          f"{out} holds latents made with other settings (its encoding.json): choose another --out, or remove it")
     left_out = sum(encode_shards(args, split, folder, encoder, device) for split, folder in splits.items())
     mean, scale = measure_latents(str(out))
     (out / "latents.json").write_text(json.dumps({"mean": mean, "scale": scale}) + "\n")

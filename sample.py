@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 import pictures
-from configurator import at_least_one, configure, one_line_errors
+from configurator import at_least_one, claim, configure, one_line_errors
 from data import dataset_class_captions
 from loop import open_dataset
 from prepare import load_exported
@@ -87,17 +87,6 @@ def read_entry(number, line):
     raise ValueError(f'{prompts}, line {number}: {line[:60]!r} is no JSON object with a "prompt"')
 
 
-def claim(folder):
-    """Makes the folder of a layout that continues; ValueError if it holds pictures of other settings."""
-    ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
-    ours |= {"iteration": sampler.iteration, "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
-    path = folder / ".settings.json"
-    if path.exists() and json.loads(path.read_text()) != ours:
-        raise ValueError(f"{folder} holds pictures of other settings: choose another --folder, or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(ours))
-
-
 with one_line_errors():
     at_least_one(config, "num_samples", "batch_size")
     if guidance < 0:
@@ -117,7 +106,10 @@ with one_line_errors():
     sampler.encode(captions)  # a caption that cannot be encoded is told before anything is drawn
     folder = Path(folder or Path(out_dir or "out") / "pictures")
     if layout != "grid":
-        claim(folder)
+        ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
+        ours |= {"iteration": sampler.iteration, "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
+        claim(folder / ".settings.json", ours,
+              f"{folder} holds pictures of other settings: choose another --folder, or remove it")
 
 
 def path_of(i):

@@ -200,7 +200,7 @@ class Shards:
             faults = "".join(f"; {name}: {fault}" for name, fault in list(self.header["faults"].items())[:1])
             raise ValueError(f"data_dir {data_dir!r} has {self.ends[-1]} examples, too few for {split!r}: every "
                              f"{HELD_OUT}th is for validation, where there are no folders train/ and val/{faults}")
-        self.latent, _ = first_example(self.paths)
+        self.latent, _ = first_example(self.paths, (self.header, self.starts))
         self.eight_bit = not self.latent
         if self.latent:
             self.mean, self.scale = latent_statistics(self.paths[0], channels, latent_scale)
@@ -265,12 +265,12 @@ class Shards:
         return [self.usable(int(number)) for number in numbers]
 
 
-def first_example(paths):
+def first_example(paths, index=None):
     """Whether shards hold latents, and (C, H, W) of the first of their examples that can be decoded.
 
-    Raises ValueError where there is none among the first 100.
+    index: theirs, where it is loaded already. Raises ValueError where there is none among the first 100.
     """
-    header, starts = load_index(paths)
+    header, starts = index or load_index(paths)
     shard = int(np.argmax(np.array(header["counts"]) > 0))  # the first that holds any
     first = sum(header["counts"][:shard]) + shard
     for row in range(first, first + min(ATTEMPTS, header["counts"][shard])):
@@ -285,10 +285,11 @@ def first_example(paths):
 
 def latent_statistics(shard, channels, scale):
     """Mean and scale of each channel, (C, 1, 1), by latents.json beside a shard or above it; or zeros, and `scale`."""
-    for folder in (shard.parent, shard.parent.parent):
-        if not scale and (folder / "encoding.json").exists() and not (folder / "latents.json").exists():
+    for folder in () if scale else (shard.parent, shard.parent.parent):
+        path = folder / "latents.json"
+        if (folder / "encoding.json").exists() and not path.exists():
             raise ValueError(f"the encoding in {folder} is not finished: run `python data.py encode` again")
-        if not scale and (path := folder / "latents.json").exists():
+        if path.exists():
             try:
                 stored = json.loads(path.read_text())
                 mean, scales = (torch.tensor(stored[name], dtype=torch.float32) for name in ("mean", "scale"))

@@ -174,7 +174,7 @@ from loop import Order
 import shards
 def resident():
     return int(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')).split()[1]) / 1024
-shards.first_example, shards.Shards.usable = lambda paths: (False, (3, 8, 8)), lambda self, number: None
+shards.first_example, shards.Shards.usable = lambda *_: (False, (3, 8, 8)), lambda self, number: None
 torch.randperm(10)
 before = resident()
 ds = shards.Shards(sys.argv[1], 'all', 3, 8, 8)
