@@ -135,13 +135,32 @@ def leave_signals_to_the_trainer(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-class Interrupt:
-    """Ctrl-C and SIGTERM ask for an end after the current iteration; a second Ctrl-C ends at once."""
+@contextlib.contextmanager
+def loading(dataset, order, workers, device):
+    """The batches of an order, in turn; the workers that load them end with this context."""
+    with one_line_errors():
+        batches = iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=workers,
+                                  pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer,
+                                  # workers of a fresh interpreter would each run the script that we are in once more
+                                  multiprocessing_context="fork" if workers else None))
+    try:
+        yield batches
+    finally:
+        if workers:  # Python would end them by SIGTERM, to which they are deaf, and wait for them for ever
+            batches._shutdown_workers()
 
-    def __init__(self):
+
+class Interrupt:
+    """In its context, Ctrl-C and SIGTERM ask for an end after the current iteration; a second Ctrl-C ends at once."""
+
+    def __enter__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, number, frame):
         self.asked = True
@@ -245,14 +264,8 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
     again = len(dataset) if isinstance(dataset, Shards) else 0  # which crop and flip anew in every epoch
     order = Order(len(dataset), batch_size, config["seed"], start, config["max_iters"], mine, again)
     with one_line_errors():
-        loader = iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=config["workers"],
-                                 pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer,
-                                 # workers of a fresh interpreter would each run the script that we are in once more
-                                 multiprocessing_context="fork" if config["workers"] else None))
         log = Log(log_path, start, config) if rank == 0 else None
     generator, this_job = torch.Generator(device), job()
-    interrupt = Interrupt()
-    bar = tqdm(total=config["max_iters"], initial=start, disable=rank > 0, unit="it", dynamic_ncols=True)
 
     def save(i):
         if rank == 0:
@@ -271,98 +284,96 @@ def fit(config, kind, model, dataset, tokenizer, draw, losses, validate, ranks, 
     def to_be_checked(i):
         return i % config["val_interval"] == 0 or i == config["max_iters"]
 
-    if start and to_be_checked(start) and gathered(rank == 0 and log.lacks_validation)[0]:
-        check(start)
-
     before = {"skipped": 0, "unusable": 0, "cut": 0, **(resumed or {}).get("counts", {})}
     skipped, skipped_in_a_row = before["skipped"], 0
     faults, cut = [], 0  # of this rank since then: what was wrong with examples, and how many captions were too long
     counts = before
-    since, seen, waited = time.perf_counter(), 0, 0.0
-    for i in range(start, config["max_iters"]):
-        lr = learning_rate(config, i)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+    with (Interrupt() as interrupt, loading(dataset, order, config["workers"], device) as batches,
+          tqdm(total=config["max_iters"], initial=start, disable=rank > 0, unit="it", dynamic_ncols=True) as bar):
+        if start and to_be_checked(start) and gathered(rank == 0 and log.lacks_validation)[0]:
+            check(start)
 
-        # The batch, and all that is random about it: for the whole batch, of which this rank keeps its rows.
-        with one_line_errors():
-            asked_at = time.perf_counter()
-            images, captions, new_faults = next(loader)
-            waited += time.perf_counter() - asked_at
-            cut -= tokenizer.cut
-            text = tokenizer.encode(captions, model.config.text_len).to(device)
-            cut, faults = cut + tokenizer.cut, faults + new_faults
-        generator.manual_seed(config["seed"] * 1_000_003 + i)
-        images = images.to(device, non_blocking=True)
-        if dataset.eight_bit:
-            shape = (batch_size, *images.shape[1:])
-            images = images + dequantize(torch.zeros(shape, device=device), generator)[mine.start:mine.stop]
-        dropped = torch.rand(batch_size, 1, generator=generator, device=device) < config["caption_dropout"]
-        text = torch.where(dropped[mine.start:mine.stop], null_caption(text), text)
-        draws = [a[mine.start:mine.stop] for a in draw(batch_size, device, generator)]
-
-        means = {}  # of the losses, over accumulation passes and ranks
-        for chunk, rows in enumerate(torch.arange(share, device=device).chunk(passes)):
-            last = chunk == passes - 1
-            with contextlib.nullcontext() if last or world == 1 else network.no_sync():  # gradients meet once an update
-                with autocast(config, device):
-                    parts = losses(network, images[rows], text[rows], [a[rows] for a in draws], i)
-                (parts["loss"] / passes).backward()
-            for name, part in parts.items():
-                means[name] = means.get(name, 0) + torch.as_tensor(part, device=device).detach() / (passes * world)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"]).item()
-        counts = {"asked": interrupt.asked, "unusable": len(faults), "cut": cut}  # to end; examples; captions
-        sums = {**means, **{name: torch.tensor(float(count), device=device) for name, count in counts.items()}}
-        sums = dict(zip(sums, all_sum(torch.stack(list(sums.values()))).tolist()))
-        means, asked, loss = {name: sums[name] for name in means}, sums["asked"], sums["loss"]
-        counts = {name: before[name] + int(sums[name]) for name in ("unusable", "cut")}
-
-        # Every rank has the same loss and gradient, so all of them skip an update or none does.
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        since, seen, waited = time.perf_counter(), 0, 0.0
+        for i in range(start, config["max_iters"]):
+            lr = learning_rate(config, i)
             for optimizer in optimizers:
-                optimizer.step()
-            update_average(ema, model, config["ema"], i)
-            skipped_in_a_row = 0
-        else:
-            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-        model.zero_grad(set_to_none=True)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
 
-        i += 1  # iterations done
-        seen += batch_size
-        bar.update()
-        spoilt = counts["unusable"] >= 10 and counts["unusable"] > config["bad_limit"] * i * batch_size
-        finished = i == config["max_iters"] or asked or skipped_in_a_row == PATIENCE or spoilt
-        validating = to_be_checked(i)
-        if rank == 0 and (i % config["log_interval"] == 0 or finished or validating):
-            seconds = time.perf_counter() - since
-            rate, wait, since, seen, waited = seen / seconds, waited / seconds, time.perf_counter(), 0, 0.0
-            logged = {"skipped": skipped, **counts}
-            bar.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{rate:.0f}", data_wait=f"{wait:.0%}",
-                            **{name: count for name, count in logged.items() if count})
-            log.write(iter=i, **means, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
-                      data_wait=round(wait, 3), **logged)
-        if skipped_in_a_row == PATIENCE:
-            bar.close()
-            raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {loss}, gradient norm "
-                             f"{grad_norm}); stopped at iteration {i}, none of it in {path}: lower lr (now {lr:.1e}) "
-                             "or grad_clip, or lengthen warmup_iters")
-        if spoilt:
-            save(i)
-            bar.close()
-            named = "; ".join([fault for some in gathered(faults[:10]) for fault in some][:10])
-            raise SystemExit(f"{counts['unusable']} of {i * batch_size} examples are unusable, more than "
-                             f"bad_limit {config['bad_limit']} allows; stopped at iteration {i}, which {path} holds. "
-                             f"The first are: {named}")
-        if validating or finished:
-            save(i)  # before the validation, so that nothing that goes wrong there costs the weights
-        if validating:
-            check(i)
-            since, waited = time.perf_counter(), 0.0  # the rate is that of training
-        if asked and i < config["max_iters"]:
-            bar.close()
-            if rank == 0:
-                print(f"interrupted: {path} holds iteration {i}; continue with --init_from=resume")
-            break
-    bar.close()
-    leave_ranks()
+            # The batch, and all that is random about it: for the whole batch, of which this rank keeps its rows.
+            with one_line_errors():
+                asked_at = time.perf_counter()
+                images, captions, new_faults = next(batches)
+                waited += time.perf_counter() - asked_at
+                cut -= tokenizer.cut
+                text = tokenizer.encode(captions, model.config.text_len).to(device)
+                cut, faults = cut + tokenizer.cut, faults + new_faults
+            generator.manual_seed(config["seed"] * 1_000_003 + i)
+            images = images.to(device, non_blocking=True)
+            if dataset.eight_bit:
+                shape = (batch_size, *images.shape[1:])
+                images = images + dequantize(torch.zeros(shape, device=device), generator)[mine.start:mine.stop]
+            dropped = torch.rand(batch_size, 1, generator=generator, device=device) < config["caption_dropout"]
+            text = torch.where(dropped[mine.start:mine.stop], null_caption(text), text)
+            draws = [a[mine.start:mine.stop] for a in draw(batch_size, device, generator)]
+
+            means = {}  # of the losses, over accumulation passes and ranks
+            for chunk, rows in enumerate(torch.arange(share, device=device).chunk(passes)):
+                meet = world == 1 or chunk == passes - 1  # the gradients of the ranks, once an update
+                with contextlib.nullcontext() if meet else network.no_sync():
+                    with autocast(config, device):
+                        parts = losses(network, images[rows], text[rows], [a[rows] for a in draws], i)
+                    (parts["loss"] / passes).backward()
+                for name, part in parts.items():
+                    means[name] = means.get(name, 0) + torch.as_tensor(part, device=device).detach() / (passes * world)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"]).item()
+            counts = {"asked": interrupt.asked, "unusable": len(faults), "cut": cut}  # to end; examples; captions
+            sums = {**means, **{name: torch.tensor(float(count), device=device) for name, count in counts.items()}}
+            sums = dict(zip(sums, all_sum(torch.stack(list(sums.values()))).tolist()))
+            means, asked, loss = {name: sums[name] for name in means}, sums["asked"], sums["loss"]
+            counts = {name: before[name] + int(sums[name]) for name in ("unusable", "cut")}
+
+            # Every rank has the same loss and gradient, so all of them skip an update or none does.
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                for optimizer in optimizers:
+                    optimizer.step()
+                update_average(ema, model, config["ema"], i)
+                skipped_in_a_row = 0
+            else:
+                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            model.zero_grad(set_to_none=True)
+
+            i += 1  # iterations done
+            seen += batch_size
+            bar.update()
+            spoilt = counts["unusable"] >= 10 and counts["unusable"] > config["bad_limit"] * i * batch_size
+            finished = i == config["max_iters"] or asked or skipped_in_a_row == PATIENCE or spoilt
+            validating = to_be_checked(i)
+            if rank == 0 and (i % config["log_interval"] == 0 or finished or validating):
+                seconds = time.perf_counter() - since
+                rate, wait, since, seen, waited = seen / seconds, waited / seconds, time.perf_counter(), 0, 0.0
+                logged = {"skipped": skipped, **counts}
+                bar.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{rate:.0f}", data_wait=f"{wait:.0%}",
+                                **{name: count for name, count in logged.items() if count})
+                log.write(iter=i, **means, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
+                          data_wait=round(wait, 3), **logged)
+            if skipped_in_a_row == PATIENCE:
+                raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {loss}, gradient "
+                                 f"norm {grad_norm}); stopped at iteration {i}, none of it in {path}: lower lr (now "
+                                 f"{lr:.1e}) or grad_clip, or lengthen warmup_iters")
+            if spoilt:
+                save(i)
+                named = "; ".join([fault for some in gathered(faults[:10]) for fault in some][:10])
+                raise SystemExit(f"{counts['unusable']} of {i * batch_size} examples are unusable, more than "
+                                 f"bad_limit {config['bad_limit']} allows; stopped at iteration {i}, which {path} "
+                                 f"holds. The first are: {named}")
+            if validating or finished:
+                save(i)  # before the validation, so that nothing that goes wrong there costs the weights
+            if validating:
+                check(i)
+                since, waited = time.perf_counter(), 0.0  # the rate is that of training
+            if asked and i < config["max_iters"]:
+                if rank == 0:
+                    bar.write(f"interrupted: {path} holds iteration {i}; continue with --init_from=resume")
+                break
+        leave_ranks()

@@ -1,4 +1,5 @@
 """Shared by all tests: the repository root on the path, one thread, the same random numbers for every test."""
+import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,13 @@ torch.set_num_threads(1)  # the models here are tiny: more threads only wait for
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """Python waits for its children before it ends: one that is deaf to SIGTERM would keep it for ever."""
+    yield
+    assert not multiprocessing.active_children()
 
 
 def randomize(module, scale=1.0):

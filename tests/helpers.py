@@ -28,21 +28,10 @@ SAMPLE = ["--device=cpu", "--num_samples=5"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@contextlib.contextmanager
-def handlers_kept():
-    """Training takes SIGINT and SIGTERM over; the tests want theirs back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run(script, *settings):
     """Runs `python script settings`, but in this process. Returns the script's globals and what it printed."""
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, handlers_kept():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *settings])
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             names = runpy.run_path(str(ROOT / script), run_name="__main__")

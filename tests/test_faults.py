@@ -10,7 +10,7 @@ import time
 
 import pytest
 from helpers import (DISTILL, ROOT, TRAIN, assert_close_training, contents, fails, on_ranks, read_log_without_speed,
-                     run, same, same_training, torchrun, training_lines)
+                     run, same, same_training, start, torchrun, training_lines)
 
 import checkpoint
 from model import NTM
@@ -119,6 +119,17 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_message(tmp_path, trouble,
     status, _, err = torchrun(2, bad, *TRAIN, f"--out_dir={tmp_path / 'run'}")
     assert status != 0 and message in err and time.monotonic() - began < 120  # torchrun waits 30 s for the other
     assert contents(tmp_path / "run" / "ckpt.pt")["iter"] == 3
+
+
+def test_a_run_that_dies_does_not_wait_for_its_data_workers(tmp_path):
+    process = start(script(tmp_path, "if len(calls) == 3: raise RuntimeError('a cosmic ray')"), *TRAIN,
+                    f"--out_dir={tmp_path / 'run'}", "--workers=2")
+    try:
+        _, err = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1 and "RuntimeError: a cosmic ray" in err
 
 
 def test_torchrun_restarts_a_run_by_itself(tmp_path):

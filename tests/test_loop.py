@@ -1,15 +1,17 @@
 """The training loop keeps its promises: order, schedule, randomness, skipped updates, interruption, and checkpoints."""
+import contextlib
 import errno
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import contents, handlers_kept, read_log, read_log_without_speed, same, same_training, training_lines
+from helpers import contents, read_log, read_log_without_speed, same, same_training, training_lines
 from torch import nn
 
 import checkpoint
@@ -63,9 +65,8 @@ def fit(out_dir, objective=squares, validate=lambda ema, i: {"val_loss": 0.0}, *
     def losses(*args):
         return {"loss": objective(*args[:-1])}
 
-    with handlers_kept():
-        resumed = loop.find_start(config["init_from"], path, "ntm", "cpu")
-        loop.fit(config, "ntm", model, DATA, TOKENIZER, draw, losses, validate, (torch.device("cpu"), 0, 1), resumed)
+    resumed = loop.find_start(config["init_from"], path, "ntm", "cpu")
+    loop.fit(config, "ntm", model, DATA, TOKENIZER, draw, losses, validate, (torch.device("cpu"), 0, 1), resumed)
     return model, path
 
 
@@ -362,6 +363,23 @@ def test_second_ctrl_c_ends_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, objective)
     assert not (tmp_path / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("end, error", [(lambda: None, contextlib.nullcontext()),
+                                        (lambda: signal.raise_signal(signal.SIGTERM), contextlib.nullcontext()),
+                                        (lambda: 1 / 0, pytest.raises(ZeroDivisionError))])
+def test_workers_and_signal_handlers_end_with_the_run(tmp_path, end, error):
+    """Even while somebody still holds the error, and with it the frames that it passed through."""
+    def objective(*args):
+        assert len(multiprocessing.active_children()) == 2
+        end()
+        return squares(*args)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with error as held:
+        fit(tmp_path, objective, workers=2, max_iters=2)
+    assert not multiprocessing.active_children(), held
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_killed_run_resumes_from_its_last_checkpoint(tmp_path):
