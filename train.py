@@ -5,6 +5,7 @@
     python train.py config/digits_fm.py                              # flow matching instead: the peer
     python train.py config/digits_tune.py                            # an NTM that starts from it
     python train.py config/sit.py --init_from=sit:SiT-XL-2-256.pt    # or from published weights
+    python train.py config/shapes_more.py                            # an NTM that goes on from another, on other terms
 
 Leaves in out_dir: ckpt.pt, log.jsonl and, from every validation, samples/ITERATION.png.
 """
@@ -26,7 +27,7 @@ from sit import load_sit
 # ---- run
 out_dir = "out/digits"
 objective = "ntm"  # or "fm": flow matching, with the same network
-init_from = "scratch"  # "resume": continue out_dir/ckpt.pt; "auto": if there; or a flow-matching ckpt.pt; or sit:PATH
+init_from = "scratch"  # "resume": continue out_dir/ckpt.pt; "auto": if there; or any other ckpt.pt; or sit:PATH
 seed = 0  # with the iteration, all of a run's randomness
 device = ""  # cuda, mps or cpu; empty: the best there is
 bfloat16: bool | None = None  # autocast; None: on CUDA only
@@ -86,35 +87,41 @@ wandb_run_name = ""
 config = configure(globals())
 
 NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
+TRANSPORTER = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads")
 
 
-def velocity_network(name):
-    """The flow-matching network that init_from names, sit:PATH or the path of a checkpoint, and what it decides about
-    an NTM that starts from it, {setting: value}."""
-    decided = {"parametrization": "posterior", "predictor": "captions"}
+def starting_point(name):
+    """The trained network that init_from names, sit:PATH or the path of a checkpoint of flow matching or of an NTM, and
+    what it decides about an NTM that starts from it, {setting: value}."""
     if name.startswith("sit:"):
         network = load_sit(name.removeprefix("sit:"))
-        size = {key: getattr(network, key) for key in NETWORK if hasattr(network, key)}
-        return network, decided | size | {"predictor": "sit", "tokenizer": f"classes:{network.classes}", "text_len": 1}
+        decided = {key: getattr(network, key) for key in NETWORK if hasattr(network, key)}
+        decided |= {"predictor": "sit", "tokenizer": f"classes:{network.classes}", "text_len": 1}
+        return network, decided | {"parametrization": "posterior"}
     if not Path(name).exists():
         raise ValueError(f"init_from {name!r} is neither {', '.join(map(repr, STARTS))}, sit:PATH nor a file")
-    trained = checkpoint.load(name, "fm", device=device)
-    return checkpoint.network_of(trained, name, device), decided | {key: trained["settings"][key] for key in NETWORK}
+    trained = checkpoint.load(name, "fm", "ntm", device=device)
+    network = checkpoint.network_of(trained, name, device)
+    decided = {key: trained["settings"][key] for key in NETWORK}
+    if trained["kind"] == "fm":
+        return network, decided | {"parametrization": "posterior", "predictor": "captions"}
+    decided |= {key: getattr(network.config, key) for key in (*TRANSPORTER, "parametrization", "predictor")}
+    return network, decided | {"aux_weight": 0.0}  # there is no flow-matching model to stay close to
 
 
 with one_line_errors():
     device, rank, world = start_ranks(config["device"])
     if objective not in ("ntm", "fm"):
         raise ValueError(f"objective {objective!r} is unknown: choose 'ntm' or 'fm'")
-    velocity, starts_anew = None, init_from not in STARTS
+    base, decided, starts_anew = None, {}, init_from not in STARTS
     resumed = find_start("scratch" if starts_anew else init_from, Path(out_dir) / "ckpt.pt", objective, device)
     if starts_anew and objective == "fm":
-        raise ValueError("only an NTM starts from a flow-matching model: leave objective or init_from out")
+        raise ValueError("only an NTM starts from another model: leave objective or init_from out")
     if starts_anew and not resumed:
-        velocity, decided = velocity_network(init_from)
-        config |= decided
-    elif resumed and resumed["model_config"]["parametrization"] == "posterior":
-        config |= {key: resumed["settings"][key] for key in (*NETWORK, "parametrization", "predictor")}
+        base, decided = starting_point(init_from)
+    elif resumed:
+        decided = resumed["settings"].get("decided", {})
+    config |= {**decided, "decided": decided}  # a resumed run has no need of what it started from
     train_set, val_set, tokenizer = load_data(config)
     if dataset == "shards" and train_set.latent:  # for whoever decodes what the model draws
         config["latents"] = {"mean": train_set.mean.flatten().tolist(), "scale": train_set.scale.flatten().tolist()}
@@ -125,12 +132,14 @@ with one_line_errors():
     model = checkpoint.NETWORKS[objective](model_config).to(device)
 
     frozen = None  # the flow-matching model one starts from, as the Gaussian reverse step that it is
-    if model_config.parametrization == "posterior" and aux_weight:
+    if model_config.parametrization == "posterior" and config["aux_weight"]:
         frozen = NTM(model_config).to(device).requires_grad_(False).eval()
         if resumed and "frozen" not in resumed:
             raise ValueError(f"{out_dir}/ckpt.pt was trained with aux_weight 0: resume it with --aux_weight=0")
-    if velocity:
-        model.predictor.adopt(velocity)
+    if isinstance(base, NTM):
+        model.load_state_dict(base.state_dict())
+    elif base:
+        model.predictor.adopt(base)
     if frozen:
         frozen.predictor.load_state_dict(resumed["frozen"] if resumed else model.predictor.state_dict())
 
@@ -143,7 +152,7 @@ def losses(network, images, text, draws, i):
     with torch.no_grad():
         target, _ = frozen.gaussians(forward_trajectory(model.patchify(images), ts, noise=noise), ts, text, steps)
     nll, aux = network(images, text, draws, target)
-    weight = aux_weight * 0.5 * (1 + math.cos(math.pi * i / config["max_iters"]))
+    weight = config["aux_weight"] * 0.5 * (1 + math.cos(math.pi * i / config["max_iters"]))
     return {"loss": nll + weight * aux, "nll": nll, "aux": aux, "aux_weight": weight}
 
 
@@ -200,7 +209,7 @@ if rank == 0:
     print(f"{sum(sizes.values()):.2f}M parameters ({parts}); {len(train_set):,} examples; on {world} x {device.type}")
     for name, fault in list(train_set.header["faults"].items())[:10] if dataset == "shards" else ():
         print(f"{name} is damaged: {fault}")
-    if velocity:
-        print(f"the predictor is {init_from}'s: " + ", ".join(f"{key} {value}" for key, value in decided.items()))
+    if base:
+        print(f"starts from {init_from}: " + ", ".join(f"{key} {value}" for key, value in decided.items()))
 fit(config, objective, model, train_set, tokenizer, model.draw, losses, validate, (device, rank, world), resumed,
     keep={"frozen": frozen.predictor.state_dict()} if frozen else {})

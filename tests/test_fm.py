@@ -252,6 +252,21 @@ def test_the_base_decides_about_the_network(tune, tmp_path):
     assert "width 16, depth 1, heads 2" in printed
 
 
+def test_an_ntm_goes_on_from_another_on_other_terms(trained, tmp_path):
+    """It starts with all of the averaged weights, whatever the settings say of sizes; the time grid is a new one."""
+    settings = [*TRAIN, f"--init_from={trained / 'ckpt.pt'}", "--width=24", "--transporter_blocks=1", "--shift=2"]
+    still = ["--max_iters=1", "--lr=0", "--min_lr=0", "--weight_decay=0"]
+    run("train.py", *settings, *still, f"--out_dir={tmp_path / 'still'}")
+    base, goes_on = contents(trained / "ckpt.pt"), contents(tmp_path / "still" / "ckpt.pt")
+    assert same(goes_on["model"], base["ema"])
+    assert goes_on["model_config"] == base["model_config"] | {"shift": 2.0}
+    run("train.py", *settings, f"--out_dir={tmp_path / 'whole'}")
+    assert "aux" not in training_lines(tmp_path / "whole" / "log.jsonl")[0]
+    interrupted_run(NTM, 3, "train.py", *settings, f"--out_dir={tmp_path / 'parts'}")
+    run("train.py", *TRAIN, "--shift=2", f"--out_dir={tmp_path / 'parts'}", "--init_from=resume")
+    assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
+
+
 def test_scale_much_too_small_is_taken_in_its_stride(base, tmp_path):
     """At t_min far below the data's spread the first losses are in the thousands; no update is lost over it."""
     run("train.py", *TRAIN, f"--init_from={base / 'ckpt.pt'}", f"--out_dir={tmp_path}", "--max_t_min=0.002",
@@ -298,6 +313,6 @@ def test_wrong_kind_of_checkpoint_is_named(base, tmp_path):
     assert "is not a 'ntm' checkpoint" in fails("distill.py", *DISTILL, f"--out_dir={base}")
     line = fails("train.py", *TRAIN, "--objective=fm", f"--init_from={base / 'ckpt.pt'}", f"--out_dir={tmp_path}")
     assert "only an NTM starts from" in line
-    checkpoint.save(tmp_path / "x.pt", kind="ntm")
+    checkpoint.save(tmp_path / "x.pt", kind="denoiser")
     line = fails("train.py", *TRAIN, f"--init_from={tmp_path / 'x.pt'}", f"--out_dir={tmp_path}")
-    assert "is not a 'fm' checkpoint" in line
+    assert "is not a 'fm' or 'ntm' checkpoint" in line

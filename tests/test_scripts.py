@@ -480,6 +480,8 @@ def test_config_runs(tmp_path, config):
     if config.endswith("_tune.py"):
         run("train.py", str(ROOT / "config" / config.replace("_tune", "_fm")), *small, f"--out_dir={tmp_path / 'fm'}")
         small += [f"--init_from={tmp_path / 'fm' / 'ckpt.pt'}"]
+    if config.endswith("_more.py"):
+        small += [f"--init_from={ROOT / 'assets' / 'shapes' / 'ckpt.pt'}"]
     names, _ = run("train.py", str(ROOT / "config" / config), *small)
     assert names["config"]["dataset"] in (config.split("_")[0].removesuffix(".py").removesuffix("32"), "shards")
     iterations = 2 if config.startswith("t2i") else 1
