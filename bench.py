@@ -11,6 +11,7 @@ slows all alike. Prints tables and leaves bench.json (bench_data.json) in out_di
 
 import io
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -142,6 +143,20 @@ def flops_of(function):
     return counter.get_total_flops()
 
 
+def peak_memory(function, device):
+    """GiB at most during a call: of tensors on CUDA, of the whole process on Linux; None where it cannot be told."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
+    except OSError:
+        return None
+    function()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
 def bench_training(config, settings, device, bar):
     """Images/s of training, the share of the machine's matrix-product ceiling that its FLOPs are, and peak memory."""
     ways = {"NTM, pairs": (NTM, replace(config, pairs=True)), "NTM, trajectories": (NTM, replace(config, pairs=False)),
@@ -151,17 +166,12 @@ def bench_training(config, settings, device, bar):
     if device.type == "cuda":
         updates |= {f"{name}, compiled": training_step(*way, settings, device, True) for name, way in ways.items()}
     flops = {name: flops_of(update) for name, update in updates.items() if name in ways}
-    peak = {}
-    for name, update in updates.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            update()
-            peak[name] = torch.cuda.max_memory_allocated() / 2**30
+    peak = {name: peak_memory(update, device) for name, update in updates.items()}
     ceiling, seconds = matmul_ceiling(settings, device, bar), medians(updates, device, bar)
     return {"matrix product GFLOP/s": ceiling / 1e9} | {name: {
         "images/s": batch_size / s, "GFLOP an image": flops[name.removesuffix(", compiled")] / batch_size / 1e9,
         "utilisation": flops[name.removesuffix(", compiled")] / s / ceiling,
-        **({"peak GiB": peak[name]} if name in peak else {})} for name, s in seconds.items()}
+        **({"peak GiB": peak[name]} if peak[name] else {})} for name, s in seconds.items()}
 
 
 @torch.no_grad()

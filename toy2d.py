@@ -34,13 +34,13 @@ seed = 0
 
 # ---- trajectory
 steps = 4  # T
-shift = 1.0  # e^m of the time grid: 1 spaces the levels evenly
+shift = 2.0  # e^m of the time grid; at 1, even spacing, several levels have fine structure to model: 0.07 nats worse
 t_min = 0.02  # the cleanest level
 
 # ---- model
 width = 32  # of the predictor, as depth
 depth = 1
-transporter_width = 24
+transporter_width = 16
 transporter_blocks = 10  # each stretches one pixel as a function of the other, in turn
 
 # ---- optimisation

@@ -175,7 +175,7 @@ def test_training_stops_by_the_clock_and_learns(ran, monkeypatch):
     ("--dataset=spiral", "dataset 'spiral' is unknown: choose 'checkerboard', 'moons', 'gaussians'"),
     ("--steps=0", "steps is 0, but must be at least 1"),
     ("--transporter_blocks=0", "transporter_blocks is 0, but must be at least 1"),
-    ("--t_min=0.3", "t_min is 0.3, but the grid of 4 steps starts at 0.2500"),
+    ("--t_min=0.5", "t_min is 0.5, but the grid of 4 steps starts at 0.4000"),
     ("--t_min=0", "t_min is 0.0, but must be above 0"),
     ("--seconds=0", "seconds is 0.0, but must be above 0"),
     ("--batch_size=0", "batch_size is 0, but must be at least 1"),
