@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-# Handwritten digits from nothing to a picture; what is done already is not done again.
+# Handwritten digits, from nothing to samples; what is done already is not done again.
 demo: .venv/ready
 	$(RUN) train.py config/digits.py --init_from=auto
 	$(RUN) distill.py --out_dir=out/digits --init_from=auto

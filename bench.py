@@ -1,12 +1,12 @@
-"""Measures speed: training, inversion, and four ways to draw a picture; every ratio side by side, in one run.
+"""Measures speed: training, inversion, sampling in several ways, and the cost against steps and tokens, in one run.
 
     python bench.py                                     # the size of config/shapes.py, at random weights
     python bench.py --out_dir=out/shapes                # a trained model's size and weights
     python bench.py --width=512 --depth=12 --heads=8 --batch_size=256
     python bench.py data                                # reading instead: images/s of one worker, from shards
 
-Each figure is the median of several after a warm-up; what is compared takes turns, so that a machine that slows down
-slows all alike. Prints tables and leaves bench.json (bench_data.json) in out_dir, or out/.
+Each figure is the median of several after a warm-up. What is compared takes turns, so that a machine that slows down
+slows all of it alike. Prints tables and leaves bench.json (bench_data.json) in out_dir, or in out/.
 """
 
 import io
@@ -25,14 +25,14 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import checkpoint
-from configurator import at_least_one, configure, one_line_errors
+from configurator import at_least_one, configure
 from flow import forward_trajectory
 from fm import EULER_STEPS, FlowMatching
-from loop import make_optimizers
 from model import NTM, Denoiser, NTMConfig
-from ranks import autocast, find_device
-from shards import Shards, write_shards
+from plumbing import checkpoint
+from plumbing.optim import make_optimizers, step
+from plumbing.runtime import autocast, find_device, one_line_errors
+from plumbing.shards import Shards, write_shards
 
 out_dir = ""  # of a trained model to take size and weights from; empty: the sizes below, and random weights
 image_size: int | tuple = 16
@@ -48,7 +48,6 @@ transporter_layers = 2
 transporter_heads = 2
 steps = 4
 shift: float | None = 0.5
-pairs = True
 batch_size = 64
 image_sizes = (8, 16)  # for inversion and for the cost against N
 tolerances = (1e-2, 1e-3, 1e-4)  # of Jacobi's sweeps
@@ -58,83 +57,18 @@ bfloat16: bool | None = None  # autocast; None: on CUDA only
 device = ""  # cuda, mps or cpu; empty: the best there is
 
 
-def wait(device):
-    """Until the accelerator has done what it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def medians(functions, device, bar):
+def medians(functions, device):
     """{name: median seconds of a call} of several functions {name: function}, taking turns, after one call each."""
+    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     seconds = {name: [] for name in functions}
-    for turn in range(1 + repeats):
+    for turn in tqdm(range(1 + repeats), leave=False, unit="turn"):
         for name, function in functions.items():
-            wait(device)
+            synchronize()
             start = time.perf_counter()
             function()
-            wait(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-            bar.update()
+            synchronize()
+            seconds[name] += [time.perf_counter() - start] if turn else []
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def spread(model):
-    """Random weights where initialisation has zeros, so that the transporter stretches and depends as a trained one
-    does: at the identity, Jacobi would need one sweep."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if not parameter.any():
-            noise = torch.randn(parameter.shape, generator=generator) * 0.3 / parameter.shape[-1] ** 0.5
-            parameter.data.copy_(noise)
-    return model
-
-
-def network(kind, config, device):
-    """A fresh network of a size, at random weights."""
-    torch.manual_seed(0)
-    return spread(kind(config)).to(device)
-
-
-def inputs(config, device, count):
-    """Random pictures and captions."""
-    generator = torch.Generator().manual_seed(0)
-    images = 2 * torch.rand(count, config.channels, *config.image_size, generator=generator) - 1
-    text = torch.randint(2, config.vocab_size, (count, config.text_len), generator=generator)
-    return images.to(device), text.to(device)
-
-
-def matmul_ceiling(settings, device, bar):
-    """FLOP/s of a large matrix product in the precision of training: what this machine could do at best."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device)
-
-    def product():
-        with autocast(settings, device):
-            torch.mm(a, b)
-
-    return 2 * n**3 / medians({"product": product}, device, bar)["product"]
-
-
-def training_step(kind, config, settings, device, compiled=False):
-    """A function that makes one update, as train.py does."""
-    model = network(kind, config, device)
-    images, text = inputs(config, device, batch_size)
-    optimizers = make_optimizers(model, {"optimizer": "adamw", "weight_decay": 0.0}, device)
-    run = torch.compile(model) if compiled else model
-
-    def update():
-        with autocast(settings, device):
-            loss = run(images, text, model.draw(batch_size, device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-
-    return update
 
 
 def flops_of(function):
@@ -157,169 +91,178 @@ def peak_memory(function, device):
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
-def bench_training(config, settings, device, bar):
-    """Images/s of training, the share of the machine's matrix-product ceiling that its FLOPs are, and peak memory."""
+def network(kind, config, device):
+    """A network in evaluation mode, with random weights also where initialisation has zeros: the transporter then
+    stretches as a trained one does, while at the identity Jacobi would need one sweep."""
+    torch.manual_seed(0)
+    model, generator = kind(config), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.any():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(noise * 0.3 / parameter.shape[-1] ** 0.5)
+    return model.to(device).eval()
+
+
+def inputs(config, device):
+    """Random images (batch_size, C, H, W) in [-1, 1] and captions (batch_size, L)."""
+    generator = torch.Generator().manual_seed(0)
+    images = 2 * torch.rand(batch_size, config.channels, *config.image_size, generator=generator) - 1
+    text = torch.randint(2, config.vocab_size, (batch_size, config.text_len), generator=generator)
+    return images.to(device), text.to(device)
+
+
+def training_step(kind, config, device, compiled=False):
+    """A function that makes one update, as train.py does."""
+    model = network(kind, config, device).train()
+    images, text = inputs(config, device)
+    optimizers = make_optimizers(model, "adamw", 0.0, device)
+    forward = torch.compile(model) if compiled else model
+
+    def update():
+        with autocast({"bfloat16": bfloat16}, device):
+            loss = forward(images, text, model.randomness(batch_size, device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        step(optimizers, 1e-3)
+        model.zero_grad(set_to_none=True)
+
+    return update
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The parts: each returns {name: {figure: number}}
+
+
+def bench_training(config, device):
+    """Images/s of training, its FLOPs as a fraction of the rate of a large matrix product, and peak memory."""
     ways = {"NTM, pairs": (NTM, replace(config, pairs=True)), "NTM, trajectories": (NTM, replace(config, pairs=False)),
             "NTM, no transporter": (NTM, replace(config, transporter_blocks=0, pairs=True)),
             "flow matching": (FlowMatching, config)}
-    updates = {name: training_step(*way, settings, device) for name, way in ways.items()}
+    updates = {name: training_step(*way, device) for name, way in ways.items()}
+    flops = {name: flops_of(update) for name, update in updates.items()}
     if device.type == "cuda":
-        updates |= {f"{name}, compiled": training_step(*way, settings, device, True) for name, way in ways.items()}
-    flops = {name: flops_of(update) for name, update in updates.items() if name in ways}
+        updates |= {f"{name}, compiled": training_step(*way, device, compiled=True) for name, way in ways.items()}
     peak = {name: peak_memory(update, device) for name, update in updates.items()}
-    ceiling, seconds = matmul_ceiling(settings, device, bar), medians(updates, device, bar)
-    return {"matrix product GFLOP/s": ceiling / 1e9} | {name: {
-        "images/s": batch_size / s, "GFLOP an image": flops[name.removesuffix(", compiled")] / batch_size / 1e9,
-        "utilisation": flops[name.removesuffix(", compiled")] / s / ceiling,
-        **({"peak GiB": peak[name]} if peak[name] else {})} for name, s in seconds.items()}
-
-
-@torch.no_grad()
-def bench_inversion(models, device, bar):
-    """Cache and Jacobi at several N: images/s of inverting a trajectory, sweeps a block, and the largest error against
-    Jacobi's sweeps without a tolerance, which are exact."""
-    results = {}
-    for model in models:
-        config = model.config
-        images, _ = inputs(config, device, batch_size)
-        ts = config.time_grid(0.02).to(device).expand(batch_size, -1)
-        x = forward_trajectory(model.patchify(images), ts)
-        count = torch.full((batch_size * ts.shape[1],), ts.shape[1] - 1, device=device)
-        u, _ = model.transporter(x.flatten(0, 1), ts.flatten(), count)
-        u = u.unflatten(0, ts.shape)
-        exact = model.invert(u, ts, "jacobi", tol=0.0)
-        ways = {"cache": ("cache", 0.0)} | {f"Jacobi, tolerance {tol:g}": ("jacobi", tol) for tol in tolerances}
-        seconds = medians({name: lambda way=way: model.invert(u, ts, *way) for name, way in ways.items()}, device, bar)
-        for name, way in ways.items():
-            error = (model.invert(u, ts, *way) - exact).abs().max().item()
-            row = {"images/s": batch_size / seconds[name], "largest error": error}
-            if way[0] == "jacobi":
-                row["sweeps a block"] = statistics.mean(model.transporter.sweeps)
-            results[f"N = {config.num_tokens}, {name}"] = row
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device)
+    with autocast({"bfloat16": bfloat16}, device):
+        ceiling = 2 * n**3 / medians({"product": lambda: a @ b}, device)["product"]
+    results = {"matrix product GFLOP/s": ceiling / 1e9}
+    for name, seconds in medians(updates, device).items():
+        work = flops[name.removesuffix(", compiled")]
+        results[name] = {"images/s": batch_size / seconds, "GFLOP an image": work / batch_size / 1e9,
+                         "utilisation": work / seconds / ceiling, **({"peak GiB": peak[name]} if peak[name] else {})}
     return results
 
 
-def bench_sampling(model, denoiser, device, bar):
-    """Images/s from a caption to a picture: four ways, and a flow-matching model of the same network."""
+@torch.no_grad()
+def bench_inversion(models, device):
+    """Images/s of inverting trajectories by cache and by Jacobi at several N, the sweeps a block takes, and the largest
+    error against Jacobi's sweeps without a tolerance, which are exact."""
+    ways, results = {"cache": ("cache",)} | {f"Jacobi, tolerance {tol:g}": ("jacobi", tol) for tol in tolerances}, {}
+    for model in models:
+        images, _ = inputs(model.config, device)
+        ts = model.config.time_grid(0.02).to(device).expand(batch_size, -1)
+        x = forward_trajectory(model.patchify(images), ts)
+        T = torch.full((ts.numel(),), ts.shape[1] - 1, device=device)
+        u = model.transporter(x.flatten(0, 1), ts.flatten(), T)[0].unflatten(0, ts.shape)
+        exact = model.invert(u, ts, "jacobi", tol=0.0)
+        seconds = medians({name: lambda way=way: model.invert(u, ts, *way) for name, way in ways.items()}, device)
+        for name, way in ways.items():
+            error = (model.invert(u, ts, *way) - exact).abs().max().item()
+            row = results[f"N = {model.config.num_tokens}, {name}"] = {
+                "images/s": batch_size / seconds[name], "largest error": error}
+            if way[0] == "jacobi":
+                row["sweeps a block"] = statistics.mean(model.transporter.sweeps)
+    return results
+
+
+@torch.no_grad()
+def bench_sampling(model, device):
+    """Images/s from captions to images: an NTM for each way to denoise, and flow matching with the same network."""
     config, ts = model.config, model.config.time_grid(0.02).to(device)
-    peer = network(FlowMatching, config, device).eval()
-    _, text = inputs(config, device, batch_size)
+    denoiser, peer = network(Denoiser, config, device), network(FlowMatching, config, device)
+    (_, text), T = inputs(config, device), len(ts) - 1
 
     def inverted():
         return model.invert(model.sample(text, ts), ts)
 
-    def learned():
-        with torch.no_grad():
-            denoiser(model.sample(text, ts)[:, 0], text)
-
-    T = len(ts) - 1
     ways = {f"NTM, {T} steps, none": inverted,
             f"NTM, {T} steps, score": lambda: model.score_denoise(inverted(), ts, text),
-            f"NTM, {T} steps, learned": learned,
+            f"NTM, {T} steps, learned": lambda: denoiser(model.sample(text, ts)[:, 0], text),
             f"flow matching, {T} steps": lambda: peer.sample(text, T),
             f"flow matching, {EULER_STEPS} steps": lambda: peer.sample(text, EULER_STEPS)}
-    return {name: {"images/s": batch_size / s} for name, s in medians(ways, device, bar).items()}
+    return {name: {"images/s": batch_size / seconds} for name, seconds in medians(ways, device).items()}
 
 
-def bench_cost(model, settings, device, bar):
-    """Milliseconds an image of a training step and of sampling (learned denoising left out), against T and N."""
-    config, results = model.config, {}
-    sizes = {f"T = {T}": replace(config, steps=T) for T in step_counts}
+def bench_cost(config, device):
+    """Milliseconds per image of training and of sampling (without denoising), against T and N."""
+    sizes, results = {f"T = {T}": replace(config, steps=T) for T in step_counts}, {}
     sizes |= {f"N = {(size // config.patch_size) ** 2}": replace(config, image_size=size) for size in image_sizes}
     for name, sized in sizes.items():
-        drawer = network(NTM, sized, device).eval()
-        _, text = inputs(sized, device, batch_size)
-        ts = sized.time_grid(0.02).to(device)
-        seconds = medians({
-            "training, pairs": training_step(NTM, replace(sized, pairs=True), settings, device),
-            "training, trajectories": training_step(NTM, replace(sized, pairs=False), settings, device),
-            "sampling": lambda: drawer.sample(text, ts)}, device, bar)
+        model, (_, text), ts = network(NTM, sized, device), inputs(sized, device), sized.time_grid(0.02).to(device)
+        seconds = medians({"training, pairs": training_step(NTM, replace(sized, pairs=True), device),
+                           "training, trajectories": training_step(NTM, replace(sized, pairs=False), device),
+                           "sampling": lambda: model.sample(text, ts)}, device)
         results[name] = {f"{key}, ms": 1000 * s / batch_size for key, s in seconds.items()}
     return results
 
 
-def photographs(count):
-    """Pictures of 384x256 with soft shapes and fine grain, as heavy to decode as photographs."""
-    grain = np.random.default_rng(0)
-    for _ in range(count):
-        soft = Image.fromarray(grain.integers(0, 256, (12, 18, 3), dtype=np.uint8)).resize((384, 256))
-        yield Image.fromarray((soft + grain.normal(0, 6, (256, 384, 3))).clip(0, 255).astype(np.uint8))
-
-
-def bench_data(bar, count=64):
+def bench_data(device, count=64):
     """Images/s of one worker from shards of PNGs, of JPEGs (384x256 to 256x256) and of latents (4x32x32)."""
-    def as_file(picture, kind):
-        file = io.BytesIO()
-        if kind == "latents":
-            np.save(file, np.zeros((4, 32, 32), dtype=np.float16))
-        else:
-            picture.save(file, kind, quality=90)
-        return file.getvalue()
-
-    suffixes = {"PNG": "png", "JPEG": "jpg", "latents": "npy"}
+    rng = np.random.default_rng(0)
+    soft = Image.fromarray(rng.integers(0, 256, (12, 18, 3), dtype=np.uint8)).resize((384, 256))
+    grainy = (soft + rng.normal(0, 6, (256, 384, 3))).clip(0, 255).astype(np.uint8)  # decodes like a photograph
+    png, jpeg, latents = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    Image.fromarray(grainy).save(png, "PNG")
+    Image.fromarray(grainy).save(jpeg, "JPEG", quality=90)
+    np.save(latents, np.zeros((4, 32, 32), dtype=np.float16))
+    kinds = {"PNG": ("png", png, (3, 256, 256)), "JPEG": ("jpg", jpeg, (3, 256, 256)),
+             "latents": ("npy", latents, (4, 32, 32))}
     with tempfile.TemporaryDirectory() as folder:
-        sets = {}
-        for kind, suffix in suffixes.items():
-            write_shards(Path(folder) / kind, [(f"{i:05d}", {suffix: as_file(picture, kind), "txt": b"a caption"})
-                                               for i, picture in enumerate(photographs(count))])
-            sets[kind] = Shards(str(Path(folder) / kind), "all", *((4, 32, 32) if kind == "latents" else (3, 256, 256)))
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-        seconds = medians({kind: lambda ds=ds: ds.__getitems__(order) for kind, ds in sets.items()},
-                          torch.device("cpu"), bar)
-    return {kind: {"images_per_s": count / s} for kind, s in seconds.items()}
+        reads = {}
+        for kind, (suffix, file, shape) in kinds.items():
+            examples = [(f"{i:05d}", {suffix: file.getvalue(), "txt": b"a caption"}) for i in range(count)]
+            write_shards(Path(folder) / kind, examples)
+            shards = Shards(str(Path(folder) / kind), "all", *shape)
+            reads[kind] = lambda shards=shards: shards.__getitems__(list(range(count)))
+        return {kind: {"images_per_s": count / s} for kind, s in medians(reads, device).items()}
 
 
-def table(title, results):
-    """A part's results as lines: a row for each name, a column for each figure."""
-    yield title
-    for name, row in results.items():
-        figures = row.items() if isinstance(row, dict) else [("", row)]
-        yield f"  {name:36}" + "".join(f"  {key} {value:.4g}" for key, value in figures)
-
-
-def main(config):
+@one_line_errors()
+def main(config, reading=False):
     where = find_device(config["device"])
     at_least_one(config, "batch_size", "repeats")
-    if of_data:
-        with tqdm(total=3 * (1 + repeats), unit="call", dynamic_ncols=True) as bar:
-            report(config, where, {"data": bench_data(bar)}, "bench_data.json")
-        return
-    if out_dir:
-        trained = checkpoint.load(Path(out_dir) / "ckpt.pt", "ntm", device=where)
-        model = checkpoint.network_of(trained, Path(out_dir) / "ckpt.pt", where)
+    if reading:
+        parts = {"data": (bench_data, torch.device("cpu"))}
     else:
-        fields = {name: config[name] for name in NTMConfig.__dataclass_fields__ if name in config}
-        model = network(NTM, NTMConfig(**fields), where).eval()
-    denoiser = network(Denoiser, model.config, where).eval()
-    others = [network(NTM, replace(model.config, image_size=size), where).eval() for size in image_sizes
-              if (size, size) != model.config.image_size]
-    models = sorted([model, *others], key=lambda m: m.config.num_tokens)
+        if out_dir:
+            model, _ = checkpoint.load_network(Path(out_dir) / "ckpt.pt", {"ntm": NTM}, where)
+        else:
+            of_model = NTMConfig.__dataclass_fields__.keys() & config.keys()
+            model = network(NTM, NTMConfig(**{name: config[name] for name in of_model}), where)
+        models = [model if size == model.config.image_size else
+                  network(NTM, replace(model.config, image_size=size), where)
+                  for size in sorted({model.config.image_size, *((size, size) for size in image_sizes)})]
+        parts = {"training": (bench_training, model.config, where), "inversion": (bench_inversion, models, where),
+                 "sampling": (bench_sampling, model, where), "cost": (bench_cost, model.config, where)}
 
-    training = 4 * (2 if where.type == "cuda" else 1)
-    calls = 1 + training + len(models) * (1 + len(tolerances)) + 5 + 3 * (len(step_counts) + len(image_sizes))
-    with tqdm(total=calls * (1 + repeats), unit="call", dynamic_ncols=True) as bar:
-        results = {"training": bench_training(model.config, config, where, bar),
-                   "inversion": bench_inversion(models, where, bar),
-                   "sampling": bench_sampling(model, denoiser, where, bar),
-                   "cost": bench_cost(model, config, where, bar)}
-    report(config, where, results, "bench.json")
-
-
-def report(config, where, results, name_of_file):
-    """Prints the results and leaves them in a file, with the machine and the settings they are of."""
-    for title, rows in results.items():
-        print("\n".join(table(title, rows)))
+    results = {}
+    for title, (measure, *arguments) in parts.items():
+        results[title] = measure(*arguments)
+        print(title)
+        for name, row in results[title].items():
+            figures = row.items() if isinstance(row, dict) else [("", row)]
+            print(f"  {name:36}" + "".join(f"  {key} {value:.4g}" for key, value in figures))
     cuda = where.type == "cuda"
-    name = torch.cuda.get_device_name(where) if cuda else f"{where.type}, {torch.get_num_threads()} threads"
-    path = Path(out_dir or "out") / name_of_file
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": name, "torch": torch.__version__, "config": config, **results}, indent=1))
+    machine = torch.cuda.get_device_name(where) if cuda else f"{where.type}, {torch.get_num_threads()} threads"
+    path = Path(out_dir or "out") / ("bench_data.json" if reading else "bench.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "config": config, **results}, indent=1))
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
     of_data = sys.argv[1:2] == ["data"]
     del sys.argv[1:1 + of_data]
-    config = configure(globals())
-    with one_line_errors():
-        main(config)
+    main(configure(globals()), of_data)

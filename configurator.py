@@ -13,9 +13,7 @@ tuple) an annotation decides instead. A wrong key or value ends the program with
 """
 
 import ast
-import contextlib
 import difflib
-import json
 import math
 import sys
 import tokenize
@@ -102,13 +100,17 @@ def help_text(tree, comments, nodes, settings):
     return "\n".join(rows).replace("\n\n\n", "\n\n")
 
 
-def configure(settings: dict) -> dict:
+class Settings(dict):
+    """{name: value} of a script's settings; `given` holds the names that the command line set, a config file's too."""
+
+
+def configure(settings: dict) -> Settings:
     """Overrides a script's settings from sys.argv, in place.
 
     settings: the script's globals(). Its settings are the public names assigned one by one at module level
         before this call (`name = ...` or `name: annotation = ...`) whose value is an int, float, bool, str,
-        tuple or None. They are found in the source, `settings["__file__"]`.
-    Returns {name: value} of all settings in the order of the script, plain values for a checkpoint.
+        tuple or None, but for CONSTANTS. They are found in the source, `settings["__file__"]`.
+    Returns all settings in the order of the script, plain values for a checkpoint.
     Raises SystemExit with one line for a wrong key, value, argument or config file, SystemExit(0) after
         --help, and TypeError where the script annotates a setting with a type that no text can become.
     """
@@ -121,7 +123,8 @@ def configure(settings: dict) -> dict:
     for node in tree.body:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
-                if not name.startswith("_") and name not in nodes and kind(settings.get(name, ...)) in READERS:
+                public = not name.startswith("_") and not name.isupper()
+                if public and name not in nodes and kind(settings.get(name, ...)) in READERS:
                     nodes[name] = node
                     hint = getattr(node, "annotation", None)
                     kinds[name] = admitted(hint) if hint else [kind(settings[name])]
@@ -130,7 +133,7 @@ def configure(settings: dict) -> dict:
         print(help_text(tree, comments, nodes, settings))
         raise SystemExit(0)
 
-    config = {name: settings[name] for name in nodes}
+    config, given = {name: settings[name] for name in nodes}, set()
     for argument in sys.argv[1:]:
         key, equals, text = argument[2:].partition("=")
         if not argument.startswith("-"):
@@ -149,31 +152,11 @@ def configure(settings: dict) -> dict:
             except (ValueError, OverflowError):
                 expected = " or ".join(PHRASES.get(name, f"a {name}") for name in kinds[key])
                 raise SystemExit(f"{origin}config key {key!r} is {value!r}, but {expected} is expected")
+        given |= overrides.keys()
     settings.update(config)
+    config = Settings(config)
+    config.given = given
     return config
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """Turns what a setting can be wrong about (ValueError, OSError) into one line and exit status 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        message = str(error)
-        if "Original Traceback" in message:  # of a process that loads data: its last line is the error
-            message = message.strip().splitlines()[-1].partition(": ")[2]
-        raise SystemExit(message) from error
-
-
-def claim(path, settings, what):
-    """Makes the folder of work that continues where it was interrupted, and leaves its settings in the file `path`.
-
-    Raises ValueError if what is there already, `what` it holds, was made with others.
-    """
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(what)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings) + "\n")
 
 
 def at_least_one(config, *names):

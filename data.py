@@ -1,29 +1,24 @@
 """Data: captioned images in, token ids in.
 
-- shapes   circles, squares and triangles, drawn on the fly; endless (see shapes.py)
+- shapes   circles, squares and triangles, rendered on demand; endless (see plumbing/shapes.py)
 - fashion  Fashion-MNIST, 28x28 or 14x14 grey, from the files of Debian's package dataset-fashion-mnist
 - digits   1,797 handwritten digits, 8x8 grey, in assets/digits.npz: the test part of E. Alpaydin and C. Kaynak's
            "Optical Recognition of Handwritten Digits" (UCI Machine Learning Repository, CC BY 4.0)
-- shards   captioned pictures of any size, or latents, in WebDataset tars: what real training reads (see shards.py)
+- shards   captioned images of any size, or latents, in WebDataset tars: for real training (see plumbing/shards.py)
 
-Every picture set gives images in [-1, 1], 8-bit value v at the centre (2v + 1)/256 - 1 of its bin, and captions that
-are a function of (seed, item) alone. Captions become ids by tokenizer.py.
+Data sets are map-style: ds[i] -> (image (C, H, W) float32, caption), and ds.__getitems__, which torch's DataLoader
+calls, gives a list of such pairs. Unless ds.eight_bit is False (latents), images are in [-1, 1], 8-bit value v at the
+centre (2v + 1)/256 - 1 of its bin. Captions are a function of (seed, i); plumbing/tokenizer.py turns them into ids.
 
-    python data.py NAME      checks a data set: sizes, captions, tokens, a contact sheet in out/NAME.png
-    python data.py vocab     makes assets/captions.tiktoken anew, or with --data_dir the vocabulary of some shards
+    python data.py NAME       checks a data set: sizes, captions, tokens, a contact sheet in out/NAME.png
+    python data.py --help     the commands that make data sets and vocabularies (plumbing/prepare.py and latents.py)
 
-    python data.py emoji                      3,786 emoji twice, by npm, to shards (see prepare.py)
-    python data.py folder DIR                 pictures with captions in a folder to shards
-    python data.py encode --encoder=FILE      shards of pictures to shards of latents
-
-What a user can get wrong raises ValueError (a setting, a damaged file) or OSError (something missing), in one line.
+A user's mistakes raise ValueError (a setting, a damaged file) or OSError (a missing file), with a message of one line.
 """
 
 import argparse
-import contextlib
 import gzip
 import re
-import struct
 import sys
 import zlib
 from pathlib import Path
@@ -31,33 +26,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import pictures
-import prepare
-import shapes
-from example import Unusable, caption_of
-from pictures import to_pixels
-from shards import Shards, find_shards, first_example
-from tokenizer import ASSETS, WORD, get_tokenizer, vocabulary
+from plumbing import shapes
+from plumbing.images import contact_sheet, save_image, to_pixels
+from plumbing.shards import Shards, find_shards, first_example
+from plumbing.tokenizer import ASSETS, WORD, get_tokenizer, make_vocabulary
 
 FASHION_DIR = "/usr/share/datasets/fashion-mnist"
 
 GARMENTS = ("a t-shirt", "trousers", "a pullover", "a dress", "a coat", "a sandal", "a shirt", "a sneaker", "a bag",
             "an ankle boot")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-WORDINGS = {  # for every class the captions it may have, the canonical one first
+WORDINGS = {  # the captions that each class may have, the canonical one first
     "fashion": [(g, f"a photo of {g}", f"a picture of {g}") for g in GARMENTS],
     "digits": [(f"the digit {word}", f"a handwritten {word}", f"{'an' if n == 8 else 'a'} {n}")
                for n, word in enumerate(DIGITS)],
 }
 DATASETS = ("shapes", *WORDINGS, "shards")
 
-# ---------------------------------------------------------------------------------------------------------------
-# data sets: ds[i] and ds.__getitems__([i, j, ...]), which torch's DataLoader calls for a whole batch at once;
-# ds.eight_bit says whether its numbers are centres of 8-bit bins, over which dequantize() is to spread them
 
-
-def scene_numbers(indices, split, size):
-    """Item numbers -> what the hash is given: validation counts down from -1, and so never meets training."""
+def hash_numbers(indices, split, size):
+    """What the hash is given for `indices`: validation counts down from -1, and so never meets training."""
     indices = np.asarray(indices, dtype=np.int64)
     if (outside := (indices < 0) | (indices >= size)).any():
         raise IndexError(f"item {indices[outside][0]} is outside 0..{size - 1}")
@@ -65,7 +53,7 @@ def scene_numbers(indices, split, size):
 
 
 class Shapes:
-    """Captioned scenes, drawn as they are asked for."""
+    """Captioned scenes, rendered as they are asked for."""
 
     eight_bit = True
 
@@ -79,7 +67,7 @@ class Shapes:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices):
-        scene = shapes.scenes(self.seed, scene_numbers(indices, self.split, len(self)))
+        scene = shapes.scenes(self.seed, hash_numbers(indices, self.split, len(self)))
         images = shapes.render(scene, self.image_size)
         if self.channels == 1:
             luma = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -88,7 +76,7 @@ class Shapes:
 
 
 class Labelled:
-    """Images of ten classes, with one of several wordings for a caption. images: uint8 (n, C, H, W); labels: (n,)."""
+    """Images of ten classes, captioned by one of several wordings. images: uint8 (n, C, H, W); labels: (n,)."""
 
     eight_bit = True
 
@@ -105,20 +93,18 @@ class Labelled:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices):
-        indices = np.asarray(indices)
-        u = shapes.uniforms(self.seed, scene_numbers(indices, self.split, len(self)), 1)[:, 0].tolist()
-        wordings = [self.wordings[label] for label in self.labels[indices].tolist()]
+        u = shapes.uniforms(self.seed, hash_numbers(indices, self.split, len(self)), 1)[:, 0].tolist()
+        wordings = [self.wordings[self.label(i)] for i in indices]
         captions = [choices[int(v * len(choices))] for choices, v in zip(wordings, u)]
-        return list(zip(to_pixels(self.images[indices]), captions))
+        return list(zip(to_pixels(self.images[np.asarray(indices)]), captions))
 
 
 def get_dataset(name, split, image_size, channels, seed=0, data_dir="", **of_shards):
-    """The captioned data set `name`, one of DATASETS; `split` is "train" or "val". `image_size` is an int or (H, W).
-    `data_dir` is the folder of fashion's files, if not where Debian puts them, or says which shards; `of_shards` are
-    the other settings of shards.Shards.
-    Returns a map-style data set: ds[i] -> (image float32 (C, H, W) in [-1, 1], caption), len(ds).
-    Raises ValueError where the set cannot give that size or that many channels, or a file is damaged, and
-    FileNotFoundError where a file is missing.
+    """The data set `name`, one of DATASETS: ds[i] -> (image float32 (C, H, W) in [-1, 1], caption), len(ds).
+
+    split: "train" or "val". image_size: an int or (H, W). data_dir: the folder of fashion's files, if not Debian's, or
+    which shards. of_shards: other settings of Shards. Raises ValueError where the set does not have that size or number
+    of channels, or a file is damaged; FileNotFoundError where one is missing.
     """
     sizes = {"shapes": range(8, 1025), "fashion": (28, 14), "digits": (8,)}
     if name not in DATASETS:
@@ -142,104 +128,86 @@ def get_dataset(name, split, image_size, channels, seed=0, data_dir="", **of_sha
     return Labelled(images, labels, WORDINGS[name], split, seed)
 
 
+def open_dataset(settings, split, data_dir=""):
+    """The data set that a run's settings name; data_dir: where it is now, if it has moved."""
+    of_shards = ("latent_scale", "crop", "flip") if settings["dataset"] == "shards" else ()
+    return get_dataset(settings["dataset"], split, settings["image_size"], settings["channels"], settings["seed"],
+                       data_dir or settings["data_dir"], **{name: settings[name] for name in of_shards})
+
+
 def dataset_class_captions(name):
-    """One canonical caption for each class of a labelled data set, in the order of the labels; None for shapes."""
+    """The canonical caption of each class of a labelled data set, in the order of the labels; None for the others."""
     return [wordings[0] for wordings in WORDINGS[name]] if name in WORDINGS else None
 
 
 def load_digits(split):
-    """Returns uint8 images (n, 8, 8) and labels (n,): 1,500 to train on, 297 to validate, alike in every class."""
+    """Returns uint8 images (n, 8, 8) and labels (n,): 1,500 for training, 297 for validation, balanced over classes."""
     with np.load(ASSETS / "digits.npz", allow_pickle=False) as file:
         images, labels = file["images"], file["labels"]
     by_class = np.argsort(labels, kind="stable")
-    chosen = np.zeros(len(labels), dtype=bool)
-    chosen[by_class[np.arange(297) * len(labels) // 297]] = True
-    chosen = chosen if split == "val" else ~chosen
+    chosen = np.full(len(labels), split == "train")
+    chosen[by_class[np.arange(297) * len(labels) // 297]] = split == "val"
     return np.rint(images[chosen] * (255 / 16)).astype(np.uint8), labels[chosen]
 
 
 def load_fashion(split, data_dir=""):
     """Returns uint8 images (n, 28, 28) and labels (n,). Raises FileNotFoundError, or ValueError for a damaged file."""
     part = "train" if split == "train" else "t10k"
-    images, labels = (read_idx(Path(data_dir or FASHION_DIR), f"{part}-{what}-ubyte")
-                      for what in ("images-idx3", "labels-idx1"))
-    if labels.ndim != 1 or images.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
+    images, labels = (read_idx(Path(data_dir or FASHION_DIR), f"{part}-{what}-idx{ndim}-ubyte", ndim)
+                      for what, ndim in (("images", 3), ("labels", 1)))
+    if images.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
         raise ValueError(f"Fashion-MNIST's {part} files do not belong together: images {images.shape}, "
                          f"labels {labels.shape} up to {labels.max(initial=0)}")
     return images, labels
 
 
-def read_idx(folder, name):
-    """Reads `name`.gz or `name` in `folder`, an IDX file of bytes. Returns a uint8 array of the shape it states."""
+def read_idx(folder, name, ndim):
+    """Reads `name`.gz or `name` in `folder`, an IDX file of bytes. Returns a uint8 array of `ndim` dimensions."""
     path = next((p for p in (folder / f"{name}.gz", folder / name) if p.exists()), None)
     if path is None:
         raise FileNotFoundError(
-            f"Fashion-MNIST's {name}.gz is not in {folder}: apt-get install dataset-fashion-mnist, or name in data_dir "
+            f"Fashion-MNIST's {name}.gz is not in {folder}: apt-get install dataset-fashion-mnist, or set data_dir to "
             "the folder of train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
             "t10k-labels-idx1-ubyte.gz")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        ndim = data[3]
-        shape = struct.unpack_from(f">{ndim}I", data, 4)
-        if data[:3] != b"\0\0\x08":
-            raise ValueError("its first bytes are not those of an IDX file of bytes")
+        if data[:4] != bytes([0, 0, 8, ndim]):
+            raise ValueError("its first bytes are not those of such an IDX file")
+        shape = np.frombuffer(data, ">u4", count=ndim, offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape)
-    except (EOFError, zlib.error, gzip.BadGzipFile, struct.error, IndexError, ValueError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# python data.py NAME
 
 
 def caption_vocabulary():
     """The bytes of assets/captions.tiktoken, the same at every call."""
-    captions = shapes.captions(shapes.scenes(0, range(10_000)))
-    captions += [caption for classes in WORDINGS.values() for wordings in classes for caption in wordings]
-    return vocabulary(captions)
-
-
-def captions_of(shards):
-    """The captions of shards, but for unusable ones."""
-    for i in range(len(shards)):
-        with contextlib.suppress(Unusable):
-            yield caption_of(shards.members(i))
-
-
-def make_vocabulary(args):
-    """assets/captions.tiktoken anew, or args.out from the captions of the training shards in args.data_dir."""
-    out, contents = Path(args.out or ASSETS / "captions.tiktoken"), None
-    if args.data_dir:
-        if not args.out:
-            raise ValueError("the vocabulary of some shards needs --out=NAME.tiktoken")
-        shards = Shards(args.data_dir, "train", *first_example(find_shards(args.data_dir, "train")[0])[1])
-        contents = vocabulary(captions_of(shards), args.size)
-    out.write_bytes(contents or caption_vocabulary())
-    print(f"wrote {out}")
+    of_classes = [caption for classes in WORDINGS.values() for wordings in classes for caption in wordings]
+    return make_vocabulary(shapes.captions(shapes.scenes(0, range(10_000))) + of_classes)
 
 
 def show(args):
-    """Prints what a data set holds and what its captions cost in tokens, and draws some of its items."""
+    """Prints what a data set holds and what its captions cost in tokens, and shows some of its images."""
     size = args.image_size
     if args.name == "shards":
         latent, (channels, *native) = first_example(find_shards(args.data_dir, args.split)[0])
         size = tuple(native) if size is None or latent else size
     else:
         channels = 3 if args.name == "shapes" else 1
-        size = {"shapes": 16, "fashion": 28, "digits": 8}[args.name] if size is None else size
-    splits = ("train", "val", args.split)  # an unknown one is told
-    sets = {split: get_dataset(args.name, split, size, channels, args.seed, args.data_dir) for split in splits}
-    images, captions, faults = [], [], []
-    for i in range(min(2_000, len(sets[args.split]))):  # one at a time: pictures may be large
-        (image, caption, *fault), = sets[args.split].__getitems__([i])
+        size = size or {"shapes": 16, "fashion": 28, "digits": 8}[args.name]
+    sets = {split: get_dataset(args.name, split, size, channels, args.seed, args.data_dir)
+            for split in ("train", "val", args.split)}  # which raises for an unknown split
+    shown, images, captions, faults = sets[args.split], [], [], []
+    for i in range(min(2_000, len(shown))):  # one at a time: images may be large
+        image, caption, fault = shown.fetch([i])[0] if args.name == "shards" else (*shown[i], "")
         images += [image] if i < args.count else []
-        captions, faults = [*captions, caption], [*faults, *fault]
+        captions += [caption]
+        faults += [fault] if fault else []
     print(f"{args.name}: {len(sets['train']):,} to train on, {len(sets['val']):,} to validate, "
           + "x".join(map(str, images[0].shape)))
-    for name, fault in getattr(sets[args.split], "header", {"faults": {}})["faults"].items():
+    for name, fault in shown.header["faults"].items() if args.name == "shards" else ():
         print(f"  {name} is damaged: {fault}")
-    if unusable := [fault for fault in faults if fault]:
-        print(f"{len(unusable)} of the first {len(captions):,} examples are unusable; {unusable[0]}")
+    if faults:
+        print(f"{len(faults)} of the first {len(captions):,} examples are unusable; {faults[0]}")
 
     tokenizer = get_tokenizer(args.tokenizer)
     lengths = np.array([len(tokenizer.tokens(caption)) for caption in captions])
@@ -249,16 +217,17 @@ def show(args):
           f"{lengths.mean():.1f} tokens a caption, {lengths.max()} at most")
     for length in (4, 8, 16, 32, 77):
         print(f"  text_len {length:2}: {(lengths <= length).mean():.1%} of captions whole")
-    for caption in captions[:6]:
-        print(f"  {caption}")
+    print("\n".join(f"  {caption}" for caption in captions[:6]))
     out = args.out or f"out/{args.name}.png"
     columns = args.count if args.count <= 10 else None
-    pictures.save(pictures.grid(torch.stack(images), captions[:args.count], columns), out)
+    save_image(contact_sheet(torch.stack(images), captions[:args.count], columns), out)
     print(f"wrote {out}")
 
 
 def main():
+    from plumbing import latents, prepare  # which make data sets; training does not need them
     parser = argparse.ArgumentParser(description="Checks data sets and makes them.", allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"data.py: {message}")
     commands = parser.add_subparsers(dest="name", metavar="NAME", required=True)
 
     def command(name, function, help):
@@ -267,21 +236,17 @@ def main():
         sub.set_defaults(function=function)
         return sub
 
-    parser.error = lambda message: sys.exit(f"data.py: {message}")
     for name in DATASETS:
-        sub = command(name, show, f"checks {name} and draws some of it")
-        sub.add_argument("--image_size", type=int, help="default: 16 for shapes, 28 for fashion, or as they are")
-        sub.add_argument("--split", default="train", help="train or val: whose items to show")
+        sub = command(name, show, f"checks {name} and shows some of it")
+        sub.add_argument("--image_size", type=int, help="default: 16 for shapes, 28 for fashion, or as stored")
+        sub.add_argument("--split", default="train", help="train or val: which to show")
         sub.add_argument("--data_dir", default="", help=f"fashion's files, default {FASHION_DIR}; or which shards")
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--tokenizer", default="captions", help="captions, emoji, gpt2 or NAME.tiktoken")
-        sub.add_argument("--count", type=int, default=36, help="pictures on the contact sheet; up to 10 make one row")
+        sub.add_argument("--count", type=int, default=36, help="images on the contact sheet; up to 10 make one row")
         sub.add_argument("--out", help="the contact sheet, default out/NAME.png")
-    sub = command("vocab", make_vocabulary, "makes a vocabulary: assets/captions.tiktoken, or that of some shards")
-    sub.add_argument("--data_dir", default="", help="which shards")
-    sub.add_argument("--size", type=int, default=4096, help="of shards' vocabulary, in tokens")
-    sub.add_argument("--out", help="a file NAME.tiktoken")
-    prepare.add_commands(command)
+    prepare.add_commands(command, caption_vocabulary)
+    latents.add_commands(command)
     args = parser.parse_args()
     try:
         args.function(args)

@@ -1,26 +1,32 @@
 """Self-distillation: trains the Denoiser to do in one pass what the model's own score does by back-propagation.
 
     python distill.py --out_dir=out/digits
-    torchrun --nproc_per_node=8 distill.py --out_dir=out/shapes32 --batch_size=512
+    torchrun --nproc_per_node=8 distill.py --out_dir=out/t2i --batch_size=512
 
-Reads out_dir/ckpt.pt, whose averaged weights stay frozen: real pictures are noised along the forward trajectory, and
-the target is the frozen model's score denoising of that trajectory. Leaves in out_dir: denoiser.pt, denoiser_log.jsonl
-and, from every validation, samples/denoiser_ITERATION.png.
+Reads out_dir/ckpt.pt, whose averaged weights stay frozen: real images are noised along the forward trajectory, and the
+target is the frozen model's score denoising of that trajectory. Leaves in out_dir: denoiser.pt, denoiser_log.jsonl,
+denoiser_log.png and, from every validation, samples/denoiser_ITERATION.png.
 """
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
-import checkpoint
-import pictures
-from configurator import configure, one_line_errors
+from configurator import at_least_one, configure
+from data import get_tokenizer, open_dataset
 from flow import forward_trajectory
-from loop import find_start, fit, load_data, validation_batches
-from model import Denoiser
-from ranks import all_sum, start_ranks
+from model import NTM, Denoiser
+from plumbing import checkpoint
+from plumbing.images import contact_sheet, save_image
+from plumbing.loader import Batches, validation_batches
+from plumbing.log import Progress
+from plumbing.optim import default_optimizer, learning_rate, make_optimizers, step, update_average
+from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, for_training, gradients_meet, job, leave_ranks,
+                              one_line_errors, start_ranks)
 
 # ---- run
 out_dir = "out/digits"  # holds the model's ckpt.pt, and gets denoiser.pt
@@ -31,8 +37,8 @@ bfloat16: bool | None = None  # autocast; None: on CUDA only
 compile: bool | None = None  # torch.compile; None: on CUDA only
 workers = 0  # processes that load data, per rank; 0: load in the training process
 data_dir = ""  # where the model's data are now; empty: as for the model
-bad_limit = 0.01  # the share of unusable examples, replaced by others, at which a run stops
-caption_dropout = 0.1  # share of captions replaced by the null caption
+bad_limit = 0.01  # the fraction of unusable examples, replaced by others, at which a run stops
+caption_dropout = 0.1  # fraction of captions replaced by the null caption
 
 # ---- denoiser
 width = 96
@@ -55,72 +61,128 @@ ema = 0.98  # decay of the averaged weights that sampling uses
 
 # ---- log
 log_interval = 50
-val_interval = 100  # iterations between validations, each with a sample grid and a checkpoint
+val_interval = 100  # iterations between validations, each with a sheet of samples and a checkpoint
 val_examples = 297
-num_samples = 25  # in the grid
+num_samples = 25  # on the sheet
 wandb_log = False  # the log to Weights & Biases as well
 wandb_project = "ntm"
 wandb_run_name = ""
 
-config = configure(globals())
 
-with one_line_errors():
-    device, rank, world = start_ranks(config["device"])
-    trained = checkpoint.load(Path(out_dir) / "ckpt.pt", "ntm", device=device)
-    config = {**trained["settings"], **config, "data_dir": data_dir or trained["settings"]["data_dir"]}
-    teacher = checkpoint.network_of(trained, Path(out_dir) / "ckpt.pt", device)
-    train_set, val_set, tokenizer = load_data(config)
-    grid = teacher.config.time_grid(t_min, steps).to(device)
-    torch.manual_seed(seed)  # the same initial weights on every rank
-    denoiser = Denoiser(replace(teacher.config, width=width, depth=depth, heads=heads)).to(device)
-    resumed = find_start(init_from, Path(out_dir) / "denoiser.pt", "denoiser", device)
-
-
-def draw(batch, device, generator):
-    shape = batch, len(grid), teacher.config.num_tokens, teacher.config.token_dim
-    return (torch.randn(shape, generator=generator, device=device),)
-
-
-def lesson(images, text, noise):
-    """What the denoiser sees and what it should say: u_0 and the score-denoised tokens of a real trajectory."""
-    with torch.autocast(grid.device.type, enabled=False):  # a score in bfloat16 would be mostly rounding
-        ts = grid.expand(len(images), -1)
-        x = forward_trajectory(teacher.patchify(images), ts, noise=noise)
-        steps = torch.full((len(x),), len(grid) - 1, device=x.device)
-        u0, _ = teacher.transporter(x[:, 0], ts[:, 0], steps)
-        return u0, teacher.score_denoise(x, ts, text)
-
-
-def losses(network, images, text, draws, i):
-    u0, target = lesson(images, text, *draws)
-    return {"loss": (network(u0, text) - target).square().mean()}
+def lesson(teacher, images, text, ts, noise):
+    """The denoiser's input u_0 and its target, the score-denoised tokens of a real trajectory: Eq. (27) and (21)."""
+    with torch.autocast(ts.device.type, enabled=False):  # a score in bfloat16 would be mostly rounding
+        times = ts.expand(len(images), -1)
+        x = forward_trajectory(teacher.patchify(images), times, noise=noise)
+        steps = torch.full((len(x),), len(ts) - 1, device=x.device)
+        u0, _ = teacher.transporter(x[:, 0], times[:, 0], steps)
+        return u0, teacher.score_denoise(x, times, text)
 
 
 @torch.no_grad()
-def validate(ema, i):
+def validate(ema, teacher, batches, ts):
     """Mean squared error and PSNR in dB against the score-denoised targets, on held-out data."""
-    sums = torch.zeros(2, device=grid.device)  # of the squared error, and the numbers it is of
-    for images, text, _, generator in validation_batches(
-            val_set, tokenizer, ema.config.text_len, config["val_examples"], grid.device, rank, world):
-        u0, target = lesson(images, text, *draw(len(images), grid.device, generator))
+    sums = torch.zeros(2, device=ts.device)  # of the squared error, and the numbers it is of
+    for images, text, _, generator in batches:
+        noise = torch.randn(len(images), len(ts), *teacher.patchify(images)[0].shape, generator=generator,
+                            device=ts.device)
+        u0, target = lesson(teacher, images, text, ts, noise)
         error = (ema(u0, text) - target).square()
-        sums += torch.tensor([error.sum(), error.numel()], device=grid.device)
+        sums += torch.tensor([error.sum(), error.numel()], device=ts.device)
     mse = (all_sum(sums)[0] / sums[1]).item()
-    if rank == 0:
-        draw_samples(ema, f"denoiser_{i:06d}")
     return {"val_mse": mse, "val_psnr": 10 * math.log10(2**2 / mse)}  # images span 2, from -1 to 1
 
 
-def draw_samples(ema, name):
-    """A grid of four-step samples for held-out captions, cleaned by the denoiser."""
-    _, text, captions, generator = next(validation_batches(
-        val_set, tokenizer, ema.config.text_len, num_samples, grid.device, batch_size=num_samples))
-    u = teacher.sample(text, grid, generator=generator)
-    pictures.save(pictures.grid(teacher.unpatchify(ema(u[:, 0], text)), captions),
-                  Path(out_dir) / "samples" / f"{name}.png")
+def main(config):
+    with one_line_errors():
+        ranks = device, rank, world = start_ranks(config["device"])
+        path = Path(config["out_dir"]) / "denoiser.pt"
+        teacher, trained = checkpoint.load_network(path.with_name("ckpt.pt"), {"ntm": NTM}, device)
+        resumed = checkpoint.find_start(config["init_from"], path, "denoiser", device=device)
+        if resumed:
+            checkpoint.keep_settings(config, resumed)
+        for name, value in trained["settings"].items():  # the data and the captions are the model's
+            config.setdefault(name, value)
+        config["data_dir"] = config["data_dir"] or trained["settings"]["data_dir"]
+        at_least_one(config, "batch_size", "grad_accum", "max_iters", "log_interval", "val_interval", "val_examples",
+                     "num_samples")
+        config["optimizer"] = config["optimizer"] or default_optimizer()
+        train_set, val_set = (open_dataset(config, split) for split in ("train", "val"))
+        tokenizer = get_tokenizer(config["tokenizer"], trained.get("vocabulary"))
+        ts = teacher.config.time_grid(config["t_min"], config["steps"]).to(device)
+
+        torch.manual_seed(config["seed"])  # the same initial weights on every rank
+        model_config = replace(teacher.config, **{name: config[name] for name in ("width", "depth", "heads")})
+        denoiser = Denoiser(model_config).to(device)
+        ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        optimizers = make_optimizers(denoiser, config["optimizer"], config["weight_decay"], device)
+        if resumed:
+            checkpoint.resume(resumed, path, denoiser, ema, optimizers, config, "optimizer", "t_min", "steps")
+        first = resumed["iter"] if resumed else 0
+        batches = Batches(train_set, tokenizer, model_config.text_len, config, first, ranks)
+        progress = Progress(path, "denoiser_log.jsonl", config, first, (resumed or {}).get("counts", {}), rank)
+
+    network = for_training(denoiser, config, device)
+    if rank == 0:
+        print(f"a denoiser of {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f}M parameters learns from "
+              f"{config['out_dir']}/ckpt.pt of iteration {trained['iter']}; on {world} x {device.type}")
+
+    def save(i):
+        if rank == 0:
+            checkpoint.save(path, kind="denoiser", model=denoiser, ema=ema, optimizers=optimizers, iter=i,
+                            settings=config, vocabulary=tokenizer.vocabulary, job=job(), counts=progress.counts)
+
+    def check(i):
+        """Validates the averaged denoiser, and leaves samples for held-out captions."""
+        held_out = val_set, tokenizer, model_config.text_len
+        of_this_rank = validation_batches(*held_out, config["val_examples"], device, rank, world)
+        values = validate(ema, teacher, of_this_rank, ts)
+        if rank == 0:
+            count = config["num_samples"]
+            _, text, captions, generator = next(validation_batches(*held_out, count, device, batch_size=count))
+            images = ema.unpatchify(ema(teacher.sample(text, ts, generator=generator)[:, 0], text))
+            save_image(contact_sheet(images, captions), path.parent / "samples" / f"denoiser_{i:06d}.png")
+        progress.validated(i, values)
+
+    with Interrupt() as interrupt, batches, progress:
+        if progress.validation_missing():
+            check(first)
+        for i in range(first, config["max_iters"]):
+            images, text, generator = next(batches)
+            noise = torch.randn(config["batch_size"], len(ts), model_config.num_tokens, model_config.token_dim,
+                                generator=generator, device=device)[batches.rows]
+            loss = 0
+            for k, (images, text, noise) in enumerate(batches.chunks(images, text, noise), 1):
+                u0, target = lesson(teacher, images, text, ts, noise)
+                with gradients_meet(network, k == batches.passes):
+                    with autocast(config, device):
+                        part = (network(u0, text) - target).square().mean() / batches.passes
+                    part.backward()
+                loss += part.detach() / world
+
+            grad_norm = clip_grad_norm_(denoiser.parameters(), config["grad_clip"]).item()
+            totals = all_sums({"loss": loss, "asked": interrupt.asked, **batches.counts}, device)
+            finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
+            lr = learning_rate(config, i)
+            if finite:
+                step(optimizers, lr)
+                update_average(ema, denoiser, config["ema"], i)
+            denoiser.zero_grad(set_to_none=True)
+
+            # Log, save, validate.
+            i += 1  # iterations done
+            totals["skipped"] = not finite
+            progress.update(i, {"loss": totals["loss"]}, lr, grad_norm, totals, batches.waited)
+            if progress.validation_due(i) or totals["asked"] or progress.spoilt:
+                save(i)  # before the validation, so that nothing that goes wrong there costs the weights
+            progress.stop_if_spoilt(i, batches.faults)
+            if progress.validation_due(i):
+                check(i)
+            if totals["asked"] and i < config["max_iters"]:
+                progress.interrupted(i)
+                break
+        leave_ranks()
 
 
-if rank == 0:
-    print(f"a denoiser of {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f}M parameters learns from "
-          f"{out_dir}/ckpt.pt of iteration {trained['iter']}; on {world} x {device.type}")
-fit(config, "denoiser", denoiser, train_set, tokenizer, draw, losses, validate, (device, rank, world), resumed)
+if __name__ == "__main__":
+    main(configure(globals()))

@@ -1,15 +1,14 @@
 """One reverse step of a trajectory as a conditional normalizing flow: everything that needs no caption.
 
 Read from top to bottom:
-- the time grid: which few noise levels a trajectory visits;
-- the forward trajectory q: how data becomes noise level by level, its posterior and its covariance (no parameters);
-- a Transformer layer, the one building block of every network here;
-- the Transporter f_T: shallow, invertible, autoregressive over the tokens of one level. It carries x_t into the
-  u-space in which a Gaussian step is right, and says by how much it stretched the volume on the way.
+- the time grid: the few noise levels that a trajectory visits;
+- the forward trajectory q, which turns data into noise level by level, its posterior and covariance (no parameters);
+- a Transformer layer, the building block of every network here;
+- the transporter f_T: shallow, invertible, autoregressive over the tokens of one level. It maps x_t to the u-space
+  where a Gaussian step is right, and returns the log-determinant of that map.
 
-Notation, as everywhere: time runs from 0 (data) to 1 (noise), a step goes from t (noisier) to s (cleaner), s < t;
-tensors of tokens are (B, N, D). Section and equation numbers are those of "Normalizing Trajectory Models",
-arXiv:2605.08078, whose transporter is TarFlow's (arXiv:2412.06329), deep-shallow as in STARFlow (arXiv:2506.06276).
+Time runs from 0 (data) to 1 (noise), a step goes from t (noisier) to s < t (cleaner), tensors of tokens are (B, N, D).
+"Eq. (3)" is equation (3) of docs/method.md, which also cites the papers.
 """
 
 import math
@@ -20,43 +19,40 @@ from einops import rearrange
 from torch import nn
 
 # ---------------------------------------------------------------------------------------------------------------
-# The forward trajectory: q(x_t | x_0) = N((1 - t) x_0, t^2 I)
+# The time grid and the forward trajectory
 
 
 def time_grid(steps, t_min, num_tokens, shift=None):
-    """Noise levels t_min < sigma_1 < ... < sigma_T = 1, with sigma_k = e^m / (e^m + T/k - 1).
+    """Noise levels t_0 = t_min < t_1 < ... < t_T = 1, Eq. (6).
 
-    steps: T. t_min: float, or (B,) for a grid per example. num_tokens: N, from which `shift` (e^m) follows when None:
-    a longer sequence still shows its picture at higher noise, so its levels move towards 1.
-    Returns (T+1,) or (B, T+1), ascending. Raises ValueError for a number t_min outside [0, sigma_1).
+    steps: T. t_min: float, or (B,) for a grid per example. num_tokens: N, which determines `shift` (e^m) when None:
+    an image of more tokens is still recognisable at higher noise, so its levels move towards 1.
+    Returns (T+1,) or (B, T+1), ascending. Raises ValueError for a float t_min outside [0, t_1).
     """
     if shift is None:
         shift = math.exp(0.5 + 0.65 * (num_tokens - 256) / (4096 - 256))
     first = shift / (shift + steps - 1)
-    if not torch.is_tensor(t_min):  # a tensor's values are not looked at: on a GPU that would wait for it
+    if not torch.is_tensor(t_min):  # a tensor's values are not checked: that would synchronise with the GPU
         if not 0 <= t_min < first:
             raise ValueError(f"t_min is {t_min}, but the grid of {steps} steps starts at {first:.4f}: "
                              f"choose 0 <= t_min < {first:.4f}, fewer steps or a larger shift")
         t_min = torch.tensor(float(t_min))
     k = torch.arange(1, steps + 1, dtype=t_min.dtype, device=t_min.device)
-    sigma = shift * k / (shift * k + (steps - k))  # the formula times k/k, and so exactly 1 at k = T
+    sigma = shift * k / (shift * k + (steps - k))  # Eq. (6) times k/k: exactly 1 at k = T
     return torch.cat([t_min[..., None], sigma.expand(*t_min.shape, steps)], dim=-1)
 
 
 def forward_kernel(t, s):
-    """alpha, beta of the Markov step q(x_t | x_s) = N(alpha x_s, beta^2 I), s < t; each shaped like t.
-
-    beta^2 = t^2 - alpha^2 s^2, factored so that nearby s and t lose no digits.
-    """
+    """alpha, beta of q(x_t | x_s) = N(alpha x_s, beta^2 I), s < t, Eq. (2); each shaped like t."""
     alpha = (1 - t) / (1 - s)
-    beta = ((t - s) * (t + s - 2 * t * s)).sqrt() / (1 - s)
+    beta = ((t - s) * (t + s - 2 * t * s)).sqrt() / (1 - s)  # factored: no digits are lost when s and t are close
     return alpha, beta
 
 
 def forward_trajectory(x0, ts, generator=None, noise=None):
-    """Draw x_{t_0}, ..., x_{t_T} from the Markov chain q, whose marginal at each t is N((1 - t) x_0, t^2 I).
+    """Draws a trajectory: its cleanest level from Eq. (1), then level by level from the Markov chain of Eq. (2).
 
-    x0: (B, N, D). ts: (B, K) ascending times, any consecutive part of a grid (K = T+1 for the whole, 2 for one step).
+    x0: (B, N, D). ts: (B, K), ascending, any consecutive part of a grid (K = T+1 for the whole, 2 for one step).
     noise: (B, K, N, D) standard normal, drawn with `generator` when None. Returns (B, K, N, D).
     """
     if noise is None:
@@ -70,9 +66,9 @@ def forward_trajectory(x0, ts, generator=None, noise=None):
 
 
 def forward_log_prob(x, ts):
-    """log q(x_{t_1:T} | x_{t_0}) in nats, (B,): what the trajectory's own noise contributes to the bound
+    """log q(x_{t_1:T} | x_{t_0}) in nats, (B,), Eq. (13), which the bound of Eq. (14) needs.
 
-    -log p(x_{t_0}) <= E_q[-log p(x_{t_0:T}) + log q(x_{t_1:T} | x_{t_0})].   x: (B, T+1, N, D). ts: (B, T+1).
+    x: (B, T+1, N, D). ts: (B, T+1).
     """
     times = ts[:, :, None, None]
     alpha, beta = forward_kernel(times[:, 1:], times[:, :-1])
@@ -82,20 +78,13 @@ def forward_log_prob(x, ts):
 
 
 def reverse_posterior(t, s):
-    """A, B, C of q(x_s | x_t, x_0) = N(A x_t + B x_0, C^2 I), s < t; each shaped like t.
-
-    Bayes' rule on the kernel above; at t = 1 it gives A = 0, B = 1 - s, C = s.
-    """
+    """A, B, C of q(x_s | x_t, x_0) = N(A x_t + B x_0, C^2 I), s < t, Eqs. (3) and (4); each shaped like t."""
     alpha, beta = forward_kernel(t, s)
     return alpha * s**2 / t**2, beta**2 * (1 - s) / t**2, beta * s / t
 
 
 def trajectory_covariance(ts):
-    """Covariance S of the noise along a trajectory given x_0 (times the identity over tokens).
-
-    S_ij = m^2 (1 - M) / (1 - m) with m, M the lesser and the greater of t_i, t_j; S_TT = 1, its limit at t_T = 1.
-    ts: (..., T+1). Returns (..., T+1, T+1).
-    """
+    """Covariance S of a trajectory's noise between levels, given x_0, Eq. (5); ts (..., T+1) to (..., T+1, T+1)."""
     a, b = ts[..., :, None], ts[..., None, :]
     low, high = torch.minimum(a, b), torch.maximum(a, b)
     ratio = (1 - high) / torch.where(low < 1, 1 - low, 1.0)
@@ -107,14 +96,14 @@ def trajectory_covariance(ts):
 
 
 def zeroed(linear):
-    """The linear layer with weight and bias at zero: what it feeds is switched off at initialisation."""
+    """The linear layer with weight and bias set to zero, so that its output is zero at initialisation."""
     for parameter in linear.parameters():
         nn.init.zeros_(parameter)
     return linear
 
 
 def full_precision(linear, h):
-    """linear(h) in the layer's own precision, whatever autocast does around it: for log-scales and variances."""
+    """linear(h) in the layer's own precision, even under autocast: for log-scales and variances."""
     with torch.autocast(h.device.type, enabled=False):
         return linear(h.to(linear.weight.dtype))
 
@@ -122,12 +111,12 @@ def full_precision(linear, h):
 class TimeEmbedding(nn.Module):
     """Times in [0, 1], (B, count), to one conditioning vector, (B, width): sinusoids, then a two-layer MLP.
 
-    The number of steps T enters as the time 1/T, the length of an unshifted step.
+    The number of steps T enters as the time 1/T, the length of a step of equal size.
     """
 
     def __init__(self, count, width, frequencies=32):
         super().__init__()
-        # up to 1000 radians per unit of time: the last step's scale changes over differences of 0.001
+        # up to 1000 radians per unit of time: near the data, times that differ by 0.001 matter
         self.register_buffer("frequencies", torch.logspace(0, 3, frequencies), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(count * 2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -138,7 +127,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with normalised queries and keys; causal, or over everything."""
+    """Multi-head self-attention with normalised queries and keys; causal, or over all tokens."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -148,9 +137,9 @@ class Attention(nn.Module):
 
     def forward(self, x, causal=False, cache=None, position=0):
         """x: (B, N, width). With a cache (2, B, heads, N, width/heads), x is the one token at `position`: its key
-        and value are written in place, and it attends to all that the cache holds up to itself."""
+        and value are written to the cache, and it attends to all tokens up to itself."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        q, k = (F.layer_norm(a, a.shape[-1:]).to(v.dtype) for a in (q, k))  # logits cannot grow without bound
+        q, k = (F.layer_norm(a, a.shape[-1:]).to(v.dtype) for a in (q, k))  # bounds the logits
         if cache is not None:
             cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
             k, v = cache[:, :, :, : position + 1]
@@ -183,9 +172,12 @@ class Layer(nn.Module):
 
 
 class FlowBlock(nn.Module):
-    """One autoregressive affine map: u_n = (x_n - mu(x_<n, t)) exp(-l(x_<n, t)), scanning forwards or backwards."""
+    """One autoregressive affine map, u_n = (x_n - b_n) exp(-l_n), Eq. (7), scanning forwards or backwards.
 
-    log_scale_bound = 4.0  # |l| < 4: a block can stretch by e^4 at most, and the inverse never overflows
+    b_n (`shift`) and l_n (`log_scale`) depend on the tokens before n in the scan, on t and on T.
+    """
+
+    log_scale_bound = 4.0  # |l| < 4: a block scales by e^4 at most, so the inverse cannot overflow
 
     def __init__(self, num_tokens, token_dim, width, layers, heads, backwards):
         super().__init__()
@@ -194,15 +186,15 @@ class FlowBlock(nn.Module):
         self.start = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(0.02 * torch.randn(num_tokens, width))  # by place in the scan
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
-        self.head = zeroed(nn.Linear(width, 2 * token_dim))  # so that the map starts as the identity
+        self.head = zeroed(nn.Linear(width, 2 * token_dim))  # the map starts as the identity
 
     def shift_and_log_scale(self, h):
         shift, log_scale = full_precision(self.head, F.layer_norm(h, h.shape[-1:])).chunk(2, dim=-1)
         return shift, self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
 
     def affine(self, x, c):
-        """mu and l of every token, each (B, N, D), from the tokens before it in the scan."""
-        # Shifting the input by one place makes it causal: place n holds token n-1, place 0 the start token and time.
+        """b_n and l_n of every token, each (B, N, D)."""
+        # the input is moved by one place, which makes it causal: place n holds token n-1, place 0 start token and time
         start = (self.start + c)[:, None]
         h = torch.cat([start, self.proj_in(x[:, :-1]).to(start.dtype)], dim=1) + self.position
         for layer in self.layers:
@@ -210,14 +202,14 @@ class FlowBlock(nn.Module):
         return self.shift_and_log_scale(h)
 
     def forward(self, x, c):
-        """x to u, all tokens in parallel. Returns u (B, N, D) and log|det du/dx| (B,)."""
+        """x to u, all tokens in parallel. Returns u (B, N, D) and log|det du/dx| (B,), Eq. (8)."""
         x = self.scan(x)
         shift, log_scale = self.affine(x, c)
         u = (x - shift) * torch.exp(-log_scale)
         return self.scan(u), -log_scale.sum(dim=(1, 2))
 
     def inverse_cache(self, u, c):
-        """u to x, token by token; keys and values of the tokens already known are kept, not computed again."""
+        """u to x, token by token, Eq. (7); keys and values of the tokens already known are cached."""
         u = self.scan(u)
         x = torch.empty_like(u)
         batch, num_tokens, _ = u.shape
@@ -233,10 +225,9 @@ class FlowBlock(nn.Module):
         return self.scan(x)
 
     def inverse_jacobi(self, u, c, tol):
-        """u to x by sweeps x <- u exp(l(x)) + mu(x) over all tokens at once, until the largest change is below tol.
+        """u to x by fixed-point sweeps over all tokens at once, Eq. (9), until the largest change is below tol.
 
-        A sweep makes at least one more token exact, since a token's parameters need only those before it, so N sweeps
-        are the exact inverse. Returns x (B, N, D) and the number of sweeps.
+        Each sweep makes at least one more token exact, so at most N are needed. Returns x (B, N, D) and their number.
         """
         u = self.scan(u)
         x = u
@@ -248,15 +239,15 @@ class FlowBlock(nn.Module):
         return self.scan(x), sweep
 
     def scan(self, x):
-        """The tokens in the order of the scan, and back: its own inverse."""
+        """Tokens to the order of the scan, and back."""
         return x.flip(1) if self.backwards else x
 
 
 class Transporter(nn.Module):
-    """f_T(x_t, t): `blocks` autoregressive maps in alternating scan order, conditioned on t and the step count T.
+    """f_T(x_t, t): `blocks` autoregressive maps in alternating scan order, conditioned on t and T, Eqs. (7) to (9).
 
-    The identity at initialisation, and always at t = 1, where there is nothing but noise to carry. Blocks may be 0:
-    the identity throughout, which makes the model's reverse step the plain Gaussian of a diffusion model.
+    The identity at initialisation, and always at t = 1, since pure noise needs no map. With 0 blocks it is always the
+    identity, and the model's reverse step the plain Gaussian of a diffusion model.
     """
 
     def __init__(self, num_tokens, token_dim, width, blocks, layers, heads):
@@ -264,10 +255,10 @@ class Transporter(nn.Module):
         self.time = TimeEmbedding(2, width) if blocks else None
         self.blocks = nn.ModuleList(
             FlowBlock(num_tokens, token_dim, width, layers, heads, backwards=i % 2 == 1) for i in range(blocks))
-        self.sweeps = []  # how many Jacobi sweeps each block took in the last inversion, first block first
+        self.sweeps = []  # Jacobi sweeps that each block took in the last inversion, first block first
 
     def forward(self, x, t, steps):
-        """x (B, N, D), t (B,), steps (B,) to u (B, N, D) and log|det du/dx| (B,)."""
+        """x (B, N, D), t (B,), steps (B,) to u (B, N, D) and log|det du/dx| (B,), Eq. (8)."""
         u, logdet = x, x.new_zeros(len(x))
         c = self.condition(t, steps)
         for block in self.blocks:
@@ -281,7 +272,7 @@ class Transporter(nn.Module):
         if method not in ("cache", "jacobi"):
             raise ValueError(f"inversion method {method!r} is unknown: choose 'cache' or 'jacobi'")
         x, self.sweeps = u, []
-        with torch.autocast(u.device.type, enabled=False):  # an inverse in bfloat16 would not be one
+        with torch.autocast(u.device.type, enabled=False):  # bfloat16 is too coarse for an inverse
             c = self.condition(t, steps)
             for block in reversed(self.blocks):
                 if method == "cache":

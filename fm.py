@@ -1,9 +1,9 @@
-"""Flow matching: what an NTM is measured against, and what it can start from.
+"""Flow matching: the model that an NTM is measured against, and one that it can start from.
 
-A flow-matching model learns a velocity. Data and noise are joined by straight lines x_t = (1 - t) x_0 + t eps, and the
-network v(x_t, t) is trained to say eps - x_0, so that it becomes the mean of that over all lines through x_t. Sampling
-follows it from noise (t = 1) to data (t = 0), an ordinary differential equation whose solution is exact with very many
-steps: with few, each step jumps to a mean, and means of pictures are blurred.
+Data and noise are joined by straight lines x_t = (1 - t) x_0 + t eps, and a network v(x_t, t) is trained to predict
+their velocity eps - x_0: it learns the mean velocity of all lines through x_t. Sampling follows it from noise (t = 1)
+to data (t = 0), an ordinary differential equation that takes many small steps to solve: a large step jumps towards a
+mean, and means of images are blurred. Equations (22) to (24) of docs/method.md.
 
 The network is the predictor's own trunk, with one time instead of three and half the outputs.
 """
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from flow import full_precision, zeroed
-from model import CaptionedTransformer, PictureModel, null_caption
+from model import CaptionedTransformer, ImageModel, null_caption
 
 EULER_STEPS = 50  # unless one says otherwise
 
 
-class FlowMatching(PictureModel):
+class FlowMatching(ImageModel):
     """A velocity network; config: NTMConfig, of which what belongs to the transporter and the time grid is unused."""
 
     def __init__(self, config):
@@ -27,30 +27,30 @@ class FlowMatching(PictureModel):
         self.head = zeroed(nn.Linear(config.width, config.token_dim))
 
     def velocity(self, x, t, text):
-        """x (B, N, D), t (B,), text (B, L) to v, an estimate of noise - data, (B, N, D) in full precision."""
+        """x (B, N, D), t (B,), text (B, L) to v of Eq. (22), an estimate of noise - data, (B, N, D)."""
         return full_precision(self.head, self.trunk(x, text, t[:, None]))
 
-    def forward(self, images, text, draws=None):
-        """The training loss: the mean squared error of the velocity, per number, a scalar.
+    def forward(self, images, text, randomness=None):
+        """Eq. (22), the training loss: the mean squared error of the velocity, per number, a scalar.
 
-        images (B, C, H, W), text (B, L). draws: what is random about it, as from draw(); drawn here when None.
+        images (B, C, H, W), text (B, L). randomness: t and noise as from randomness(), by default new ones.
         """
-        t, noise = self.draw(len(images), images.device) if draws is None else draws
+        t, noise = randomness or self.randomness(len(images), images.device)
         x0, times = self.patchify(images), t[:, None, None]
         return F.mse_loss(self.velocity((1 - times) * x0 + times * noise, t, text), noise - x0)
 
-    def draw(self, batch, device=None, generator=None):
-        """The randomness of a batch: times (B,), logit-normal, most of them in the middle; and noise (B, N, D)."""
+    def randomness(self, batch, device=None, generator=None):
+        """What is random about a batch: times (B,), logit-normal, most of them in the middle; and noise (B, N, D)."""
         t = torch.randn(batch, generator=generator, device=device).sigmoid()
         shape = batch, self.config.num_tokens, self.config.token_dim
         return t, torch.randn(shape, generator=generator, device=device)
 
     @torch.no_grad()
     def sample(self, text, steps=EULER_STEPS, guidance=0.0, generator=None, noise=None):
-        """Follows the velocity from noise to data by Euler's method, in `steps` equal steps.
+        """Eq. (24): follows the velocity from noise to data by Euler's method, in `steps` equal steps.
 
-        text (B, L); guidance: weight w >= 0 of v_c + w (v_c - v_u); noise (B, N, D), drawn with `generator` when None.
-        Returns all levels (B, steps+1, N, D), the picture first and the noise last.
+        text (B, L); guidance: weight w >= 0 of v_c + w (v_c - v_u); noise (B, N, D), by `generator` when None.
+        Returns all levels (B, steps+1, N, D), the image first and the noise last.
         """
         if noise is None:
             shape = len(text), self.config.num_tokens, self.config.token_dim

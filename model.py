@@ -10,7 +10,7 @@ Notable about the model:
 - what is learned is a density, so it has a score: score_denoise() cleans a sampled trajectory with it, and the
   Denoiser learns to do the same in one pass.
 
-Text id 0 is padding, 1 the null caption. Images are in [-1, 1]. Equation numbers as in flow.py.
+Text id 0 is padding, 1 the null caption. Images are in [-1, 1]. "Eq. (3)" is equation (3) of docs/method.md.
 """
 
 import math
@@ -21,11 +21,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from flow import (Layer, TimeEmbedding, Transporter, forward_trajectory, full_precision, reverse_posterior, time_grid,
-                  trajectory_covariance, zeroed)
-from sit import SiTPredictor
-
-PAD, NULL = 0, 1
+from flow import (Layer, TimeEmbedding, Transporter, forward_log_prob, forward_trajectory, full_precision,
+                  reverse_posterior, time_grid, trajectory_covariance, zeroed)
 
 
 @dataclass
@@ -43,14 +40,15 @@ class NTMConfig:
     transporter_layers: int = 2
     transporter_heads: int = 2
     parametrization: str = "direct"  # or "posterior": the head emits a velocity, to start from flow matching
-    predictor: str = "captions"  # the network below; or "sit": a published one, of classes (sit.py)
-    steps: int | tuple = 4  # T; with several, every batch of training draws one
+    predictor: str = "captions"  # the network below; or "sit": a published one, of classes
+    steps: int | tuple = 4  # T; with several, every batch of training has one
     shift: float | None = None  # e^m of the time grid; None: from the number of tokens
-    max_t_min: float = 0.05  # training draws t_0 uniformly below this
+    max_t_min: float = 0.05  # training has t_0 uniform below this
     pairs: bool = False  # train on one random step of a trajectory per example instead of all T
 
     def __post_init__(self):
-        height, width = self.image_size = _pair(self.image_size)
+        size = self.image_size
+        height, width = self.image_size = (size, size) if isinstance(size, int) else tuple(size)
         self.steps = tuple(self.steps) if isinstance(self.steps, (tuple, list)) else (self.steps,)
         for name, value in {**vars(self), "steps": min(self.steps)}.items():
             least = 0 if name == "transporter_blocks" else 1
@@ -69,30 +67,52 @@ class NTMConfig:
                 raise ValueError(f"max_t_min: {error}") from error
 
     @property
-    def grid(self):
+    def patches(self):
+        """Rows and columns of patches, a token each."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
     def num_tokens(self):
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.patches)
 
     @property
     def token_dim(self):
         return self.channels * self.patch_size**2
 
     def time_grid(self, t_min, steps=0):
-        """The noise levels (T+1,) of a trajectory that ends at t_min; steps: T, 0 for the first trained with.
+        """Eq. (6): the noise levels (T+1,) of a trajectory that ends at t_min; steps: T, 0 for the first trained with.
 
-        Raises ValueError for a t_min outside [0, sigma_1), and for 0 in the posterior parametrisation.
+        Raises ValueError for a t_min outside [0, t_1), and for 0 in the posterior parametrisation.
         """
         if self.parametrization == "posterior" and t_min == 0:
-            raise ValueError("t_min is 0, where the posterior's last step has no spread (C = 0) and so no density: "
+            raise ValueError("t_min is 0, where the posterior's last step has no variance (C = 0) and so no density: "
                              "choose t_min > 0, such as 0.02")
         return time_grid(steps or self.steps[0], t_min, self.num_tokens, self.shift)
 
 
-def _pair(size):
-    return (size, size) if isinstance(size, int) else tuple(size)
+class ImageModel(nn.Module):
+    """A network on images as tokens, patches of them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_fields(cls, fields):
+        """A network by the fields of its NTMConfig, a dict. Raises ValueError for a field there is not."""
+        if unknown := fields.keys() - NTMConfig.__dataclass_fields__:
+            raise ValueError(f"model_config has {', '.join(sorted(unknown))}")
+        return cls(NTMConfig(**fields))
+
+    def patchify(self, images):
+        """(B, C, H, W) to tokens (B, N, D), row by row."""
+        p = self.config.patch_size
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+    def unpatchify(self, tokens):
+        """(B, N, D) to images (B, C, H, W)."""
+        p, (rows, columns) = self.config.patch_size, self.config.patches
+        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
 
 
 class CaptionedTransformer(nn.Module):
@@ -100,7 +120,7 @@ class CaptionedTransformer(nn.Module):
 
     def __init__(self, config, times):
         super().__init__()
-        rows, columns = config.grid
+        rows, columns = config.patches
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.proj_in = nn.Linear(config.token_dim, config.width)
         self.word_position = nn.Parameter(0.02 * torch.randn(config.text_len, config.width))
@@ -123,7 +143,7 @@ class CaptionedTransformer(nn.Module):
 
 
 class Predictor(nn.Module):
-    """f_P: the network of the Gaussian p(u_s | u_t, y). Deep, without any mask, one level of one trajectory a row."""
+    """f_P of Eq. (10): the network of the Gaussian p(u_s | u_t, y). No mask; a row is one level of one trajectory."""
 
     def __init__(self, config):
         super().__init__()
@@ -148,31 +168,16 @@ class Predictor(nn.Module):
         self.load_state_dict(state)
 
 
-class Denoiser(nn.Module):
-    """g_phi: the cleanest level in u-space to the clean picture, in one pass; distilled from NTM.score_denoise."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.trunk = CaptionedTransformer(config, times=1)
-        self.head = zeroed(nn.Linear(config.width, config.token_dim))
-
-    def forward(self, u0, text):
-        """u0 (B, N, D) at t_min, text (B, L). Returns x0 (B, N, D)."""
-        h = self.trunk(u0, text, u0.new_zeros(len(u0), 1))  # it serves one noise level, so its time is a constant
-        return full_precision(self.head, h)
-
-
 def gaussian_nll(z):
-    """-log N(z; 0, I) in nats, summed over all but the first two dimensions: (B, K, N, D) to (B, K)."""
+    """-log N(z; 0, I) in nats, a term of Eq. (11), over all but the first two dimensions: (B, K, N, D) to (B, K)."""
     return (0.5 * z**2 + 0.5 * math.log(2 * math.pi)).sum(dim=(2, 3))
 
 
 def guide(conditional, unconditional, weight):
-    """The Gaussian proportional to p_c^(1+w) / p_u^w; each a pair (mean, log_std).
+    """Eq. (20): the Gaussian proportional to p_c^(1+w) / p_u^w; each a pair (mean, log_std).
 
     Where the caption leaves a number *less* certain (sigma_c > sigma_u) the ratio is held at 1, which keeps the result
-    a density for every w: there the mean is still extrapolated, and the spread stays sigma_c.
+    a density for every w: there the mean is still extrapolated, and the standard deviation stays sigma_c.
     """
     (mean_c, log_std_c), (mean_u, log_std_u) = conditional, unconditional
     ratio = torch.exp(2 * (log_std_c - log_std_u)).clamp(max=1)
@@ -182,55 +187,38 @@ def guide(conditional, unconditional, weight):
 
 def null_caption(text):
     """The caption that says nothing, shaped like text (B, L)."""
-    null = torch.full_like(text, PAD)
-    null[:, 0] = NULL
+    null = torch.zeros_like(text)
+    null[:, 0] = 1
     return null
 
 
-class PictureModel(nn.Module):
-    """Pictures as tokens and back, by the config's patch size."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-
-    def patchify(self, images):
-        """(B, C, H, W) to tokens (B, N, D), row by row."""
-        p = self.config.patch_size
-        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
-
-    def unpatchify(self, tokens):
-        """(B, N, D) to images (B, C, H, W)."""
-        p, (rows, columns) = self.config.patch_size, self.config.grid
-        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
-
-
-class NTM(PictureModel):
+class NTM(ImageModel):
     def __init__(self, config):
         super().__init__(config)
         self.transporter = Transporter(config.num_tokens, config.token_dim, config.transporter_width,
                                        config.transporter_blocks, config.transporter_layers, config.transporter_heads)
-        self.predictor = SiTPredictor(config) if config.predictor == "sit" else Predictor(config)
+        if config.predictor == "sit":
+            from plumbing.sit import SiTPredictor  # a published network: nothing else needs it
+            self.predictor = SiTPredictor(config, step=TimeEmbedding(2, config.width))
+        else:
+            self.predictor = Predictor(config)
 
-    # -----------------------------------------------------------------------------------------------------------
-    # Likelihood
+    def forward(self, images, text, randomness=None, target=None):
+        """Eq. (16), the training loss: mean -log p(x_s | x_t) in nats per dimension, a scalar.
 
-    def forward(self, images, text, draws=None, target=None):
-        """The training loss: mean -log p(x_s | x_t) in nats per dimension, a scalar.
-
-        images (B, C, H, W), text (B, L). draws: what is random about it, as from draw(); drawn here when None.
-        target: means (B, K-1, N, D) to stay close to; with it, returns the mean squared distance to them as well.
+        images (B, C, H, W), text (B, L). randomness: steps, ts and noise as from randomness(), by default new ones.
+        target: means (B, K-1, N, D) to stay close to; with it, returns the mean squared distance in Eq. (26) as well.
         """
-        steps, ts, noise = self.draw(len(images), images.device) if draws is None else draws
+        steps, ts, noise = randomness or self.randomness(len(images), images.device)
         x = forward_trajectory(self.patchify(images), ts, noise=noise)
         nll, mean = self.transitions(x, ts, text, steps)
         nll = nll.mean() / noise[0, 0].numel()
         return nll if target is None else (nll, (mean - target).square().mean())
 
-    def draw(self, batch, device=None, generator=None):
-        """The randomness of a batch: steps (B,), times ts (B, K) and noise (B, K, N, D).
+    def randomness(self, batch, device=None, generator=None):
+        """What is random about a batch: steps (B,), times ts (B, K) and noise (B, K, N, D).
 
-        K = T+1, the whole trajectory; or 2, one of its T steps drawn uniformly, which has the same expected loss.
+        K = T+1, the whole trajectory; or 2, one of its T steps at random, which has the same expected loss.
         """
         kwargs = dict(generator=generator, device=device)
         choice = torch.randint(len(self.config.steps), (1,), generator=generator, device=device)
@@ -244,12 +232,10 @@ class NTM(PictureModel):
         return torch.full((batch,), T, device=device), ts, noise
 
     def transitions(self, x, ts, text, steps):
-        """-log p(x_{t_{k-1}} | x_{t_k}) in nats for all neighbouring levels of x, in one pass.
+        """Eq. (11): -log p(x_{t_{k-1}} | x_{t_k}) in nats for all neighbouring levels of x, in one pass.
 
         x (B, K, N, D), ts (B, K) ascending, text (B, L), steps (B,): T, which ts need not cover. Returns it, (B, K-1),
         and the mean of each step's Gaussian in u-space, (B, K-1, N, D).
-
-        With z = (u_s - mu) / sigma,  -log p = |z|^2/2 + (ND/2) log 2 pi + sum log sigma - log|det df_T(x_s)/dx_s|.
         """
         K = x.shape[1]
         u, logdet = self.transporter(x.flatten(0, 1), ts.flatten(), steps.repeat_interleave(K))
@@ -263,51 +249,52 @@ class NTM(PictureModel):
         return gaussian_nll(z) + log_std.sum(dim=(2, 3)) - logdet[:, :-1], mean
 
     def gaussians(self, u, ts, text, steps):
-        """Mean and log standard deviation of every step's Gaussian, each (B, K-1, N, D); u (B, K, N, D), ts (B, K)."""
+        """Eq. (10): mean and log standard deviation of every step, each (B, K-1, N, D); u (B, K, N, D), ts (B, K)."""
         K = u.shape[1] - 1
         mean, log_std = self.predict(u[:, 1:].flatten(0, 1), ts[:, 1:].flatten(), ts[:, :-1].flatten(),
                                      steps.repeat_interleave(K), text.repeat_interleave(K, dim=0))
         return mean.unflatten(0, (-1, K)), log_std.unflatten(0, (-1, K))
 
     def step_nll(self, x_s, x_t, s, t, steps, text):
-        """Exact -log p(x_s | x_t, text) in nats, (B,). x_s, x_t (B, N, D); s < t and steps (B,); text (B, L)."""
+        """Eq. (11): exact -log p(x_s | x_t, text) in nats, (B,). x_s, x_t (B, N, D); s < t, steps (B,); text (B, L)."""
         x, ts = torch.stack([x_s, x_t], dim=1), torch.stack([s, t], dim=1)
         return self.transitions(x, ts, text, steps)[0][:, 0]
 
     def trajectory_nll(self, x, ts, text):
-        """Exact -log p of each part of a trajectory in nats, (B, T+1); the row sum is that of the whole.
+        """Eq. (12): exact -log p of each part of a trajectory in nats, (B, T+1); the row sum is that of the whole.
 
         x (B, T+1, N, D), ts (B, T+1), text (B, L). Column k < T is the step that ends at t_k, column T the prior.
         """
         steps = torch.full((len(x),), ts.shape[1] - 1, device=x.device)
         return torch.cat([self.transitions(x, ts, text, steps)[0], gaussian_nll(x[:, -1:])], dim=1)
 
-    def predict(self, u, t, s, steps, text):
-        """Mean and log standard deviation of p(u_s | u_t = u), each (B, N, D); t, s, steps (B,), text (B, L).
+    def trajectory_bound(self, x, ts, text):
+        """trajectory_nll (B, T+1), and from it Eq. (14)'s upper bound on -log p(x_{t_0}) in nats, (B,)."""
+        nll = self.trajectory_nll(x, ts, text)
+        return nll, nll.sum(dim=1) + forward_log_prob(x, ts)
 
-        "direct": the head emits both. "posterior": it emits a velocity v, and so an estimate x_0 = u - t v, and a
+    def predict(self, u, t, s, steps, text):
+        """Eq. (10): mean and log standard deviation of p(u_s | u_t = u), each (B, N, D); t, s, steps (B,), text (B, L).
+
+        "direct": the head emits both. "posterior", Eq. (25): it emits a velocity v, so an estimate x_0 = u - t v, and a
         correction delta to the standard deviation C of the exact posterior q(x_s | x_t, x_0), which delta = 0 leaves.
         """
         first, second = self.predictor(u, t, s, steps, text)
         if self.config.parametrization == "direct":
             return first, second
         A, B, C = (a[:, None, None] for a in reverse_posterior(t, s))
-        # At the last step C, about t_min, is many times smaller than the true spread, at most sqrt(C^2 + B^2) for data
-        # of variance 1. Measuring delta in units of the way between the two makes it about equally large at all steps.
-        # Starting from flow matching on the digits, that took 25 updates instead of 60 to a loss below 1, and after 300
-        # the bound was -0.83 instead of -0.76; training delta alone at first was worse, as the means then drift.
+        # At the last step C, about t_min, is many times smaller than the standard deviation of x_s given x_t, which for
+        # data of variance 1 is at most sqrt(C^2 + B^2). In units of the distance between the two, delta is about as
+        # large at every step: on the digits the loss fell below 1 after 25 updates instead of 60.
         delta = second * 0.5 * torch.log1p((B / C) ** 2)
         return A * u + B * (u - t[:, None, None] * first), C.log() + delta
 
-    # -----------------------------------------------------------------------------------------------------------
-    # Sampling
-
     @torch.no_grad()
     def sample(self, text, ts, guidance=0.0, generator=None, noise=None):
-        """Draw a trajectory in u-space, noisiest level first, all tokens in parallel.
+        """Eq. (19): a trajectory sampled in u-space, noisiest level first, all tokens in parallel.
 
         text (B, L); ts (T+1,); guidance: weight w >= 0, 0 for the conditional model itself; noise (B, T+1, N, D)
-        standard normal, drawn with `generator` when None. Returns u (B, T+1, N, D), cleanest level first.
+        standard normal, by `generator` when None. Returns u (B, T+1, N, D), cleanest level first.
         """
         B, T = len(text), len(ts) - 1
         if noise is None:
@@ -326,7 +313,7 @@ class NTM(PictureModel):
         return u
 
     def invert(self, u, ts, method="cache", tol=1e-5):
-        """Every level of u (B, T+1, N, D) back to x-space, as one batch. ts: (T+1,) or (B, T+1); tol: Jacobi's."""
+        """Every level of u (B, T+1, N, D) back to x-space, as one batch. ts: (T+1,) or (B, T+1); tol: as in Eq. (9)."""
         B, levels = u.shape[:2]
         ts = ts.expand(B, levels)
         steps = torch.full((B * levels,), levels - 1, device=u.device)
@@ -334,20 +321,28 @@ class NTM(PictureModel):
         return x.unflatten(0, (B, levels))
 
     @torch.enable_grad()
-    def score_denoise(self, x, ts, text, clip=None):
-        """E[x_0 | x_{t_0}, ..., x_{t_T}] under the model, by Tweedie's formula for the whole correlated trajectory.
+    def score_denoise(self, x, ts, text):
+        """Eq. (21): E[x_0 | x_{t_0}, ..., x_{t_T}] under the model, by Tweedie's formula for the whole trajectory.
 
-        With g the gradient of -log p(x_{t_0:T}) and S the trajectory's covariance,
-            x_0 = (x_{t_0} - sum_j S_0j g_j) / (1 - t_0).
-        x (B, T+1, N, D), ts (B, T+1) or (T+1,), text (B, L). clip: a quantile in (0, 1) of |g|, per level, beyond which
-        the gradient is cut. Returns (B, N, D).
+        x (B, T+1, N, D), ts (B, T+1) or (T+1,), text (B, L). Returns (B, N, D).
         """
         x = x.detach().requires_grad_()
         ts = ts.expand(x.shape[:2])
         g, = torch.autograd.grad(self.trajectory_nll(x, ts, text).sum(), x)
-        if clip is not None:
-            limit = g.abs().flatten(2).quantile(clip, dim=2)[..., None, None]
-            g = g.clamp(-limit, limit)
         weights = trajectory_covariance(ts)[:, 0, :, None, None]
         t0 = ts[:, 0, None, None]
         return (x[:, 0].detach() - (weights * g).sum(dim=1)) / (1 - t0)
+
+
+class Denoiser(ImageModel):
+    """g_phi: the cleanest level in u-space to the clean image, in one pass; trained by Eq. (27) to do as Eq. (21)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.trunk = CaptionedTransformer(config, times=1)
+        self.head = zeroed(nn.Linear(config.width, config.token_dim))
+
+    def forward(self, u0, text):
+        """u0 (B, N, D) at t_min, text (B, L). Returns x0 (B, N, D)."""
+        h = self.trunk(u0, text, u0.new_zeros(len(u0), 1))  # it serves one noise level, so its time is a constant
+        return full_precision(self.head, h)

@@ -1,60 +1,208 @@
-"""Draws pictures from prompts in a few steps, with their exact likelihood.
+"""Samples images from prompts in a few steps, with the likelihood of their trajectories.
 
     python sample.py --prompt="a red circle above a blue square"     # by the model that comes with the repository
     python sample.py --out_dir=out/digits --num_samples=16 --seed=1
     python sample.py --out_dir=out/shapes --prompts=prompts.txt --guidance=2 --denoise=score --show_trajectory=True
     python sample.py --prompts=evaluation_metadata.jsonl --layout=geneval --num_samples=4
 
-Leaves in out_dir/pictures: grid.png with the prompts under the pictures, the single pictures 0000.png, 0001.png, ...
-and, with --show_trajectory=True, a strip of levels from noise to picture for each, 0000_trajectory.png, ... Where the
+Leaves in out_dir/images: sheet.png with the prompts under the images, the single images 0000.png, 0001.png, ... and,
+with --show_trajectory=True, a strip of levels from noise to image for each, 0000_trajectory.png, ... Where the
 trajectory was carried back to x-space, for the strips or for --denoise=score|none, its -log p stands beside the prompt.
-A model of latents leaves them as 0000.npy, ... and makes pictures with --decoder; without, the PNGs are a first look.
+A model of latents leaves them as 0000.npy, ... and makes images with --decoder; without, the PNGs are a first look.
 
-For judges of many pictures there are two other layouts, which an interrupted run continues: "flat", a folder of nothing
+For judges of many images there are two other layouts, which an interrupted run continues: "flat", a folder of nothing
 but PNGs (for FID); and "geneval", 00000/metadata.jsonl, 00000/samples/0000.png, ..., 00000/grid.png for each prompt.
 
-A flow-matching checkpoint is sampled by Euler's method: it has no denoiser and no likelihood.
+A flow-matching checkpoint is sampled by Euler's method: it has no denoiser and no likelihood. From Python: load().
 """
 
 import hashlib
 import json
+import math
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-import pictures
-from configurator import at_least_one, claim, configure, one_line_errors
-from data import dataset_class_captions
-from loop import open_dataset
-from prepare import load_exported
-from ranks import find_device
-from sampler import Sampler
+from configurator import at_least_one, configure
+from data import dataset_class_captions, get_tokenizer, open_dataset
+from flow import forward_trajectory
+from fm import EULER_STEPS, FlowMatching
+from model import NTM, Denoiser
+from plumbing import checkpoint
+from plumbing.images import contact_sheet, save_image, to_pil, to_pixels
+from plumbing.runtime import claim, find_device, one_line_errors
 
-out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: the model in assets/, pictures go to out/
+out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: the model in assets/, images go to out/
 prompt = ""  # one caption; empty, and without `prompts`: captions of the data the model was trained on
 prompts = ""  # a text file with one caption a line, an empty line asking for anything; or .jsonl, whose "prompt"s count
-num_samples = 16  # pictures of the one prompt or of each line of the file; without either, pictures in all
+num_samples = 16  # images of the one prompt or of each line of the file; without either, images in all
 steps = 0  # T; 0: as trained, or 50 for flow matching
 guidance = 1.0  # how much more than the caption asks for: 0 is the model itself
 denoise = "learned"  # by the denoiser in one pass; "score": by the model's own score; "none": as sampled, at t_min
 t_min = 0.02  # the noise level where sampling ends; the denoiser knows its own
-seed = 0  # the same seed gives the same pictures, whatever the batch size
+seed = 0  # the same seed gives the same images, whatever the batch size
 batch_size = 64
-show_trajectory = False  # also a strip of every level for each picture
-layout = "grid"  # "flat": single pictures and nothing else; "geneval": a folder for each prompt
-folder = ""  # where the pictures go; empty: out_dir/pictures
-decoder = ""  # of a model of latents: a program saved by torch.export, latents (B, C, h, w) to pictures in [-1, 1]
+show_trajectory = False  # also a strip of every level for each image
+layout = "sheet"  # "flat": single images and nothing else; "geneval": a folder for each prompt
+folder = ""  # where the images go; empty: out_dir/images
+decoder = ""  # of a model of latents: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
 device = ""  # cuda, mps or cpu; empty: the best there is
-
-config = configure(globals())
 
 SHIPPED = Path(__file__).parent / "assets" / "shapes"
 
+# ---------------------------------------------------------------------------------------------------------------
+# A trained model
+
+
+class LogLikelihood(NamedTuple):
+    """A lower bound on log p(x_{t_min} | caption) of each image, estimated from several trajectories; all (B,)."""
+    nats: torch.Tensor
+    standard_error: torch.Tensor  # of the estimate, in nats
+    bits_per_dim: torch.Tensor  # an upper bound; other models' are to be compared with those at t_min = 0
+
+
+class TrainedModel:
+    """Captions in, images out: an NTM with a way to denoise, or a flow-matching model.
+
+    network, kind ("ntm" or "fm"), settings (of its training), tokenizer, ts (T+1,): its noise levels, cleanest first.
+    latents: {"mean", "scale"} of each channel, where it samples normalised latents, else None.
+    seconds: of each stage of sampling so far, {stage: seconds}.
+    """
+
+    def __init__(self, out_dir, device, steps=0, denoise="learned", t_min=0.02):
+        if denoise not in ("learned", "score", "none"):
+            raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
+        if steps < 0:
+            raise ValueError(f"steps is {steps}, but must be at least 1, or 0 for the default")
+        path = Path(out_dir) / "ckpt.pt"
+        self.network, trained = checkpoint.load_network(path, {"ntm": NTM, "fm": FlowMatching}, device)
+        self.kind, self.settings, self.iteration = trained["kind"], trained["settings"], trained["iter"]
+        self.tokenizer = get_tokenizer(self.settings["tokenizer"], trained.get("vocabulary"))
+        self.device, self.latents, self.seconds = device, self.settings.get("latents"), {}
+        self.denoise = denoise if self.kind == "ntm" else "none"
+        if self.denoise == "learned":
+            self.denoiser, t_min = self.load_denoiser(path.with_name("denoiser.pt"))
+        if self.kind == "ntm":
+            self.ts = self.network.config.time_grid(t_min, steps).to(device)
+        else:
+            self.ts = torch.linspace(0, 1, (steps or EULER_STEPS) + 1).to(device)
+
+    def load_denoiser(self, path):
+        """The denoiser, and the noise level that it was trained for."""
+        if not path.exists():
+            raise ValueError(f"there is no {path}: make it with distill.py, or choose --denoise=score")
+        denoiser, distilled = checkpoint.load_network(path, {"denoiser": Denoiser}, self.device)
+        for name in ("image_size", "channels", "patch_size", "vocab_size", "text_len"):
+            theirs, ours = getattr(denoiser.config, name), getattr(self.network.config, name)
+            if theirs != ours:
+                raise ValueError(f"{path} is of another model: its {name} is {theirs}, the model's {ours}; "
+                                 "distil it anew, or choose --denoise=score")
+        return denoiser, distilled["settings"]["t_min"]
+
+    def encode(self, captions):
+        """Token ids (B, L) on the model's device."""
+        if isinstance(captions, str):
+            raise ValueError(f"captions is the string {captions!r}: give a list of them")
+        return self.tokenizer.encode(captions, self.network.config.text_len).to(self.device)
+
+    def sample(self, captions, guidance=1.0, seed=0):
+        """An image for each of B captions: (B, C, H, W), in [-1, 1] but for what a pixel or two overshoots."""
+        return self.sample_trajectories(captions, range(len(captions)), guidance, seed)[0]
+
+    @torch.no_grad()
+    def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, levels=False):
+        """Samples an image for each caption; image `number` is the same in whatever batch it is sampled.
+
+        levels: carry the trajectory back to x-space even if the denoiser does not need it. Returns images (B, C, H, W);
+        the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), each None if there is none.
+        """
+        # each image has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
+        network, ts, text = self.network, self.ts, self.encode(captions)
+        shape = len(ts) if self.kind == "ntm" else 1, network.config.num_tokens, network.config.token_dim
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+        stage = f"sampling in {len(ts) - 1} steps"
+        if self.kind == "fm":
+            x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, noise=noise[:, 0])
+            return network.unpatchify(x[:, 0]), x, None
+        u = self.clock(stage, network.sample, text, ts, guidance, noise=noise)
+        x = nll = None
+        if self.denoise != "learned" or levels:
+            x = self.clock("inversion", network.invert, u, ts)
+            nll = network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)
+        if self.denoise == "learned":
+            tokens = self.clock("learned denoising", self.denoiser, u[:, 0], text)
+        elif self.denoise == "score":
+            tokens = self.clock("score denoising", network.score_denoise, x, ts, text)
+        else:
+            tokens = x[:, 0]
+        return network.unpatchify(tokens), x, nll
+
+    @torch.no_grad()
+    def log_likelihood(self, images, captions, trajectories=8, seed=0, t_min=0.02):
+        """A LogLikelihood of each of the images (B, C, H, W) in [-1, 1] under its caption, from some trajectories each.
+
+        All images see the same noise, so that captions can be compared: expand one image, and take the greatest. t_min:
+        the noise level of the images that it is about; at 0, where a model trained from scratch has a density, images
+        of 8 bits want dequantising. Raises ValueError for a flow-matching model, which has no likelihood.
+        """
+        if self.kind != "ntm":
+            raise ValueError("a flow-matching model has no likelihood: load an NTM")
+        network, text = self.network, self.encode(captions)
+        expected = network.config.channels, *network.config.image_size
+        if images.shape[1:] != expected:
+            raise ValueError(f"images are {tuple(images.shape[1:])}, but the model's are {expected}")
+        if len(images) != len(captions):
+            raise ValueError(f"there are {len(images)} images, but {len(captions)} captions: one caption for each")
+        x0 = network.patchify(images.to(self.device))
+        ts = network.config.time_grid(t_min, len(self.ts) - 1).to(self.device).expand(len(x0), -1)
+        generator, nats = torch.Generator().manual_seed(seed), []
+        for _ in range(trajectories):
+            noise = torch.randn(1, *ts.shape[1:], *x0.shape[1:], generator=generator).to(x0)
+            nats.append(-network.trajectory_bound(forward_trajectory(x0, ts, noise=noise), ts, text)[1])
+        nats = torch.stack(nats)
+        mean, error = nats.mean(dim=0), nats.std(dim=0) / math.sqrt(trajectories)
+        return LogLikelihood(mean, error, bits_per_dim(-mean, x0[0].numel()))
+
+    def plain_latents(self, images):
+        """Normalised latents (B, C, h, w) as the autoencoder knows them."""
+        mean, scale = (torch.tensor(self.latents[name])[:, None, None].to(images) for name in ("mean", "scale"))
+        return images / scale + mean
+
+    def clock(self, stage, function, *args, **kwargs):
+        """The function's result; its seconds, an accelerator waited for, are added to the stage's."""
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
+        return result
+
+
+def bits_per_dim(nats, dims):
+    """Eq. (15) of docs/method.md: nats of dequantised 8-bit data in [-1, 1], bins 2^-7 wide, to bits per number."""
+    return nats / dims / math.log(2) + 7
+
+
+def load(out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02):
+    """The TrainedModel in a folder, ckpt.pt and, for denoise "learned", denoiser.pt, which knows its own t_min.
+
+    device: cuda, mps or cpu; empty: the best there is. steps: T, or Euler's; 0: as trained, or 50. denoise: "learned",
+    "score" or "none", for an NTM. Raises ValueError for a wrong setting and CheckpointError for a wrong file.
+    """
+    return TrainedModel(out_dir, find_device(device), steps, denoise, t_min)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# python sample.py
+
 
 def read_prompts(settings):
-    """The captions to draw, one for each picture, and what a .jsonl file says about each prompt, a dict a line."""
+    """The captions to sample, one for each image, and what a .jsonl file says about each prompt, a dict a line."""
     if prompts:
         try:
             lines = Path(prompts).read_text(encoding="utf-8").splitlines()
@@ -87,89 +235,96 @@ def read_entry(number, line):
     raise ValueError(f'{prompts}, line {number}: {line[:60]!r} is no JSON object with a "prompt"')
 
 
-with one_line_errors():
-    at_least_one(config, "num_samples", "batch_size")
-    if guidance < 0:
-        raise ValueError(f"guidance is {guidance}, but must be at least 0")
-    if layout not in ("grid", "flat", "geneval"):
-        raise ValueError(f"layout {layout!r} is unknown: choose 'grid', 'flat' or 'geneval'")
-    sampler = Sampler(out_dir or SHIPPED, find_device(config["device"]), steps, denoise, t_min)
-    model, grid = sampler.model, sampler.grid
-    captions, entries = read_prompts(sampler.settings)
-    if layout == "geneval" and not entries:
-        raise ValueError("layout 'geneval' makes a folder for each prompt: name a file of them in --prompts")
-    if layout != "grid" and show_trajectory:
-        raise ValueError(f"layout {layout!r} has no place for strips: leave show_trajectory out")
-    if decoder and not sampler.latents:
-        raise ValueError(f"decoder is {decoder!r}, but the model in {out_dir or SHIPPED} draws pictures: leave it out")
-    decode = load_exported(decoder, sampler.device) if decoder else None
-    sampler.encode(captions)  # a caption that cannot be encoded is told before anything is drawn
-    folder = Path(folder or Path(out_dir or "out") / "pictures")
-    if layout != "grid":
-        ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
-        ours |= {"iteration": sampler.iteration, "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
-        claim(folder / ".settings.json", ours,
-              f"{folder} holds pictures of other settings: choose another --folder, or remove it")
+def strip(levels, image, model):
+    """Of many levels (T+1, C, H, W) about eight, and the final image (C, H, W), side by side, noise first."""
+    shown = slice(None, None, -(-len(levels) // 9))
+    names = [f"t = {t:.2f}" for t in model.ts.flip(0)[shown].tolist()] + [f"denoise: {model.denoise}"]
+    return contact_sheet(torch.cat([levels.flip(0)[shown], image[None]]), names, columns=len(names))
 
 
-def path_of(i):
-    """Where picture i goes."""
+def path_of(folder, i):
+    """Where image i goes."""
     if layout == "geneval":
         return folder / f"{i // num_samples:05d}" / "samples" / f"{i % num_samples:04d}.png"
     return folder / f"{i:04d}.png"
 
 
-@torch.inference_mode()
-def decoded(images):
-    """What to look at: the pictures that the decoder makes of normalised latents; without one, what was drawn."""
-    with one_line_errors():
-        return decode(sampler.plain_latents(images)).clamp(-1, 1) if decode else images
-
-
-def strip(x, image):
-    """A trajectory (T+1, N, D), of many levels about eight, and its picture (C, H, W) side by side, noise first."""
-    shown = slice(None, None, -(-len(grid) // 9))
-    levels = torch.cat([decoded(model.unpatchify(x.flip(0)[shown])), image[None]])
-    names = [f"t = {t:.2f}" for t in grid.flip(0)[shown].tolist()] + [f"denoise: {sampler.denoise}"]
-    return pictures.grid(levels, names, columns=len(levels))
-
-
-images, nlls = [], []
-wanted = [i for i in range(len(captions)) if layout == "grid" or not path_of(i).exists()]
-for start in range(0, len(wanted), batch_size):
-    numbers = wanted[start:start + batch_size]
-    batch, x, nll = sampler.draw([captions[i] for i in numbers], numbers, guidance, seed, levels=show_trajectory)
-    nlls += [] if nll is None else nll.tolist()
-    latents = sampler.plain_latents(batch).half().cpu().numpy() if sampler.latents else None
-    batch = decoded(batch)
-    if layout == "grid":
-        images.append(batch)
-    for j, i in enumerate(numbers):
-        if sampler.latents:
-            path_of(i).parent.mkdir(parents=True, exist_ok=True)
-            np.save(path_of(i).with_suffix(".npy"), latents[j])
-        pictures.save(pictures.picture(batch[j]), path_of(i))  # the last: a run that continues looks for it
-        if show_trajectory:
-            pictures.save(strip(x[j], batch[j]), path_of(i).with_name(f"{i:04d}_trajectory.png"))
-
-if layout == "grid":
-    labels = [f"{caption}\n{nll:.1f} nats" for caption, nll in zip(captions, nlls)] or captions
-    pictures.save(pictures.grid(torch.cat(images), labels), folder / "grid.png")
-if layout == "geneval":
+def write_geneval_sheets(folder, entries):
+    """What GenEval's scorer expects beside the samples of each prompt."""
     for number, entry in enumerate(entries):
         home = folder / f"{number:05d}"
         (home / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
         samples = [np.asarray(Image.open(home / "samples" / f"{k:04d}.png")) for k in range(num_samples)]
-        tensors = torch.as_tensor(np.stack(samples)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        pictures.save(pictures.grid(tensors, scale=1), home / "grid.png")
+        save_image(contact_sheet(to_pixels(np.stack(samples)).permute(0, 3, 1, 2), scale=1), home / "grid.png")
 
-for stage, seconds in sampler.seconds.items():
-    print(f"{stage}: {len(wanted) / seconds:.1f} images/s")
-if wanted:
-    print(f"all together: {len(wanted) / sum(sampler.seconds.values()):.1f} images/s on {sampler.device.type}")
-if nlls:
-    mean = sum(nlls) / len(nlls)
-    numbers = len(grid) * model.config.num_tokens * model.config.token_dim
-    print(f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers")
-print(f"wrote {folder / 'grid.png'}" if layout == "grid" else
-      f"wrote {len(wanted)} of {len(captions)} pictures into {folder}")
+
+@torch.no_grad()
+def main(config):
+    with one_line_errors():
+        at_least_one(config, "num_samples", "batch_size")
+        if guidance < 0:
+            raise ValueError(f"guidance is {guidance}, but must be at least 0")
+        if layout not in ("sheet", "flat", "geneval"):
+            raise ValueError(f"layout {layout!r} is unknown: choose 'sheet', 'flat' or 'geneval'")
+        model = load(out_dir or SHIPPED, device, steps, denoise, t_min)
+        captions, entries = read_prompts(model.settings)
+        if layout == "geneval" and not entries:
+            raise ValueError("layout 'geneval' makes a folder for each prompt: name a file of them in --prompts")
+        if layout != "sheet" and show_trajectory:
+            raise ValueError(f"layout {layout!r} has no place for strips: leave show_trajectory out")
+        if decoder and not model.latents:
+            raise ValueError(f"decoder is {decoder!r}, but this model makes images, not latents: leave it out")
+        decode = None
+        if decoder:
+            from plumbing.latents import load_exported  # and with it what encodes data sets
+            decode = load_exported(decoder, model.device)
+        model.encode(captions)  # a caption that cannot be encoded is told before anything is sampled
+        to = Path(folder or Path(out_dir or "out") / "images")
+        if layout != "sheet":
+            ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
+            ours |= {"iteration": model.iteration, "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
+            claim(to / ".settings.json", ours,
+                  f"{to} holds images of other settings: choose another --folder, or remove it")
+
+    def decoded(images):
+        """What to look at: the images that the decoder makes of normalised latents; without one, the samples."""
+        with one_line_errors():
+            return decode(model.plain_latents(images)).clamp(-1, 1) if decode else images
+
+    shown, nlls = [], []
+    wanted = [i for i in range(len(captions)) if layout == "sheet" or not path_of(to, i).exists()]
+    for start in range(0, len(wanted), batch_size):
+        numbers = wanted[start:start + batch_size]
+        samples, x, nll = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
+                                                    levels=show_trajectory)
+        images = decoded(samples)
+        nlls += [] if nll is None else nll.tolist()
+        shown += [images] if layout == "sheet" else []
+        for j, i in enumerate(numbers):
+            path = path_of(to, i)
+            if model.latents:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.save(path.with_suffix(".npy"), model.plain_latents(samples[j]).half().cpu().numpy())
+            save_image(to_pil(images[j]), path)  # the last: a run that continues looks for it
+            if show_trajectory:
+                levels = decoded(model.network.unpatchify(x[j]))
+                save_image(strip(levels, images[j], model), path.with_name(f"{i:04d}_trajectory.png"))
+    if layout == "sheet":
+        labels = [f"{caption}\n{nll:.1f} nats" for caption, nll in zip(captions, nlls)] or captions
+        save_image(contact_sheet(torch.cat(shown), labels), to / "sheet.png")
+    elif layout == "geneval":
+        write_geneval_sheets(to, entries)
+
+    for stage, seconds in model.seconds.items():
+        print(f"{stage}: {len(wanted) / seconds:.1f} images/s")
+    if wanted:
+        print(f"all together: {len(wanted) / sum(model.seconds.values()):.1f} images/s on {model.device.type}")
+    if nlls:
+        mean, numbers = sum(nlls) / len(nlls), x[0].numel()
+        print(f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers")
+    print(f"wrote {to / 'sheet.png'}" if layout == "sheet" else
+          f"wrote {len(wanted)} of {len(captions)} images into {to}")
+
+
+if __name__ == "__main__":
+    main(configure(globals()))

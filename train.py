@@ -1,28 +1,36 @@
 """Trains a Normalizing Trajectory Model; without arguments, on handwritten digits, minutes on a CPU.
 
     python train.py config/shapes.py --batch_size=32
-    torchrun --nproc_per_node=8 train.py config/shapes32.py
+    torchrun --nproc_per_node=8 train.py config/t2i.py
+    python train.py --out_dir=out/shapes --init_from=resume          # goes on, with the settings of the checkpoint
     python train.py config/digits_fm.py                              # flow matching instead: the peer
     python train.py config/digits_tune.py                            # an NTM that starts from it
     python train.py config/sit.py --init_from=sit:SiT-XL-2-256.pt    # or from published weights
     python train.py config/shapes_more.py                            # an NTM that goes on from another, on other terms
 
-Leaves in out_dir: ckpt.pt, log.jsonl and, from every validation, samples/ITERATION.png.
+Leaves in out_dir: ckpt.pt, log.jsonl, log.png and, from every validation, samples/ITERATION.png.
 """
 
+import copy
 import math
+from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
-import checkpoint
-import pictures
-from configurator import configure, one_line_errors
-from flow import forward_log_prob, forward_trajectory
-from loop import STARTS, find_start, fit, load_data, validation_batches
+from configurator import at_least_one, configure
+from data import get_tokenizer, open_dataset
+from flow import forward_trajectory
+from fm import FlowMatching
 from model import NTM, NTMConfig
-from ranks import all_sum, autocast, start_ranks
-from sit import load_sit
+from plumbing import checkpoint
+from plumbing.images import contact_sheet, save_image
+from plumbing.loader import Batches, validation_batches
+from plumbing.log import Progress
+from plumbing.optim import default_optimizer, learning_rate, make_optimizers, step, update_average
+from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, for_training, gradients_meet, job, leave_ranks,
+                              one_line_errors, start_ranks)
 
 # ---- run
 out_dir = "out/digits"
@@ -37,15 +45,15 @@ workers = 0  # processes that load data, per rank; 0: load in the training proce
 # ---- data
 dataset = "digits"
 data_dir = ""  # which shards: a folder, a glob, or NAME-{00000..00099}.tar; or where fashion's files are
-crop = "center"  # of the shards' pictures that are not square; or "random"
-flip = False  # mirror every second picture of the shards
+crop = "center"  # of the shards' images that are not square; or "random"
+flip = False  # mirror every second image of the shards
 latent_scale = 0.0  # what latents are multiplied by; 0: what `data.py encode` measured. SiT's want 0.18215
-bad_limit = 0.01  # the share of unusable examples, replaced by others, at which a run stops
+bad_limit = 0.01  # the fraction of unusable examples, replaced by others, at which a run stops
 image_size: int | tuple = 8
 channels = 1
 tokenizer = "captions"  # or "emoji", "gpt2", a file NAME.tiktoken; or "classes": captions are "class 0" to "class 999"
 text_len = 4  # caption tokens; longer captions are cut
-caption_dropout = 0.1  # share of captions replaced by the null caption, which guidance needs
+caption_dropout = 0.1  # fraction of captions replaced by the null caption, which guidance needs
 
 # ---- model
 patch_size = 2
@@ -58,7 +66,7 @@ transporter_layers = 2  # in each block
 transporter_heads = 2
 steps: int | tuple = 4  # T; a tuple of several makes one model for all of them
 shift: float | None = 0.5  # e^m of the time grid, low for toy pictures; None: from the number of tokens
-max_t_min = 0.05  # training draws t_0 uniformly below this
+max_t_min = 0.05  # training has t_0 uniform below this
 pairs = True  # train on one random step of each trajectory instead of all T
 aux_weight = 2.5  # of staying close to the flow-matching model one starts from; goes to 0 by a cosine
 
@@ -76,140 +84,237 @@ ema = 0.999  # decay of the averaged weights that sampling uses
 
 # ---- log
 log_interval = 50
-val_interval = 500  # iterations between validations, each with a sample grid and a checkpoint
+val_interval = 500  # iterations between validations, each with a sheet of samples and a checkpoint
 val_examples = 297
-t_min = 0.02  # where validation's trajectories and the sample grid end
-num_samples = 25  # in the grid
+t_min = 0.02  # where validation's trajectories and its samples end
+num_samples = 25  # on the sheet
 wandb_log = False  # the log to Weights & Biases as well
 wandb_project = "ntm"
 wandb_run_name = ""
 
-config = configure(globals())
-
+NETWORKS = {"ntm": NTM, "fm": FlowMatching}
 NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
 TRANSPORTER = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads")
 
+# ---------------------------------------------------------------------------------------------------------------
+# What a run starts from
 
-def starting_point(name):
-    """The trained network that init_from names, sit:PATH or the path of a checkpoint of flow matching or of an NTM, and
-    what it decides about an NTM that starts from it, {setting: value}."""
+
+def starting_point(name, device):
+    """The trained network that init_from names, sit:PATH or the path of a checkpoint of flow matching or of an NTM;
+    what it decides about an NTM that starts from it, {setting: value}; and its vocabulary, if it holds one."""
     if name.startswith("sit:"):
+        from plumbing.sit import load_sit
         network = load_sit(name.removeprefix("sit:"))
         decided = {key: getattr(network, key) for key in NETWORK if hasattr(network, key)}
         decided |= {"predictor": "sit", "tokenizer": f"classes:{network.classes}", "text_len": 1}
-        return network, decided | {"parametrization": "posterior"}
+        return network, decided | {"parametrization": "posterior"}, None
     if not Path(name).exists():
-        raise ValueError(f"init_from {name!r} is neither {', '.join(map(repr, STARTS))}, sit:PATH nor a file")
-    trained = checkpoint.load(name, "fm", "ntm", device=device)
-    network = checkpoint.network_of(trained, name, device)
-    decided = {key: trained["settings"][key] for key in NETWORK}
+        starts = ", ".join(map(repr, checkpoint.STARTS))
+        raise ValueError(f"init_from {name!r} is neither {starts}, sit:PATH nor a file")
+    network, trained = checkpoint.load_network(name, NETWORKS, device)
+    decided, vocabulary = {key: trained["settings"][key] for key in NETWORK}, trained.get("vocabulary")
     if trained["kind"] == "fm":
-        return network, decided | {"parametrization": "posterior", "predictor": "captions"}
+        return network, decided | {"parametrization": "posterior", "predictor": "captions"}, vocabulary
     decided |= {key: getattr(network.config, key) for key in (*TRANSPORTER, "parametrization", "predictor")}
-    return network, decided | {"aux_weight": 0.0}  # there is no flow-matching model to stay close to
+    return network, decided | {"aux_weight": 0.0}, vocabulary  # there is no flow-matching model to stay close to
 
 
-with one_line_errors():
-    device, rank, world = start_ranks(config["device"])
-    if objective not in ("ntm", "fm"):
-        raise ValueError(f"objective {objective!r} is unknown: choose 'ntm' or 'fm'")
-    base, decided, starts_anew = None, {}, init_from not in STARTS
-    resumed = find_start("scratch" if starts_anew else init_from, Path(out_dir) / "ckpt.pt", objective, device)
-    if starts_anew and objective == "fm":
+def start(config, device):
+    """Settles the settings by what the run starts from: a trained network, a checkpoint that it continues, or nothing.
+
+    Returns network, contents of the checkpoint, and vocabulary, None for what there is not.
+    """
+    path, init_from = Path(config["out_dir"]) / "ckpt.pt", config["init_from"]
+    other = init_from not in checkpoint.STARTS
+    resumed = checkpoint.find_start("scratch" if other else init_from, path, *NETWORKS, device=device)
+    if resumed:
+        checkpoint.keep_settings(config, resumed)
+        config |= {name: resumed["model_config"][name] for name in ("parametrization", "predictor")}
+        return None, resumed, resumed.get("vocabulary")
+    if not other:
+        return None, None, None
+    if config["objective"] == "fm":
         raise ValueError("only an NTM starts from another model: leave objective or init_from out")
-    if starts_anew and not resumed:
-        base, decided = starting_point(init_from)
-    elif resumed:
-        decided = resumed["settings"].get("decided", {})
-    config |= {**decided, "decided": decided}  # a resumed run has no need of what it started from
-    train_set, val_set, tokenizer = load_data(config)
-    if dataset == "shards" and train_set.latent:  # for whoever decodes what the model draws
-        config["latents"] = {"mean": train_set.mean.flatten().tolist(), "scale": train_set.scale.flatten().tolist()}
-    model_config = NTMConfig(vocab_size=tokenizer.vocab_size, **{
-        name: config[name] for name in NTMConfig.__dataclass_fields__ if name in config})
-    grid = model_config.time_grid(t_min).to(device)
-    torch.manual_seed(seed)  # the same initial weights on every rank
-    model = checkpoint.NETWORKS[objective](model_config).to(device)
-
-    frozen = None  # the flow-matching model one starts from, as the Gaussian reverse step that it is
-    if model_config.parametrization == "posterior" and config["aux_weight"]:
-        frozen = NTM(model_config).to(device).requires_grad_(False).eval()
-        if resumed and "frozen" not in resumed:
-            raise ValueError(f"{out_dir}/ckpt.pt was trained with aux_weight 0: resume it with --aux_weight=0")
-    if isinstance(base, NTM):
-        model.load_state_dict(base.state_dict())
-    elif base:
-        model.predictor.adopt(base)
-    if frozen:
-        frozen.predictor.load_state_dict(resumed["frozen"] if resumed else model.predictor.state_dict())
+    base, decided, vocabulary = starting_point(init_from, device)
+    for key in config.given & decided.keys():
+        if checkpoint.plain(config[key]) != checkpoint.plain(decided[key]):
+            raise ValueError(f"{key} is {config[key]!r}, but {init_from} decides it, {decided[key]!r}: leave it out")
+    config |= decided
+    return base, None, vocabulary
 
 
-def losses(network, images, text, draws, i):
-    """The loss; with a flow-matching model to start from, -log p plus the distance of the means to its own."""
+# ---------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def training_losses(network, frozen, images, text, randomness, config, i):
+    """{name: number} of iteration i, of which "loss" is minimised: -log p or the error of the velocity, per dimension.
+
+    frozen: the flow-matching model that an NTM started from, whose means it is to stay close to, or None. Equations
+    (16), (22) and (26) of docs/method.md.
+    """
     if not frozen:
-        return {"loss": network(images, text, draws)}
-    steps, ts, noise = draws
+        return {"loss": network(images, text, randomness)}
+    steps, ts, noise = randomness
     with torch.no_grad():
-        target, _ = frozen.gaussians(forward_trajectory(model.patchify(images), ts, noise=noise), ts, text, steps)
-    nll, aux = network(images, text, draws, target)
+        target, _ = frozen.gaussians(forward_trajectory(frozen.patchify(images), ts, noise=noise), ts, text, steps)
+    nll, aux = network(images, text, randomness, target)
     weight = config["aux_weight"] * 0.5 * (1 + math.cos(math.pi * i / config["max_iters"]))
     return {"loss": nll + weight * aux, "nll": nll, "aux": aux, "aux_weight": weight}
 
 
 @torch.no_grad()
-def validate(ema, i):
-    """What to log about the averaged model on held-out data, always at the same noise; and a grid of its samples."""
-    if rank == 0:
-        draw_samples(ema, f"{i:06d}")
-    batches = validation_batches(val_set, tokenizer, model_config.text_len, val_examples, device, rank, world)
-    return validate_ntm(ema, batches) if objective == "ntm" else validate_fm(ema, batches)
-
-
-def validate_ntm(ema, batches):
-    """Nats per dimension: -log p of each step of a trajectory, cleanest first, their mean val_loss, and val_bound, the
-    upper bound on -log p(x_{t_min}), which unlike the loss does not depend on the time grid."""
-    sums = torch.zeros(len(grid) + 1, device=device)  # of the steps, the bound, and the examples
+def validate(ema, batches, ts, config):
+    """What to log about the averaged model on held-out data, nats per dimension: val_step_k, -log p of each step of a
+    trajectory, cleanest first, their mean val_loss, and val_bound, the upper bound on -log p(x_{t_min}), which unlike
+    the loss does not depend on the time grid ts (T+1,). Of flow matching val_loss, the velocity's squared error."""
+    sums = torch.zeros(len(ts) + 1 if isinstance(ema, NTM) else 2, device=ts.device)  # over examples
     for images, text, _, generator in batches:
-        ts = grid.expand(len(images), -1)
-        x = forward_trajectory(ema.patchify(images), ts, generator)
-        with autocast(config, device):
-            nll = ema.trajectory_nll(x, ts, text)
-        bound = nll.sum(dim=1, keepdim=True) + forward_log_prob(x, ts)[:, None]
-        sums += torch.cat([nll[:, :-1], bound, torch.ones_like(bound)], dim=1).sum(dim=0)
-    numbers = model_config.num_tokens * model_config.token_dim
-    *nll, bound = (all_sum(sums)[:-1] / sums[-1] / numbers).tolist()
+        with autocast(config, ts.device):
+            if isinstance(ema, NTM):
+                times = ts.expand(len(images), -1)
+                x = forward_trajectory(ema.patchify(images), times, generator)
+                nll, bound = ema.trajectory_bound(x, times, text)
+                values = torch.cat([nll[:, :-1], bound[:, None]], dim=1) / images[0].numel()
+            else:
+                values = ema(images, text, ema.randomness(len(images), ts.device, generator)).expand(len(images), 1)
+        sums += torch.cat([values, torch.ones_like(values[:, :1])], dim=1).sum(dim=0)
+    *means, _ = (all_sum(sums) / sums[-1]).tolist()
+    if not isinstance(ema, NTM):
+        return {"val_loss": means[0]}
+    *nll, bound = means
     return {"val_loss": sum(nll) / len(nll), "val_bound": bound, **{f"val_step_{k}": v for k, v in enumerate(nll)}}
 
 
-def validate_fm(ema, batches):
-    """val_loss, the mean squared error of the velocity per number."""
-    sums = torch.zeros(2, device=device)  # of the loss, and the examples
-    for images, text, _, generator in batches:
-        with autocast(config, device):
-            loss = ema(images, text, ema.draw(len(images), device, generator))
-        sums += torch.stack([loss * len(images), torch.tensor(len(images), device=device)])
-    return {"val_loss": (all_sum(sums)[0] / sums[1]).item()}
+def sample_images(ema, text, ts, generator):
+    """Samples for captions, always from the same noise; an NTM's are score-denoised."""
+    if not isinstance(ema, NTM):
+        return ema.unpatchify(ema.sample(text, generator=generator)[:, 0])
+    x = ema.invert(ema.sample(text, ts, generator=generator), ts)
+    return ema.unpatchify(ema.score_denoise(x, ts, text))
 
 
-def draw_samples(ema, name):
-    """A grid of samples for held-out captions, always from the same noise; an NTM's are score-denoised."""
-    _, text, captions, generator = next(validation_batches(
-        val_set, tokenizer, model_config.text_len, num_samples, device, batch_size=num_samples))
-    if objective == "fm":
-        tokens = ema.sample(text, generator=generator)[:, 0]
-    else:
-        x = ema.invert(ema.sample(text, grid, generator=generator), grid)
-        tokens = ema.score_denoise(x, grid, text)
-    pictures.save(pictures.grid(ema.unpatchify(tokens), captions), Path(out_dir) / "samples" / f"{name}.png")
+# ---------------------------------------------------------------------------------------------------------------
+# The run
 
 
-if rank == 0:
+def main(config):
+    with one_line_errors():
+        ranks = device, rank, world = start_ranks(config["device"])
+        base, resumed, vocabulary = start(config, device)
+        if config["objective"] not in NETWORKS:
+            raise ValueError(f"objective {config['objective']!r} is unknown: choose 'ntm' or 'fm'")
+        at_least_one(config, "batch_size", "grad_accum", "max_iters", "log_interval", "val_interval", "val_examples",
+                     "num_samples")
+        config["optimizer"] = config["optimizer"] or default_optimizer()
+        train_set, val_set = (open_dataset(config, split) for split in ("train", "val"))
+        tokenizer = get_tokenizer(config["tokenizer"], vocabulary)
+        if config["dataset"] == "shards" and train_set.latent:  # for whoever decodes what the model samples
+            config["latents"] = {"mean": train_set.mean.flatten().tolist(), "scale": train_set.scale.flatten().tolist()}
+        model_config = NTMConfig(vocab_size=tokenizer.vocab_size, **{
+            name: config[name] for name in NTMConfig.__dataclass_fields__ if name in config})
+        ts = model_config.time_grid(config["t_min"]).to(device)
+        path = Path(config["out_dir"]) / "ckpt.pt"
+
+        torch.manual_seed(config["seed"])  # the same initial weights on every rank
+        model, frozen = NETWORKS[config["objective"]](model_config).to(device), None
+        if model_config.parametrization == "posterior" and config["aux_weight"]:
+            frozen = NTM(model_config).to(device).requires_grad_(False).eval()
+            if resumed and "frozen" not in resumed:
+                raise ValueError(f"{path} was trained with aux_weight 0: resume it with --aux_weight=0")
+        if isinstance(base, NTM):
+            model.load_state_dict(base.state_dict())
+        elif base:
+            model.predictor.adopt(base)
+        if frozen:
+            frozen.predictor.load_state_dict(resumed["frozen"] if resumed else model.predictor.state_dict())
+        ema = copy.deepcopy(model).eval().requires_grad_(False)
+        optimizers = make_optimizers(model, config["optimizer"], config["weight_decay"], device)
+        if resumed:
+            checkpoint.resume(resumed, path, model, ema, optimizers, config, "objective", "optimizer", "tokenizer")
+        first = resumed["iter"] if resumed else 0
+        batches = Batches(train_set, tokenizer, model_config.text_len, config, first, ranks)
+        progress = Progress(path, "log.jsonl", config, first, (resumed or {}).get("counts", {}), rank)
+
+    network = for_training(model, config, device)
+    if rank == 0:
+        describe(model, base, config, train_set, f"{world} x {device.type}")
+
+    def save(i):
+        if rank == 0:
+            checkpoint.save(path, kind=config["objective"], model=model, ema=ema, optimizers=optimizers, iter=i,
+                            settings=config, vocabulary=tokenizer.vocabulary, job=job(), counts=progress.counts,
+                            **({"frozen": frozen.predictor.state_dict()} if frozen else {}))
+
+    def check(i):
+        """Validates the averaged model, and leaves samples for held-out captions."""
+        held_out = val_set, tokenizer, model_config.text_len
+        if rank == 0:
+            count = config["num_samples"]
+            _, text, captions, generator = next(validation_batches(*held_out, count, device, batch_size=count))
+            sheet = contact_sheet(sample_images(ema, text, ts, generator), captions)
+            save_image(sheet, path.parent / "samples" / f"{i:06d}.png")
+        of_this_rank = validation_batches(*held_out, config["val_examples"], device, rank, world)
+        progress.validated(i, validate(ema, of_this_rank, ts, config))
+
+    with Interrupt() as interrupt, batches, progress:
+        if progress.validation_missing():
+            check(first)
+        for i in range(first, config["max_iters"]):
+            # The batch, and all that is random about it: sampled for the whole batch, of which a rank keeps its rows.
+            images, text, generator = next(batches)
+            randomness = [a[batches.rows] for a in model.randomness(config["batch_size"], device, generator)]
+
+            # Forward and backward, in as many passes as memory needs; the ranks' gradients meet in the last one.
+            losses = Counter()
+            for k, (images, text, *randomness) in enumerate(batches.chunks(images, text, *randomness), 1):
+                with gradients_meet(network, k == batches.passes):
+                    with autocast(config, device):
+                        parts = training_losses(network, frozen, images, text, randomness, config, i)
+                    (parts["loss"] / batches.passes).backward()
+                for name, part in parts.items():
+                    losses[name] += torch.as_tensor(part).detach() / (batches.passes * world)
+
+            # Clip the gradient, and guard: every rank has the same numbers, so all of them skip an update or none does.
+            grad_norm = clip_grad_norm_(model.parameters(), config["grad_clip"]).item()
+            totals = all_sums({**losses, "asked": interrupt.asked, **batches.counts}, device)
+            losses = {name: totals[name] for name in losses}
+            finite = math.isfinite(losses["loss"]) and math.isfinite(grad_norm)
+
+            # Step, and average.
+            lr = learning_rate(config, i)
+            if finite:
+                step(optimizers, lr)
+                update_average(ema, model, config["ema"], i)
+            model.zero_grad(set_to_none=True)
+
+            # Log, save, validate.
+            i += 1  # iterations done
+            totals["skipped"] = not finite
+            progress.update(i, losses, lr, grad_norm, totals, batches.waited)
+            if progress.validation_due(i) or totals["asked"] or progress.spoilt:
+                save(i)  # before the validation, so that nothing that goes wrong there costs the weights
+            progress.stop_if_spoilt(i, batches.faults)
+            if progress.validation_due(i):
+                check(i)
+            if totals["asked"] and i < config["max_iters"]:
+                progress.interrupted(i)
+                break
+        leave_ranks()
+
+
+def describe(model, base, config, train_set, where):
+    """Says what is about to be trained, on what."""
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     parts = ", ".join(f"{name} {size:.2f}M" for name, size in sizes.items())
-    print(f"{sum(sizes.values()):.2f}M parameters ({parts}); {len(train_set):,} examples; on {world} x {device.type}")
-    for name, fault in list(train_set.header["faults"].items())[:10] if dataset == "shards" else ():
+    print(f"{sum(sizes.values()):.2f}M parameters ({parts}); {len(train_set):,} examples; on {where}")
+    for name, fault in list(train_set.header["faults"].items())[:10] if config["dataset"] == "shards" else ():
         print(f"{name} is damaged: {fault}")
     if base:
-        print(f"starts from {init_from}: " + ", ".join(f"{key} {value}" for key, value in decided.items()))
-fit(config, objective, model, train_set, tokenizer, model.draw, losses, validate, (device, rank, world), resumed,
-    keep={"frozen": frozen.predictor.state_dict()} if frozen else {})
+        decided = ", ".join(f"{key} {config[key]}" for key in (*NETWORK, *TRANSPORTER))
+        print(f"starts from {config['init_from']}: {decided}")
+
+
+if __name__ == "__main__":
+    main(configure(globals()))

@@ -1,4 +1,4 @@
-# Fashion-MNIST, 14x14. Half an hour on one core (115 pictures a second); val_loss -0.188, val_bound -1.332.
+# Fashion-MNIST, 14x14. Half an hour on one core (115 images a second); val_loss -0.188, val_bound -1.332.
 out_dir = "out/fashion"
 dataset = "fashion"
 image_size = 14

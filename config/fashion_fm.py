@@ -1,5 +1,5 @@
 # Flow matching on Fashion-MNIST, 14x14, with the network of config/fashion.py.
-# A quarter of an hour on one core (200 pictures a second); val_loss 0.197.
+# A quarter of an hour on one core (200 images a second); val_loss 0.197.
 objective = "fm"
 out_dir = "out/fashion_fm"
 dataset = "fashion"

@@ -1,4 +1,4 @@
-# Coloured shapes, 16x16. 55 minutes on one core (80 pictures a second); val_loss -0.416, val_bound -2.241.
+# Coloured shapes, 16x16. 55 minutes on one core (80 images a second); val_loss -0.416, val_bound -2.241.
 out_dir = "out/shapes"
 dataset = "shapes"
 image_size = 16

@@ -1,5 +1,5 @@
 # Flow matching on coloured shapes, 16x16, with the network of config/shapes.py: a start for config/shapes_tune.py.
-# Half an hour on one core (200 pictures a second); val_loss 0.051.
+# Half an hour on one core (200 images a second); val_loss 0.051.
 objective = "fm"
 out_dir = "out/shapes_fm"
 dataset = "shapes"

@@ -15,9 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-from shards import write_shard
+from fm import FlowMatching
+from model import NTM, Denoiser
+from plumbing import checkpoint
+from plumbing.shards import write_shard
 
+NETWORKS = {"ntm": NTM, "fm": FlowMatching, "denoiser": Denoiser}
 ROOT = Path(__file__).parent.parent
 SHORT = ["--device=cpu", "--batch_size=8", "--max_iters=6", "--val_interval=3", "--val_examples=16", "--num_samples=4",
          "--log_interval=1", "--warmup_iters=2", "--optimizer=adamw", "--lr=2e-3"]
@@ -96,7 +99,7 @@ def start(*command):
 def load(out, kind):
     """The averaged network that a folder holds."""
     path = out / ("denoiser.pt" if kind == "denoiser" else "ckpt.pt")
-    return checkpoint.network_of(checkpoint.load(path, kind), path)
+    return checkpoint.load_network(path, {kind: NETWORKS[kind]})[0]
 
 
 def pixels(path):

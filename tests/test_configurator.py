@@ -40,6 +40,7 @@ decay: int | float = 0
 _private = 1
 first, second = 1, 2
 alias = other = 3
+KINDS = "a", "b"
 weights = [1, 2]
 for loop in range(2):
     nested = loop
@@ -97,11 +98,11 @@ def write(tmp_path):
 
 def test_defaults_come_back_whole_and_in_the_order_of_the_script(run):
     config = run()["config"]
-    assert type(config) is dict
+    assert isinstance(config, dict) and config.given == set()
     assert list(config.items()) == list(DEFAULTS.items())
 
 
-@pytest.mark.parametrize("name", ["_private", "first", "second", "alias", "other", "weights", "loop", "nested",
+@pytest.mark.parametrize("name", ["_private", "first", "second", "alias", "other", "KINDS", "weights", "loop", "nested",
                                   "inside", "late", "pi", "os", "helper", "configure"])
 def test_other_names_are_no_settings(fails, name):
     assert fails(f"--{name}=1").startswith(f"config key {name!r} is unknown; ")
@@ -111,6 +112,11 @@ def test_overrides_reach_the_globals_the_config_and_nothing_else(run):
     names = run("--batch_size=8", "--prompt=x")
     assert (names["batch_size"], names["prompt"]) == (8, "x")
     assert list(names["config"].items()) == list((DEFAULTS | {"batch_size": 8, "prompt": "x"}).items())
+
+
+def test_names_that_the_command_line_gives_are_told(run, tmp_path):
+    (tmp_path / "small.py").write_text("batch_size = 64\n")  # the default, but given
+    assert run(str(tmp_path / "small.py"), "--steps=8")["config"].given == {"batch_size", "steps"}
 
 
 def test_a_wrong_argument_leaves_the_settings_alone(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import data
-import pictures
-import shapes
+from plumbing import prepare, shapes
+from plumbing.images import FONT_SIZE, GAP, ImageFont, contact_sheet, dequantize, to_pixels, to_uint8, wrap
 
 
 def write_idx(path, array):
@@ -48,27 +48,27 @@ def same(a, b):
 
 def test_every_level_survives_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8)
-    pixels = pictures.to_pixels(levels)
+    pixels = to_pixels(levels)
     assert pixels.dtype == torch.float32
     assert torch.equal(pixels.double(), (2 * levels.double() + 1) / 256 - 1)
-    assert torch.equal(pictures.to_uint8(pixels), levels)
-    assert pictures.to_uint8(torch.tensor([-9.0, -1.0, 1.0, 9.0])).tolist() == [0, 0, 255, 255]
+    assert torch.equal(to_uint8(pixels), levels)
+    assert to_uint8(torch.tensor([-9.0, -1.0, 1.0, 9.0])).tolist() == [0, 0, 255, 255]
 
 
 def test_dequantize_fills_the_bin_and_no_more():
     levels = torch.arange(256, dtype=torch.uint8).repeat(4_000)
-    pixels = pictures.to_pixels(levels)
-    spread = pictures.dequantize(pixels, torch.Generator().manual_seed(0))
-    assert torch.equal(pictures.to_uint8(spread), levels)  # not one of a million pixels leaves its bin
-    within = (spread - pixels) * 128  # uniform in [-1/2, 1/2)
+    pixels = to_pixels(levels)
+    noisy = dequantize(pixels, torch.Generator().manual_seed(0))
+    assert torch.equal(to_uint8(noisy), levels)  # not one of a million pixels leaves its bin
+    within = (noisy - pixels) * 128  # uniform in [-1/2, 1/2)
     assert within.min() < -0.4999 and within.max() > 0.4999
     assert within.mean().abs() < 1e-3 and within.std() == pytest.approx(12**-0.5, abs=1e-3)
 
 
 def test_dequantize_is_fresh_unless_told_otherwise():
     pixels = torch.zeros(100)
-    assert not torch.equal(pictures.dequantize(pixels), pictures.dequantize(pixels))
-    assert torch.equal(*(pictures.dequantize(pixels, torch.Generator().manual_seed(1)) for _ in range(2)))
+    assert not torch.equal(dequantize(pixels), dequantize(pixels))
+    assert torch.equal(*(dequantize(pixels, torch.Generator().manual_seed(1)) for _ in range(2)))
 
 
 # -----------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_items_are_8_bit_images_with_captions(fashion):
     for ds, shape in zip(every_set(fashion), [(3, 16, 16), (1, 16, 16), (1, 8, 8), (1, 28, 28), (3, 14, 14)]):
         image, caption = ds[7]
         assert image.shape == shape and image.dtype == torch.float32
-        assert torch.equal(image, pictures.to_pixels(pictures.to_uint8(image)))
+        assert torch.equal(image, to_pixels(to_uint8(image)))
         assert isinstance(caption, str) and caption
 
 
@@ -89,6 +89,7 @@ def test_item_is_a_function_of_seed_and_number(fashion):
             batch = ds.__getitems__(list(range(20)))
             assert all(same(item, again[i]) for i, item in enumerate(batch))
             assert same(batch[11], ds[np.int64(11)]) and same(batch[11], ds[torch.tensor(11)])
+            assert all(type(item) is type(ds[0]) and len(item) == 2 for item in batch)
             assert [caption for _, caption in batch] != [other[i][1] for i in range(20)]
 
 
@@ -118,11 +119,11 @@ def test_shapes_are_the_scenes_of_shapes_py():
     assert len(ds) == 10_000 and len(data.get_dataset("shapes", "train", 16, 3)) == 1_000_000
     scene = shapes.scenes(5, numbers)
     images, captions = zip(*ds.__getitems__([0, 1, 2]))
-    assert torch.equal(pictures.to_uint8(torch.stack(images)), torch.as_tensor(shapes.render(scene, 16)))
+    assert torch.equal(to_uint8(torch.stack(images)), torch.as_tensor(shapes.render(scene, 16)))
     assert list(captions) == shapes.captions(scene)
 
 
-def test_shapes_train_and_val_have_no_picture_in_common():
+def test_shapes_train_and_val_have_no_image_in_common():
     train, val = (data.get_dataset("shapes", split, 16, 3).__getitems__(list(range(10_000)))
                   for split in ("train", "val"))
     pixels = [{image.numpy().tobytes() for image, _ in items} for items in (train, val)]
@@ -153,8 +154,8 @@ def test_fashion_sizes_channels_and_captions(fashion):
     full, half, colour = (data.get_dataset("fashion", "train", size, channels, data_dir=str(fashion))
                           for size, channels in ((28, 1), (14, 1), (14, 3)))
     assert len(full) == 40 and len(data.get_dataset("fashion", "val", 28, 1, data_dir=str(fashion))) == 20
-    block = pictures.to_uint8(full[3][0])[0, 4:6, 10:12].float()
-    assert pictures.to_uint8(half[3][0])[0, 2, 5] == int(block.mean() + 0.5)
+    block = to_uint8(full[3][0])[0, 4:6, 10:12].float()
+    assert to_uint8(half[3][0])[0, 2, 5] == int(block.mean() + 0.5)
     assert torch.equal(colour[3][0], half[3][0].expand(3, 14, 14))
     for i in range(40):
         assert full[i][1] in data.WORDINGS["fashion"][full.label(i)]
@@ -250,26 +251,26 @@ def test_vocabulary_is_reproducible():
 
 
 # -----------------------------------------------------------------------------
-# pictures and the command line
+# contact sheets and the command line
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grid_shows_every_image_and_caption(channels):
-    images = pictures.to_pixels(torch.randint(256, (5, channels, 16, 16), dtype=torch.uint8))
-    sheet = pictures.grid(images, ["a long caption that needs more than one line"] * 5, columns=3)
-    bare = pictures.grid(images, columns=3)
-    assert bare.size == (3 * (96 + pictures.GAP) + pictures.GAP, 2 * (96 + pictures.GAP) + pictures.GAP)
+def test_contact_sheet_shows_every_image_and_caption(channels):
+    images = to_pixels(torch.randint(256, (5, channels, 16, 16), dtype=torch.uint8))
+    sheet = contact_sheet(images, ["a long caption that needs more than one line"] * 5, columns=3)
+    bare = contact_sheet(images, columns=3)
+    assert bare.size == (3 * (96 + GAP) + GAP, 2 * (96 + GAP) + GAP)
     assert sheet.width == bare.width and sheet.height > bare.height + 60
-    cell = np.asarray(bare)[pictures.GAP:pictures.GAP + 96:6, pictures.GAP:pictures.GAP + 96:6]
-    assert (cell.transpose(2, 0, 1) == pictures.to_uint8(images[0]).expand(3, 16, 16).numpy()).all()
-    under = np.asarray(sheet)[pictures.GAP + 96:pictures.GAP + 150, :96]
+    cell = np.asarray(bare)[GAP:GAP + 96:6, GAP:GAP + 96:6]
+    assert (cell.transpose(2, 0, 1) == to_uint8(images[0]).expand(3, 16, 16).numpy()).all()
+    under = np.asarray(sheet)[GAP + 96:GAP + 150, :96]
     assert (under < 100).any()  # ink
 
 
-def test_grid_scale_and_wrapping():
-    assert pictures.grid(torch.zeros(1, 1, 28, 28), scale=2).size == (56 + 2 * pictures.GAP,) * 2
-    font = pictures.ImageFont.load_default(pictures.FONT_SIZE)
-    lines = pictures.wrap("a purple triangle left of a yellow square", font, 96).split("\n")
+def test_contact_sheet_scale_and_wrapping():
+    assert contact_sheet(torch.zeros(1, 1, 28, 28), scale=2).size == (56 + 2 * GAP,) * 2
+    font = ImageFont.load_default(FONT_SIZE)
+    lines = wrap("a purple triangle left of a yellow square", font, 96).split("\n")
     assert " ".join(lines) == "a purple triangle left of a yellow square"
     assert len(lines) > 1 and max(font.getlength(line) for line in lines) <= 96
 
@@ -279,7 +280,7 @@ def run(monkeypatch, *arguments):
     data.main()
 
 
-def test_command_prints_and_draws(monkeypatch, capsys, tmp_path, fashion):
+def test_command_prints_and_leaves_a_contact_sheet(monkeypatch, capsys, tmp_path, fashion):
     for name in ("shapes", "digits", "fashion"):
         out = tmp_path / "new" / f"{name}.png"
         run(monkeypatch, name, f"--data_dir={fashion}", f"--out={out}")
@@ -292,7 +293,7 @@ def test_command_prints_and_draws(monkeypatch, capsys, tmp_path, fashion):
 
 def test_command_makes_the_vocabulary(monkeypatch, tmp_path):
     shipped = (data.ASSETS / "captions.tiktoken").read_bytes()
-    monkeypatch.setattr(data, "ASSETS", tmp_path)
+    monkeypatch.setattr(prepare, "ASSETS", tmp_path)
     run(monkeypatch, "vocab")
     assert (tmp_path / "captions.tiktoken").read_bytes() == shipped
 
@@ -318,6 +319,6 @@ def test_command_exits_with_a_status_and_no_traceback():
 
 
 def test_captions_keep_their_lines_and_are_broken_to_fit():
-    font = pictures.ImageFont.load_default(13)
-    assert pictures.wrap("a bag\n-3.0 nats", font, 500) == "a bag\n-3.0 nats"
-    assert pictures.wrap("a red circle above a blue square", font, 60).count("\n") >= 2
+    font = ImageFont.load_default(13)
+    assert wrap("a bag\n-3.0 nats", font, 500) == "a bag\n-3.0 nats"
+    assert wrap("a red circle above a blue square", font, 60).count("\n") >= 2

@@ -1,4 +1,4 @@
-"""The detector on pictures whose content is known: renderings, scenes made by hand, and what is no scene at all."""
+"""The detector on images whose content is known: rendered scenes, scenes made by hand, and images that are no scene."""
 from collections import Counter
 
 import numpy as np
@@ -6,25 +6,24 @@ import pytest
 import torch
 
 import data
-import detector
-import pictures
-import shapes
-from detector import TASKS, detect, follows, parse, task_prompts
-from shapes import COLOURS, KINDS, NUMBERS, RELATIONS, SHAPES
+from plumbing import detector, shapes
+from plumbing.detector import TASKS, detect, follows, parse, task_prompts
+from plumbing.images import to_pixels
+from plumbing.shapes import COLOURS, KINDS, NUMBERS, RELATIONS, SHAPES
 
 
-def draw(*things, size=16):
-    """A picture (3, S, S) in [-1, 1] of things (colour, shape, x, y[, radius])."""
+def scene_image(*things, size=16):
+    """An image (3, S, S) in [-1, 1] of things (colour, shape, x, y[, radius])."""
     things = [(*thing, 0.15)[:5] for thing in things]
     rows = [[*column, *[column[0]] * (4 - len(things))] for column in zip(*things)]
     colour, shape = ([list(names).index(name) for name in row] for names, row in zip((COLOURS, SHAPES), rows))
     scene = shapes.Scene(*(np.array(a)[None] for a in (0, 0, len(things), shape, colour, *rows[2:])))
-    return pictures.to_pixels(shapes.render(scene, size)[0])
+    return to_pixels(shapes.render(scene, size)[0])
 
 
 def paint(mask, colour):
-    """A boolean picture (S, S) in one paint (three 8-bit numbers) on the ground."""
-    return pictures.to_pixels(np.where(mask, np.reshape(colour, (3, 1, 1)), np.reshape(shapes.GROUND, (3, 1, 1))))
+    """A boolean mask (S, S) in one paint (three 8-bit numbers) on the ground."""
+    return to_pixels(np.where(mask, np.reshape(colour, (3, 1, 1)), np.reshape(shapes.GROUND, (3, 1, 1))))
 
 
 def changed(caption):
@@ -66,7 +65,7 @@ def test_changed_captions_are_captions_of_all_kinds():
 @pytest.mark.parametrize("size", [16, 32])
 def test_objects_are_found_where_they_are(size):
     scene = shapes.scenes(0, range(300))
-    for b, image in enumerate(pictures.to_pixels(shapes.render(scene, size))):
+    for b, image in enumerate(to_pixels(shapes.render(scene, size))):
         for thing in detect(image):
             miss = np.hypot(scene.x[b] - thing.x, scene.y[b] - thing.y)[:scene.count[b]]
             k = miss.argmin()
@@ -79,17 +78,17 @@ def test_objects_are_found_where_they_are(size):
 def test_no_more_and_no_less():
     circle, other = ("red", "circle", 0.25, 0.25), ("red", "circle", 0.75, 0.75)
     square = ("blue", "square", 0.75, 0.25)
-    assert follows(draw(circle, other), "two red circles")
-    assert not follows(draw(circle), "two red circles")
-    assert not follows(draw(circle, other), "a red circle")
-    assert not follows(draw(circle, other, square), "two red circles")
-    assert not follows(draw(circle, other, square), "a red circle and a blue square")
-    assert follows(draw(circle, square), "a blue square and a red circle")
-    assert not follows(draw(square), "a red circle and a blue square")
+    assert follows(scene_image(circle, other), "two red circles")
+    assert not follows(scene_image(circle), "two red circles")
+    assert not follows(scene_image(circle, other), "a red circle")
+    assert not follows(scene_image(circle, other, square), "two red circles")
+    assert not follows(scene_image(circle, other, square), "a red circle and a blue square")
+    assert follows(scene_image(circle, square), "a blue square and a red circle")
+    assert not follows(scene_image(square), "a red circle and a blue square")
 
 
 def test_speck_is_no_object_but_a_stranger_is():
-    image = draw(("red", "circle", 0.3, 0.3), size=32)
+    image = scene_image(("red", "circle", 0.3, 0.3), size=32)
     assert follows(image, "a red circle")
     image[:, 25, 25] = 1
     assert follows(image, "a red circle")
@@ -98,28 +97,28 @@ def test_speck_is_no_object_but_a_stranger_is():
     assert [(thing.colour, thing.shape) for thing in detect(image)] == [("red", "circle"), (None, "square")]
 
 
-@pytest.mark.parametrize("picture", [
+@pytest.mark.parametrize("image", [
     torch.full((3, 16, 16), -1.0), torch.ones(3, 16, 16), torch.zeros(3, 16, 16), torch.full((3, 16, 16), torch.nan),
     paint(np.ones((16, 16)), COLOURS["red"]),
     torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0)),
     torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1])
-def test_what_is_no_scene_follows_no_caption(picture):
+def test_what_is_no_scene_follows_no_caption(image):
     captions = {caption for _, caption in task_prompts(54)}
-    assert not any(follows(picture, caption) for caption in captions)
-    assert not any(follows(picture, caption, task) for task, caption in task_prompts(18))
+    assert not any(follows(image, caption) for caption in captions)
+    assert not any(follows(image, caption, task) for task, caption in task_prompts(18))
 
 
 def test_other_shapes_and_colours_have_no_name():
     y, x = np.mgrid[:32, :32] - 15.5  # pixels from the middle, y down
     red = COLOURS["red"]
     assert detect(paint(x**2 + y**2 < 100, red))[0].shape == "circle"
-    assert detect(paint(x**2 / 1.1 + y**2 * 1.1 < 100, red))[0].shape == "circle"  # a model's hand is not so sure
+    assert detect(paint(x**2 / 1.1 + y**2 * 1.1 < 100, red))[0].shape == "circle"  # samples are not exact
     for mask in (abs(x) + abs(y) < 10,  # a square on its corner
                  (2 * abs(x) + y < 10) & (abs(y) < 10),  # a triangle on its head
                  (abs(x) < 6) & (abs(y) < 12),  # twice as high as it is wide
                  (x**2 + y**2 < 100) & (x**2 + y**2 > 25),
-                 (x**2 + (y - 5) ** 2 < 30) | (x**2 + (y + 5) ** 2 < 30),  # two circles grown together
-                 abs(x) < 99):  # all of the picture
+                 (x**2 + (y - 5) ** 2 < 30) | (x**2 + (y + 5) ** 2 < 30),  # two merged circles
+                 abs(x) < 99):  # all of the image
         assert [thing.shape for thing in detect(paint(mask, red))] == [None]
     assert detect(paint(x**2 + y**2 < 100, (200, 60, 50)))[0].colour == "red"
     for colour in ((255, 130, 0), (160, 160, 160), (255, 255, 255), (150, 30, 25)):
@@ -135,14 +134,14 @@ def test_components_are_eight_connected():
 
 def test_one_relation_holds_at_a_time():
     for dx, dy, relation in [(0.5, 0.2, "left of"), (-0.5, 0.2, "right of"), (0.2, 0.5, "above"), (0.2, -0.5, "below")]:
-        image = draw(("red", "circle", 0.5 - dx / 2, 0.5 - dy / 2), ("blue", "square", 0.5 + dx / 2, 0.5 + dy / 2))
+        image = scene_image(("red", "circle", 0.5 - dx / 2, 0.5 - dy / 2), ("blue", "square", 0.5 + dx / 2, 0.5 + dy / 2))
         assert [r for r in RELATIONS if follows(image, f"a red circle {r} a blue square")] == [relation]
 
 
 def test_tasks_look_at_one_side_of_the_caption():
     red, blue = ("red", "circle", 0.25, 0.25), ("blue", "square", 0.75, 0.25)
-    swapped = draw(("blue", "circle", 0.25, 0.25), ("red", "square", 0.75, 0.25))
-    both, two = draw(red, blue), draw(red, ("cyan", "circle", 0.75, 0.75))
+    swapped = scene_image(("blue", "circle", 0.25, 0.25), ("red", "square", 0.75, 0.25))
+    both, two = scene_image(red, blue), scene_image(red, ("cyan", "circle", 0.75, 0.75))
     assert follows(both, "a green circle", "single object")
     assert not follows(both, "a red triangle", "single object")
 
@@ -152,8 +151,8 @@ def test_tasks_look_at_one_side_of_the_caption():
     assert follows(both, pair, "colour attribution") and not follows(swapped, pair, "colour attribution")
 
     assert follows(two, "two green circles", "counting") and not follows(two, "three green circles", "counting")
-    assert follows(draw(red, blue, ("red", "circle", 0.75, 0.75)), "two red circles", "counting")
-    assert not follows(draw(red, ("red", "circle", 0.75, 0.25), ("red", "circle", 0.75, 0.75)), "two red circles",
+    assert follows(scene_image(red, blue, ("red", "circle", 0.75, 0.75)), "two red circles", "counting")
+    assert not follows(scene_image(red, ("red", "circle", 0.75, 0.25), ("red", "circle", 0.75, 0.75)), "two red circles",
                        "counting")
 
     assert follows(both, "a red circle", "colours") and not follows(swapped, "a red circle", "colours")
@@ -180,7 +179,7 @@ def test_task_prompts_are_captions_of_the_data_set():
 
 
 def test_arrays_and_tensors_of_any_kind_are_alike():
-    image = draw(("green", "triangle", 0.4, 0.5, 0.2))
+    image = scene_image(("green", "triangle", 0.4, 0.5, 0.2))
     for same in (image.numpy(), image.bfloat16(), image.double().requires_grad_(), image.numpy()[:, ::-1][:, ::-1]):
         assert follows(same, "a green triangle")
     assert detect(image * 5)[0][:2] == detect((image * 5).clamp(-1, 1))[0][:2]
@@ -189,19 +188,19 @@ def test_arrays_and_tensors_of_any_kind_are_alike():
 @pytest.mark.parametrize("caption", ["", "red circle", "a red circles", "two red circle", "five red circles",
                                      "a pink circle", "a red circle near a blue square", "A red circle", "a circle"])
 def test_other_captions_are_refused_in_one_line(caption):
-    with pytest.raises(ValueError, match="no caption of the shapes data set; 'a red circle'") as error:
-        follows(draw(("red", "circle", 0.5, 0.5)), caption)
+    with pytest.raises(ValueError, match="is not a caption of the shapes data set; 'a red circle'") as error:
+        follows(scene_image(("red", "circle", 0.5, 0.5)), caption)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (16, 16), (3, 16, 8), (2, 3, 16, 16)])
-def test_other_pictures_are_refused(shape):
-    with pytest.raises(ValueError, match=r"square pictures \(3, S, S\)"):
+def test_other_images_are_refused(shape):
+    with pytest.raises(ValueError, match=r"square images \(3, S, S\)"):
         follows(torch.zeros(shape), "a red circle")
 
 
-def test_tasks_refuse_what_they_do_not_ask():
-    image = draw(("red", "circle", 0.5, 0.5))
+def test_tasks_refuse_captions_of_other_kinds():
+    image = scene_image(("red", "circle", 0.5, 0.5))
     for task in ("counting", "colour"):
-        with pytest.raises(ValueError, match=f"task '{task}' does not ask 'a red circle'.*counting .several."):
+        with pytest.raises(ValueError, match=f"task '{task}' is not for 'a red circle'.*counting .several."):
             follows(image, "a red circle", task)

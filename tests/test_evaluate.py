@@ -1,17 +1,14 @@
 """evaluate.py: its numbers against closed forms, and the script on a small trained model."""
 import json
 import math
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from helpers import DISTILL, TRAIN, fails, on_ranks, pixels, run
-from PIL import Image
 from torch.distributions import MultivariateNormal
-from tqdm import tqdm
 
 import evaluate
-import pictures
 from flow import forward_trajectory, reverse_posterior, time_grid
 from model import NTM, NTMConfig
 
@@ -27,9 +24,9 @@ class ExactReverse(NTM):
     def predict(self, u, t, s, steps, text):
         A, B, C = (a[:, None, None] for a in reverse_posterior(t, s))
         t = t[:, None, None]
-        spread = (1 - t)**2 * STD**2 + t**2
-        x0 = MEAN + (1 - t) * STD**2 / spread * (u - (1 - t) * MEAN)
-        variance = C**2 + B**2 * STD**2 * t**2 / spread
+        marginal = (1 - t)**2 * STD**2 + t**2  # variance of x_t
+        x0 = MEAN + (1 - t) * STD**2 / marginal * (u - (1 - t) * MEAN)
+        variance = C**2 + B**2 * STD**2 * t**2 / marginal
         return A * u + B * x0, 0.5 * variance.log() * torch.ones_like(u)
 
 
@@ -38,7 +35,7 @@ def bound_of(model, t_min, count=2_000):
     ts = time_grid(4, t_min, 6, shift=1.0).double().expand(count, -1)
     x0 = MEAN + STD * torch.randn(count, 6, 4).double()
     x = forward_trajectory(x0, ts)
-    _, bound = evaluate.trajectory_bound(model, x, ts, TEXT.expand(count, -1))
+    _, bound = model.trajectory_bound(x, ts, TEXT.expand(count, -1))
     std = math.sqrt((1 - t_min)**2 * STD**2 + t_min**2)
     truth = -torch.distributions.Normal((1 - t_min) * MEAN, std).log_prob(x[:, 0]).sum(dim=(1, 2))
     return bound, truth
@@ -98,9 +95,9 @@ def test_nearest_labels():
 
 
 def test_standard_errors():
-    assert evaluate.share([True] * 3 + [False]) == {"mean": 0.75, "standard_error": math.sqrt(0.75 * 0.25 / 4)}
+    assert evaluate.proportion([True] * 3 + [False]) == {"mean": 0.75, "standard_error": math.sqrt(0.75 * 0.25 / 4)}
     values = torch.tensor([1.0, 2.0, 3.0])
-    assert evaluate.average(values) == pytest.approx({"mean": 2.0, "standard_error": 1 / math.sqrt(3)})
+    assert evaluate.mean_and_error(values) == pytest.approx({"mean": 2.0, "standard_error": 1 / math.sqrt(3)})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -115,28 +112,73 @@ def evaluated(*settings):
 
 def test_digits_in_all_parts(copied):
     results, printed = evaluated(f"--out_dir={copied}", "--val_examples=60", "--num_samples=40", "--steps=4,3",
-                                 "--batch_size=25", "--draws=2")
+                                 "--batch_size=25", "--trajectories=2")
     assert results["iteration"] == 100
     likelihood = results["likelihood"]
     for name in ("step 0", "step 1", "step 2", "step 3", "trajectory", "bound"):
         assert likelihood[name]["per_dimension"] == pytest.approx(likelihood[name]["mean"] / 64)
     assert 0 < likelihood["bits per dimension"]["mean"] < 12
-    assert {name for name in results if name.startswith("pictures")} == {
-        f"pictures, {count} steps, {way}" for count in (4, 3) for way in ("none", "score", "learned")}
-    drawn = results["pictures, 4 steps, learned"]
-    assert drawn["frechet_distance"] > 0 and drawn["images_per_s"] > 0
-    assert 0 <= drawn["nearest_is_of_the_class"]["mean"] <= 1
+    assert {name for name in results if name.startswith("samples")} == {
+        f"samples, {count} steps, {way}" for count in (4, 3) for way in ("none", "score", "learned")}
+    learned = results["samples, 4 steps, learned"]
+    assert learned["frechet_distance"] > 0 and learned["images_per_s"] > 0
+    assert 0 <= learned["nearest_is_of_the_class"]["mean"] <= 1
     assert results["classifier"]["accuracy"].keys() == {"mean", "standard_error"}
     assert results["outliers"]["noise, by trajectory"] > 0.9
     assert pixels(copied / "evaluate" / "ntm_4_learned.png").shape[1] > 900
+    assert pixels(copied / "evaluate" / "quality.png").shape[1] > 900  # two panels
     for word in ("bits per dimension", "accuracy", "±", "wrote"):
         assert word in printed
 
 
+def test_parts_are_printed_as_they_finish(trained, monkeypatch, capsys):
+    for name, value in {"out_dir": str(trained), "parts": "likelihood,classifier", "val_examples": 20,
+                        "device": "cpu"}.items():
+        monkeypatch.setattr(evaluate, name, value)
+
+    def broken(*_):
+        raise ValueError("no classifier today")
+
+    monkeypatch.setitem(evaluate.PARTS, "classifier", broken)
+    with pytest.raises(SystemExit, match="no classifier today"):
+        evaluate.main(vars(evaluate))
+    printed = capsys.readouterr().out
+    assert "likelihood" in printed and "bits per dimension" in printed and "wrote" not in printed
+
+
+def quality_of(kind, steps, denoise, images_per_s, guidance=1.0, **measured):
+    model = SimpleNamespace(kind=kind, ts=torch.zeros(steps + 1), denoise=denoise)
+    return model, guidance, {"images_per_s": images_per_s, **measured}
+
+
+def test_quality_is_plotted_against_steps_and_speed_or_guidance(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(evaluate, "plot", lambda panels, x_label: seen.update(panels) or "image")
+    assert evaluate.plot_quality([quality_of("ntm", 8, "score", 10.0, overall={"mean": 0.9}),
+                                  quality_of("ntm", 4, "score", 20.0, overall={"mean": 0.8}),
+                                  quality_of("fm", 4, "none", 40.0, overall={"mean": 0.3})]) == "image"
+    assert seen == {
+        "overall score against steps": {"denoise: score": [(4, 0.8), (8, 0.9)], "flow matching": [(4, 0.3)]},
+        "overall score against images/s": {"denoise: score": [(20, 0.8), (10, 0.9)], "flow matching": [(40, 0.3)]}}
+    seen.clear()
+    evaluate.plot_quality([quality_of("ntm", 4, "none", 9.0, w, frechet_distance=1 + w) for w in (2.0, 0.0)])
+    assert seen == {"Frechet distance against guidance": {"denoise: none": [(0, 1), (2, 3)]}}
+    assert evaluate.plot_quality([quality_of("ntm", steps, "none", 1.0) for steps in (4, 8)]) is None
+
+
+def test_several_guidances_are_measured_side_by_side(copied):
+    results, _ = evaluated(f"--out_dir={copied}", "--parts=samples", "--num_samples=10", "--guidance=0,2.5",
+                           "--denoise=none")
+    assert {title for title in results if title.startswith("samples")} == {
+        "samples, 4 steps, none, guidance 0", "samples, 4 steps, none, guidance 2.5"}
+    assert pixels(copied / "evaluate" / "quality.png").any()
+    assert "vary one at a time" in fails("evaluate.py", f"--out_dir={copied}", "--guidance=0,1", "--steps=2,4")
+
+
 def test_three_ranks_measure_what_one_does(copied):
-    """Of three batches of pictures and two drawn ones, so that a rank has nothing to draw."""
+    """Of three batches of images and two of samples, so that a rank has nothing to sample."""
     settings = [f"--out_dir={copied}", "--device=cpu", "--val_examples=60", "--num_samples=40", "--batch_size=25",
-                "--draws=1", "--denoise=none,learned"]
+                "--trajectories=1", "--denoise=none,learned"]
     alone, _ = evaluated(*settings)
     printed = on_ranks(3, "evaluate.py", *settings)
     together = json.loads((copied / "evaluate.json").read_text())
@@ -148,12 +190,11 @@ def test_three_ranks_measure_what_one_does(copied):
 
 
 def test_classifier_counts_the_true_class(trained, monkeypatch):
-    for name, value in {"val_examples": 60, "batch_size": 25, "draws": 1}.items():
+    for name, value in {"val_examples": 60, "batch_size": 25, "trajectories": 1}.items():
         monkeypatch.setattr(evaluate, name, value)
     monkeypatch.setattr(evaluate, "caption_log_likelihoods", lambda model, x, *_: torch.eye(10)[[3] * len(x)])
     dataset = evaluate.get_dataset("digits", "val", 8, 1)
-    found = evaluate.evaluate_classifier(evaluate.Sampler(trained, torch.device("cpu"), 0, "none"), dataset,
-                                         tqdm(total=3))
+    found = evaluate.evaluate_classifier(evaluate.TrainedModel(trained, torch.device("cpu"), 0, "none"), dataset)
     assert found["accuracy"]["mean"] == sum(dataset.label(i) == 3 for i in range(60)) / 60 > 0
 
 
@@ -161,29 +202,24 @@ def test_shapes_follow_prompts_or_not(tmp_path):
     settings = [*TRAIN, "--dataset=shapes", "--image_size=16", "--channels=3", "--text_len=8", "--max_iters=2"]
     run("train.py", *settings, f"--out_dir={tmp_path}")
     run("distill.py", *DISTILL, f"--out_dir={tmp_path}", "--max_iters=1")
-    results, _ = evaluated(f"--out_dir={tmp_path}", "--val_examples=10", "--num_samples=12", "--draws=1")
-    tasks = results["pictures, 4 steps, learned"]
+    results, _ = evaluated(f"--out_dir={tmp_path}", "--val_examples=10", "--num_samples=12", "--trajectories=1")
+    tasks = results["samples, 4 steps, learned"]
     assert all(tasks[name]["mean"] == 0 for name in ("single object", "counting", "position", "strictly", "overall"))
     assert 0 <= results["classifier"]["accuracy"]["mean"] <= 1
     assert "digits, by bound" in results["outliers"]
+    assert not (tmp_path / "evaluate" / "quality.png").exists()  # of one step count
 
 
-def test_flow_matching_has_pictures_only(tmp_path):
+def test_flow_matching_has_samples_only(tmp_path):
     run("train.py", *TRAIN, "--objective=fm", f"--out_dir={tmp_path}", "--max_iters=2")
     results, _ = evaluated(f"--out_dir={tmp_path}", "--num_samples=10", "--steps=2,5")
-    assert set(results) == {"config", "iteration", "pictures, 2 steps", "pictures, 5 steps"}
-
-
-def test_rows_of_pictures_are_stacked(tmp_path):
-    for name, level in (("a", 0), ("b", 255)):
-        Image.fromarray(np.full((10, 20, 3), level, dtype=np.uint8)).save(tmp_path / f"{name}.png")
-    sheet = pictures.stack({name: Image.open(tmp_path / f"{name}.png") for name in "ab"})
-    assert sheet.width == 20 and sheet.height == 2 * (10 + 21)
+    assert set(results) == {"config", "iteration", "samples, 2 steps", "samples, 5 steps"}
+    assert pixels(tmp_path / "evaluate" / "quality.png").shape[1] > 900
 
 
 @pytest.mark.parametrize("settings, parts", [(["--parts=likelihood,fid"], ["'fid'", "classifier"]),
                                              (["--denoise=blur"], ["'blur'", "'score'"]),
-                                             (["--draws=0"], ["draws is 0"]),
+                                             (["--trajectories=0"], ["trajectories is 0"]),
                                              (["--out_dir=nowhere"], ["nowhere/ckpt.pt", "train.py"])])
 def test_wrong_settings_are_named(trained, settings, parts):
     line = fails("evaluate.py", f"--out_dir={trained}", *settings)

@@ -12,8 +12,8 @@ import pytest
 from helpers import (DISTILL, ROOT, TRAIN, assert_close_training, contents, fails, on_ranks, read_log_without_speed,
                      run, same, same_training, start, torchrun, training_lines)
 
-import checkpoint
 from model import NTM
+from plumbing import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------
 # Many processes
@@ -34,8 +34,8 @@ def forward_badly(*args):
     return loss * float("nan") if rank == "1" and len(calls) == 3 else loss
 
 NTM.forward = forward_badly
-model = runpy.run_path({script!r}, run_name="__main__")["model"]
-torch.save(model.state_dict(), os.path.join({out!r}, f"rank{{rank}}.pt"))
+runpy.run_path({script!r}, run_name="__main__")
+torch.save(calls[0][0].state_dict(), os.path.join({out!r}, f"rank{{rank}}.pt"))
 """
 
 

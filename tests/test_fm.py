@@ -1,5 +1,6 @@
 """Flow matching, and an NTM that starts from it: at first it is the Gaussian reverse step, to rounding."""
 import math
+import re
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from conftest import randomize
 from helpers import (DISTILL, SAMPLE, TRAIN, assert_close_training, contents, fails, interrupted_run, load, on_ranks,
                      pixels, read_log, read_log_without_speed, run, same, same_training, training_lines)
 
-import checkpoint
+from plumbing import checkpoint
 from flow import forward_trajectory, time_grid
 from fm import FlowMatching
 from model import NTM, NTMConfig, null_caption
@@ -46,7 +47,7 @@ def test_loss_is_the_error_of_the_velocity(network):
 
 
 def test_times_are_logit_normal():
-    t, noise = FlowMatching(NTMConfig(**TINY)).draw(20_000, generator=torch.Generator().manual_seed(0))
+    t, noise = FlowMatching(NTMConfig(**TINY)).randomness(20_000, generator=torch.Generator().manual_seed(0))
     assert noise.shape == (20_000, 6, 4)
     logits = t.logit()
     assert logits.mean() == pytest.approx(0, abs=0.03) and logits.std() == pytest.approx(1, abs=0.03)
@@ -132,14 +133,14 @@ def test_likelihood_of_the_start_is_that_of_the_gaussians(network, model):
 
 def test_what_starts_at_zero_learns(model):
     images = torch.rand(3, 1, 4, 6).double()
-    model(images, TEXT, [a.double() if a.is_floating_point() else a for a in model.draw(3)]).backward()
+    model(images, TEXT, [a.double() if a.is_floating_point() else a for a in model.randomness(3)]).backward()
     heads, times = model.predictor.head.weight.grad, model.predictor.trunk.time.mlp[0].weight.grad
     assert heads[4:].abs().min() > 0  # the scale
     assert times[:, 64:].abs().sum(dim=0).min() > 0  # s and 1/T
 
 
 def test_target_adds_the_distance_of_the_means(model):
-    images, draws = torch.rand(3, 1, 4, 6), model.float().draw(3, generator=torch.Generator().manual_seed(0))
+    images, draws = torch.rand(3, 1, 4, 6), model.float().randomness(3, generator=torch.Generator().manual_seed(0))
     steps, ts, noise = draws
     x = forward_trajectory(model.patchify(images), ts, noise=noise)
     means, _ = model.gaussians(x, ts, TEXT, steps)  # the transporter is the identity: u = x
@@ -175,7 +176,7 @@ def test_flow_matching_learns_and_draws(base, tmp_path):
 
     _, printed = run("sample.py", *SAMPLE, f"--out_dir={base}", "--steps=12", "--show_trajectory=True")
     assert "sampling in 12 steps" in printed and "NLL" not in printed
-    folder = base / "pictures"
+    folder = base / "images"
     assert len(list(folder.glob("0???.png"))) == len(list(folder.glob("????_trajectory.png"))) == 5
     assert pixels(folder / "0000_trajectory.png").shape[1] < 10 * 110  # not all of the 13 levels
     whole = pixels(folder / "0004.png")
@@ -195,14 +196,14 @@ def test_flow_matching_resumes_bit_for_bit(tmp_path):
 
 
 def test_fine_tuning_logs_both_losses_and_anneals(tune, tmp_path):
-    names, _ = run("train.py", *tune, "--max_iters=8")
+    run("train.py", *tune, "--max_iters=8")
     lines = training_lines(tmp_path / "log.jsonl")
     weights = [1.25 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
     assert [line["aux_weight"] for line in lines] == pytest.approx(weights, rel=1e-5)
     for line in lines:
         assert line["loss"] == pytest.approx(line["nll"] + line["aux_weight"] * line["aux"], rel=1e-4)
     assert lines[0]["aux"] < 1e-10 < lines[-1]["aux"]  # it starts where the frozen copy is
-    assert names["model"].config.parametrization == "posterior"
+    assert load(tmp_path, "ntm").config.parametrization == "posterior"
     assert all(line["skipped"] == 0 for line in lines)
 
 
@@ -242,19 +243,23 @@ def test_fine_tuning_without_the_auxiliary_loss(tune, tmp_path):
     run("train.py", *tune, "--aux_weight=0")
     assert "frozen" not in contents(tmp_path / "ckpt.pt")
     assert "aux" not in training_lines(tmp_path / "log.jsonl")[0]
-    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume")
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume", "--aux_weight=2")
     assert "resume it with --aux_weight=0" in line
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume")  # as the checkpoint says
 
 
 def test_the_base_decides_about_the_network(tune, tmp_path):
-    _, printed = run("train.py", *tune, "--max_iters=1", "--width=24", "--depth=3")
-    assert contents(tmp_path / "ckpt.pt")["model_config"]["width"] == 16
+    line = fails("train.py", *tune, "--max_iters=1", "--width=24", "--depth=3")
+    assert re.search(r"(width is 24|depth is 3), but .*ckpt.pt decides it, (16|1): leave it out", line)
+    _, printed = run("train.py", *[setting for setting in tune if "--width" not in setting], "--max_iters=1")
+    assert contents(tmp_path / "ckpt.pt")["model_config"]["width"] == 16  # and not the default
     assert "width 16, depth 1, heads 2" in printed
 
 
 def test_an_ntm_goes_on_from_another_on_other_terms(trained, tmp_path):
-    """It starts with all of the averaged weights, whatever the settings say of sizes; the time grid is a new one."""
-    settings = [*TRAIN, f"--init_from={trained / 'ckpt.pt'}", "--width=24", "--transporter_blocks=1", "--shift=2"]
+    """It starts with all of the averaged weights; the time grid is a new one."""
+    settings = [*TRAIN, f"--init_from={trained / 'ckpt.pt'}", "--shift=2"]
+    assert "transporter_blocks is 1, but" in fails("train.py", *settings, f"--out_dir={tmp_path}", "--transporter_blocks=1")
     still = ["--max_iters=1", "--lr=0", "--min_lr=0", "--weight_decay=0"]
     run("train.py", *settings, *still, f"--out_dir={tmp_path / 'still'}")
     base, goes_on = contents(trained / "ckpt.pt"), contents(tmp_path / "still" / "ckpt.pt")
@@ -285,10 +290,10 @@ def test_no_density_at_zero_is_refused_before_training(tune, tmp_path, setting):
 
 def test_one_model_for_several_step_counts(tmp_path):
     (tmp_path / "several.py").write_text("steps = (4, 8, 16)\n")
-    names, _ = run("train.py", str(tmp_path / "several.py"), *TRAIN, f"--out_dir={tmp_path}", "--max_iters=30")
+    run("train.py", str(tmp_path / "several.py"), *TRAIN, f"--out_dir={tmp_path}", "--max_iters=30")
     model = load(tmp_path, "ntm")
     assert model.config.steps == (4, 8, 16)
-    drawn = {int(model.draw(2, generator=torch.Generator().manual_seed(i))[0][0]) for i in range(50)}
+    drawn = {int(model.randomness(2, generator=torch.Generator().manual_seed(i))[0][0]) for i in range(50)}
     assert drawn == {4, 8, 16}
     for steps in (4, 8, 16):
         _, printed = run("sample.py", *SAMPLE, f"--out_dir={tmp_path}", f"--steps={steps}", "--denoise=none")
@@ -315,4 +320,4 @@ def test_wrong_kind_of_checkpoint_is_named(base, tmp_path):
     assert "only an NTM starts from" in line
     checkpoint.save(tmp_path / "x.pt", kind="denoiser")
     line = fails("train.py", *TRAIN, f"--init_from={tmp_path / 'x.pt'}", f"--out_dir={tmp_path}")
-    assert "is not a 'fm' or 'ntm' checkpoint" in line
+    assert "is not a 'ntm' or 'fm' checkpoint" in line

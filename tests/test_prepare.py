@@ -12,9 +12,11 @@ from PIL import Image
 from torch import nn
 
 import data
-import prepare
-from prepare import TONES, emoji_caption, measure_latents
-from shards import Shards, write_shards
+from plumbing import latents
+from plumbing.images import to_uint8
+from plumbing.latents import measure_latents
+from plumbing.prepare import TONES, emoji_caption
+from plumbing.shards import Shards, write_shards
 
 
 def command(*arguments):
@@ -38,7 +40,7 @@ def emoji(name, code, subcategory="food-fruit", category="Food & Drink", **more)
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """Two packages as npm packs them, of 60 plain emoji and one with skin tones; the second lacks one picture."""
+    """Two packages as npm packs them, of 60 plain emoji and one with skin tones; the second lacks one image."""
     folder = tmp_path_factory.mktemp("packages")
     table = [emoji(f"RED APPLE {i}", f"{i:04x}") for i in range(60)]
     variations = {tone: {"image": f"wave-{tone.lower()}.png"} for tone in (*TONES, "1F3FB-1F3FF")}
@@ -63,10 +65,10 @@ def packages(tmp_path_factory):
 def test_emoji_become_captioned_shards(packages, tmp_path):
     printed = command("emoji", *(f"--source={path}" for path in packages), f"--out={tmp_path}")
     train, val = (list(Shards(str(tmp_path), split, 3, 16, 16)) for split in ("train", "val"))
-    assert len(train) + len(val) == 2 * 67 - 1 and f"train: {len(train)} pictures" in printed
+    assert len(train) + len(val) == 2 * 67 - 1 and f"train: {len(train)} images" in printed
     assert {image.shape for image, _ in train} == {(3, 16, 16)}
     whites = [image for image, _ in train + val if image.min() > 0.99]
-    assert len(whites) > 50  # every second picture was transparent
+    assert len(whites) > 50  # every second image was transparent
     captions = [caption for _, caption in train + val]
     assert all(caption.endswith(("google style", "twitter style")) for caption in captions)
     assert sum("skin tone" in caption for caption in captions) == 12
@@ -121,9 +123,9 @@ def test_sources_that_are_no_packages_are_named(packages, tmp_path, monkeypatch)
 
 
 def make_folder(folder, count):
-    """Pictures of which the first pixel is the number, in two folders."""
+    """Images whose first pixel is their number, in two folders."""
     (folder / "deep.er").mkdir(parents=True)
-    names = [f"{'deep.er/' if i % 2 else ''}picture.{i}.png" for i in range(count)]
+    names = [f"{'deep.er/' if i % 2 else ''}image.{i}.png" for i in range(count)]
     for i, name in enumerate(names):
         (folder / name).write_bytes(png((i, 0, 0)))
     return names
@@ -143,26 +145,26 @@ def test_a_folder_becomes_shards(tmp_path, layout):
         (tmp_path / "mine" / "metadata.csv").write_text(
             "file_name,text\n" + "".join(f"{row['file_name']},{text}\n" for row, text in zip(rows, quoted)))
     printed = command("folder", tmp_path / "mine", f"--out={tmp_path / 'shards'}", "--val=0.1")
-    assert "train: 36 pictures" in printed and "val: 4 pictures" in printed
+    assert "train: 36 images" in printed and "val: 4 images" in printed
     both = examples_of(tmp_path / "shards", "train") | examples_of(tmp_path / "shards", "val")
     assert len(both) == 40
     for i in range(40):
-        assert data.pictures.to_uint8(both[f'number {i}, "né"'])[0, 0, 0] == i
+        assert to_uint8(both[f'number {i}, "né"'])[0, 0, 0] == i
 
 
-def test_pictures_without_captions_are_left_out_and_said(tmp_path):
+def test_images_without_captions_are_left_out_and_said(tmp_path):
     names = make_folder(tmp_path / "mine", 10)
     for name in names[:7]:
-        (tmp_path / "mine" / name).with_suffix(".txt").write_text("a picture")
+        (tmp_path / "mine" / name).with_suffix(".txt").write_text("an image")
     (tmp_path / "mine" / names[7]).with_suffix(".txt").write_text(" \n")
     printed = command("folder", tmp_path / "mine", f"--out={tmp_path / 'o'}")
-    assert "3 pictures without a caption were left out" in printed
+    assert "3 images without a caption were left out" in printed
 
 
 def test_a_smaller_folder_leaves_no_shards_of_the_larger(tmp_path):
     for name, count in (("large", 30), ("small", 8)):
-        for picture in make_folder(tmp_path / name, count):
-            (tmp_path / name / picture).with_suffix(".txt").write_text(f"{name} {picture}")
+        for file in make_folder(tmp_path / name, count):
+            (tmp_path / name / file).with_suffix(".txt").write_text(f"{name} {file}")
     large = [(f"{i}", {"png": png((i, 0, 0)), "txt": f"large {i}".encode()}) for i in range(30)]
     write_shards(tmp_path / "shards" / "train", large, per_shard=10)
     command("folder", tmp_path / "small", f"--out={tmp_path / 'shards'}")
@@ -172,7 +174,7 @@ def test_a_smaller_folder_leaves_no_shards_of_the_larger(tmp_path):
 def test_folders_that_cannot_serve_are_named(tmp_path):
     assert "there is no folder" in fails("data.py", "folder", str(tmp_path / "none"))
     make_folder(tmp_path / "mine", 2)
-    assert "holds no captioned picture" in fails("data.py", "folder", str(tmp_path / "mine"))
+    assert "holds no captioned image" in fails("data.py", "folder", str(tmp_path / "mine"))
     (tmp_path / "mine" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["a", "b"]}')
     assert "needs a file_name and a text in every row" in fails("data.py", "folder", str(tmp_path / "mine"))
     (tmp_path / "mine" / "metadata.jsonl").write_text('{"file_name": "a.png"}')
@@ -208,7 +210,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Shards of 90 and 10 pictures in smooth colours, one of them not decodable."""
+    """Shards of 90 and 10 images in smooth colours, one of them not decodable."""
     folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for split, count in (("train", 90), ("val", 10)):
         examples = []
@@ -226,7 +228,7 @@ def encoded(exported, photographs, tmp_path_factory):
     out = tmp_path_factory.mktemp("encoded")
     printed = command("encode", f"--data_dir={photographs}", f"--encoder={exported / 'encoder.pt2'}", f"--out={out}",
                       "--image_size=32", "--batch_size=80", "--device=cpu", "--workers=1")
-    assert "2 unusable pictures were left out" in printed
+    assert "2 unusable images were left out" in printed
     return out
 
 
@@ -247,14 +249,14 @@ def test_latents_are_the_encoders_and_normalised_by_what_was_measured(encoded, p
 def test_an_interrupted_encoding_goes_on(exported, photographs, encoded, tmp_path, monkeypatch):
     settings = ["encode", f"--data_dir={photographs}", f"--encoder={exported / 'encoder.pt2'}", f"--out={tmp_path}",
                 "--image_size=32", "--device=cpu"]
-    write = prepare.write_shard
+    write = latents.write_shard
 
     def failing(path, examples):
         if path.name == "00001.tar":
             raise KeyboardInterrupt
         write(path, examples)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_shard", failing)
+        patch.setattr(latents, "write_shard", failing)
         with pytest.raises(KeyboardInterrupt):
             command(*settings)
     done = tmp_path / "train" / "00000.tar"
@@ -302,7 +304,7 @@ def test_what_cannot_be_encoded_is_named(exported, photographs, encoded, tmp_pat
     assert "have one name" in line
 
 
-def test_from_latents_to_pictures(encoded, exported, tmp_path):
+def test_from_latents_to_images(encoded, exported, tmp_path):
     """Training on what was encoded, and sampling with the decoder: latents leave as the autoencoder knows them."""
     settings = [*SHORT, *SMALL, "--transporter_width=16", "--transporter_blocks=1", "--transporter_layers=1",
                 "--dataset=shards", f"--data_dir={encoded}", "--image_size=8", "--channels=4", f"--out_dir={tmp_path}"]
@@ -314,14 +316,14 @@ def test_from_latents_to_pictures(encoded, exported, tmp_path):
     decoder = f"--decoder={exported / 'decoder.pt2'}"
     for denoise in ("learned", "score"):
         run("sample.py", *SAMPLE, f"--out_dir={tmp_path}", decoder, f"--denoise={denoise}", "--show_trajectory=True")
-        latent = torch.as_tensor(np.load(tmp_path / "pictures" / "0003.npy")).float()
-        picture = (Decoder()(latent[None])[0].clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 128
-        assert np.abs(pixels(tmp_path / "pictures" / "0003.png") - picture.clip(0, 255)).max() < 3
-    strip = pixels(tmp_path / "pictures" / "0003_trajectory.png")
+        latent = torch.as_tensor(np.load(tmp_path / "images" / "0003.npy")).float()
+        image = (Decoder()(latent[None])[0].clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 128
+        assert np.abs(pixels(tmp_path / "images" / "0003.png") - image.clip(0, 255)).max() < 3
+    strip = pixels(tmp_path / "images" / "0003_trajectory.png")
     assert strip.shape[1] > 6 * 96
     line = fails("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--decoder=none.pt2")
     assert "there is no none.pt2" in line
-    assert "draws pictures: leave it out" in fails("sample.py", *SAMPLE, decoder)
+    assert "makes images, not latents: leave it out" in fails("sample.py", *SAMPLE, decoder)
 
 
 def test_measured_scale_of_known_latents(tmp_path):

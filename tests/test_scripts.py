@@ -13,20 +13,21 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, TRAIN, contents, fails, latent_shard,
+from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, SMALL, TRAIN, contents, fails, latent_shard,
                      load, pixels, png, read_log, read_log_without_speed, run, same, same_training, start,
                      training_lines)
 from test_data import write_idx
 from torch.distributions import Normal
 
-import checkpoint
-import pictures
+from plumbing import checkpoint
+from plumbing.images import GAP
 from data import DIGITS, get_dataset, get_tokenizer
-from detector import follows, task_prompts
+from plumbing.detector import follows, task_prompts
 from flow import forward_trajectory, time_grid
-from loop import validation_batches
-from sampler import Sampler
-from shards import write_shard
+from plumbing.loader import validation_batches
+from sample import TrainedModel
+from sample import load as load_model
+from plumbing.shards import write_shard
 
 # ---------------------------------------------------------------------------------------------------------------
 # Train and distill
@@ -35,7 +36,8 @@ from shards import write_shard
 @pytest.mark.parametrize("name, kind, iterations", [("ckpt.pt", "ntm", 100), ("denoiser.pt", "denoiser", 40)])
 def test_checkpoint_holds_what_a_resumption_needs(trained, name, kind, iterations):
     held = contents(trained / name)
-    assert held.keys() == {"kind", "model_config", "settings", "model", "ema", "optimizers", "iter", "job", "counts"}
+    assert held.keys() == {"kind", "model_config", "settings", "model", "ema", "optimizers", "iter", "job", "counts",
+                           "vocabulary"}
     assert (held["kind"], held["iter"], held["settings"]["max_iters"]) == (kind, iterations, iterations)
     assert held["settings"]["out_dir"] == str(trained) and held["model_config"]["width"] == 16
     assert held["model"].keys() == held["ema"].keys()
@@ -107,7 +109,7 @@ def test_validation_of_the_denoiser_is_its_distance_from_the_score(trained):
 def test_every_validation_leaves_a_grid(trained):
     names = {"000050.png", "000100.png", "denoiser_000020.png", "denoiser_000040.png"}
     assert set(os.listdir(trained / "samples")) == names
-    bare = 2 * (96 + pictures.GAP) + pictures.GAP  # 2x2 pictures without captions
+    bare = 2 * (96 + GAP) + GAP  # 2x2 pictures without captions
     for name in names:
         height, width, _ = pixels(trained / "samples" / name).shape
         assert width == bare and bare < height < 2 * bare
@@ -116,13 +118,48 @@ def test_every_validation_leaves_a_grid(trained):
 @pytest.mark.parametrize("script, settings, name, log", [
     ("train.py", TRAIN, "ckpt.pt", "log.jsonl"), ("distill.py", DISTILL, "denoiser.pt", "denoiser_log.jsonl")])
 def test_validation_of_the_same_weights_gives_the_same_numbers(copied, script, settings, name, log):
-    """Resumed where it ended, so that nothing is left to train; then validated by hand."""
+    """Resumed where its last validation is missing, so that this is all that is left to do."""
+    before = read_log(copied / log)
+    (copied / log).write_text("".join(json.dumps(line) + "\n" for line in before[:-1]))
+    run(script, *settings, f"--out_dir={copied}", "--init_from=resume", f"--max_iters={before[-1]['iter']}", "--lr=1e-2")
+    assert read_log(copied / log) == before
+
+
+def test_every_run_leaves_its_curves(trained):
+    for name, panels in (("log.png", 2), ("denoiser_log.png", 2)):
+        height, width, _ = pixels(trained / name).shape
+        assert width > panels * 400 and (pixels(trained / name) == (31, 119, 180)).all(axis=2).any()  # a curve's colour
+
+
+@pytest.mark.parametrize("script, name", [("train.py", "ckpt.pt"), ("distill.py", "denoiser.pt")])
+def test_a_resumed_run_reads_its_settings_from_the_checkpoint(trained, copied, script, name):
+    """No more is given than the folder; then more iterations, which the command line may change."""
     before = contents(copied / name)
-    names, _ = run(script, *settings, f"--out_dir={copied}", "--init_from=resume",
-                   f"--max_iters={before['iter']}", "--lr=1e-2")
-    ema = load(copied, "ntm" if script == "train.py" else "denoiser")
-    logged = read_log(copied / log)[-1]
-    assert {"iter": logged["iter"], **names["validate"](ema, logged["iter"])} == logged
+    _, printed = run(script, f"--out_dir={copied}", "--init_from=resume")
+    assert (copied / name).read_bytes() == (trained / name).read_bytes()  # it was at its end
+    run(script, f"--out_dir={copied}", "--init_from=resume", f"--max_iters={before['iter'] + 2}", "--batch_size=4")
+    held = contents(copied / name)
+    assert held["iter"] == before["iter"] + 2 and held["settings"]["batch_size"] == 4
+    changed = {key for key in before["settings"] if before["settings"][key] != held["settings"][key]}
+    assert changed <= {"max_iters", "batch_size", "out_dir", "init_from", "device"}
+    line = fails(script, f"--out_dir={copied}", "--init_from=resume", "--width=24")
+    assert "width is 16, the settings say 24" in line and "depth" not in line
+
+
+def test_a_checkpoint_carries_its_vocabulary(tmp_path, monkeypatch):
+    """Trained with a vocabulary at a relative path, it resumes, distils and samples elsewhere, the file being gone."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copy(ROOT / "assets" / "captions.tiktoken", "mine.tiktoken")
+    run("train.py", *TRAIN, "--out_dir=run", "--tokenizer=mine.tiktoken", "--max_iters=2")
+    (tmp_path / "here" / "mine.tiktoken").unlink()
+    monkeypatch.chdir(tmp_path / "there")
+    out = tmp_path / "here" / "run"
+    run("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=3")
+    run("distill.py", *DISTILL, f"--out_dir={out}", "--max_iters=1")
+    singles, _, _ = sampled(out, "--prompt=the digit one", "--num_samples=2")
+    assert contents(out / "ckpt.pt")["iter"] == 3 and singles.shape == (2, 8, 8, 3)
 
 
 def test_distillation_leaves_the_model_alone(trained, tmp_path):
@@ -138,8 +175,8 @@ def test_distillation_leaves_the_model_alone(trained, tmp_path):
 def sampled(out, *settings):
     """What sample.py draws and prints: single pictures (B, H, W, 3), the grid, and the text."""
     _, text = run("sample.py", *SAMPLE, f"--out_dir={out}", *settings)
-    names = sorted(path for path in (out / "pictures").iterdir() if re.fullmatch(r"\d{4}\.png", path.name))
-    return np.stack([pixels(name) for name in names]), pixels(out / "pictures" / "grid.png"), text
+    names = sorted(path for path in (out / "images").iterdir() if re.fullmatch(r"\d{4}\.png", path.name))
+    return np.stack([pixels(name) for name in names]), pixels(out / "images" / "sheet.png"), text
 
 
 def by_hand(out, captions, denoise, guidance=1.0):
@@ -176,14 +213,14 @@ def test_pictures_and_their_likelihood(copied, denoise, stages, strips):
     else:
         assert "NLL" not in text
 
-    cell = 96 + pictures.GAP
-    shown = sheet[pictures.GAP:][:96:12, pictures.GAP:][:, :96:12]
-    assert np.array_equal(shown, singles[0]) and sheet.shape[1] == 3 * cell + pictures.GAP
-    assert (copied / "pictures" / "0004_trajectory.png").exists() == strips
+    cell = 96 + GAP
+    shown = sheet[GAP:][:96:12, GAP:][:, :96:12]
+    assert np.array_equal(shown, singles[0]) and sheet.shape[1] == 3 * cell + GAP
+    assert (copied / "images" / "0004_trajectory.png").exists() == strips
     for i in range(5 * strips):
-        strip = pixels(copied / "pictures" / f"{i:04d}_trajectory.png")
-        assert strip.shape[1] == 6 * cell + pictures.GAP  # five levels and the picture, which comes last
-        assert np.array_equal(strip[pictures.GAP:][:96:12, 5 * cell + pictures.GAP:][:, :96:12], singles[i])
+        strip = pixels(copied / "images" / f"{i:04d}_trajectory.png")
+        assert strip.shape[1] == 6 * cell + GAP  # five levels and the picture, which comes last
+        assert np.array_equal(strip[GAP:][:96:12, 5 * cell + GAP:][:, :96:12], singles[i])
 
 
 def test_prompts_from_a_file_are_drawn_in_order_and_written_underneath(copied, tmp_path):
@@ -193,12 +230,12 @@ def test_prompts_from_a_file_are_drawn_in_order_and_written_underneath(copied, t
     expected, _ = by_hand(copied, [prompt for prompt in prompts for _ in range(2)], "learned", guidance=2.0)
     assert singles.shape == (6, 8, 8, 3) and abs(singles - expected).max() <= 1
 
-    cell_w, cell_h = (sheet.shape[1] - pictures.GAP) // 3, (sheet.shape[0] - pictures.GAP) // 2
-    assert cell_w == 96 + pictures.GAP and cell_h > 96 + pictures.GAP + 10
+    cell_w, cell_h = (sheet.shape[1] - GAP) // 3, (sheet.shape[0] - GAP) // 2
+    assert cell_w == 96 + GAP and cell_h > 96 + GAP + 10
 
     def ink(row, column):
-        top, left = pictures.GAP + row * cell_h + 96, pictures.GAP + column * cell_w
-        return (sheet[top:top + cell_h - 96 - pictures.GAP, left:left + 96] < 128).any()
+        top, left = GAP + row * cell_h + 96, GAP + column * cell_w
+        return (sheet[top:top + cell_h - 96 - GAP, left:left + 96] < 128).any()
 
     assert [ink(i // 3, i % 3) for i in range(6)] == [True, True, False, False, True, True]
 
@@ -236,6 +273,50 @@ def test_other_settings_train_and_sample(tmp_path, setting):
     losses = [line["loss"] for line in training_lines(tmp_path / "log.jsonl")]
     assert len(losses) == 6 and all(map(math.isfinite, losses))
     assert sampled(tmp_path, "--denoise=score")[0].shape == (5, 8, 8, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From Python
+
+
+@torch.no_grad()
+def test_log_likelihood_is_the_bound_averaged_over_trajectories(trained):
+    model = load_model(trained, device="cpu")
+    dataset = get_dataset("digits", "val", 8, 1)
+    images, captions = zip(*(dataset[i] for i in range(3)))
+    found = model.log_likelihood(torch.stack(images), list(captions), trajectories=2, seed=5)
+    generator, ts = torch.Generator().manual_seed(5), time_grid(4, 0.02, 16).expand(3, -1)
+    x0, text = model.network.patchify(torch.stack(images)), get_tokenizer().encode(captions, 4)
+    bounds = []
+    for _ in range(2):
+        x = forward_trajectory(x0, ts, noise=torch.randn(1, 5, 16, 4, generator=generator).expand(3, -1, -1, -1))
+        noising = sum(Normal((1 - t) / (1 - s) * x[:, k], (t**2 - ((1 - t) / (1 - s) * s)**2).sqrt()).log_prob(
+            x[:, k + 1]).sum((1, 2)) for k, (s, t) in enumerate(zip(ts[0], ts[0, 1:])))
+        bounds.append(step_by_step_nll(model.network, x, ts[0], text).sum(1) + noising)
+    bounds = torch.stack(bounds)
+    torch.testing.assert_close(found.nats, -bounds.mean(0), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(found.standard_error, (bounds[0] - bounds[1]).abs() / 2, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(found.bits_per_dim, bounds.mean(0) / 64 / math.log(2) + 7, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_from_python_are_those_of_the_script(copied):
+    captions = [f"the digit {word}" for word in DIGITS[:5]]
+    images = load_model(copied, device="cpu").sample(captions, guidance=2.0, seed=3)
+    singles, _, _ = sampled(copied, "--guidance=2", "--seed=3")
+    assert images.shape == (5, 1, 8, 8)
+    assert abs(((images + 1) * 128).clamp(0, 255).long().permute(0, 2, 3, 1).numpy() - singles).max() <= 1
+
+
+def test_mistakes_from_python_are_named(trained, tmp_path):
+    model = load_model(trained, device="cpu")
+    with pytest.raises(ValueError, match="captions is the string 'a 3': give a list"):
+        model.sample("a 3")
+    with pytest.raises(checkpoint.CheckpointError, match="there is no checkpoint .*nowhere"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="2 images, but 1 captions"):
+        model.log_likelihood(torch.zeros(2, 1, 8, 8), ["a 3"])
+    with pytest.raises(ValueError, match=r"images are \(3, 8, 8\), but the model's are \(1, 8, 8\)"):
+        model.log_likelihood(torch.zeros(1, 3, 8, 8), ["a 3"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -469,21 +550,24 @@ def test_config_runs(tmp_path, config):
         for split in ("train", "val"):
             size = 8 if config == "sit.py" else 32
             latent_shard(tmp_path / split / "0.tar", np.ones((2, 4, size, size)), ["class 1", "class 2"])
-    if config.startswith("emoji"):
+    if config.startswith(("emoji", "mine")):
         for split in ("train", "val"):
             write_shard(tmp_path / split / "0.tar", [(str(i), {"png": png(), "txt": b"a red apple"}) for i in range(2)])
     if config.startswith("t2i"):
         small += ["--tokenizer=captions", "--max_iters=2"]  # GPT-2's vocabulary is not on every machine
+    if config == "mine.py":
+        small += ["--tokenizer=captions"]
     if config == "sit.py":
         torch.save(contents(ROOT / "tests" / "sit_tiny.pt")["state_dict"], tmp_path / "sit.pt")
-        small += [f"--init_from=sit:{tmp_path / 'sit.pt'}"]
+        small = [setting for setting in small if setting not in SMALL] + [f"--init_from=sit:{tmp_path / 'sit.pt'}"]
     if config.endswith("_tune.py"):
         run("train.py", str(ROOT / "config" / config.replace("_tune", "_fm")), *small, f"--out_dir={tmp_path / 'fm'}")
         small += [f"--init_from={tmp_path / 'fm' / 'ckpt.pt'}"]
     if config.endswith("_more.py"):
+        small = [setting for setting in small if setting not in SMALL and "transporter" not in setting]
         small += [f"--init_from={ROOT / 'assets' / 'shapes' / 'ckpt.pt'}"]
-    names, _ = run("train.py", str(ROOT / "config" / config), *small)
-    assert names["config"]["dataset"] in (config.split("_")[0].removesuffix(".py").removesuffix("32"), "shards")
+    run("train.py", str(ROOT / "config" / config), *small)
+    assert contents(tmp_path / "ckpt.pt")["settings"]["dataset"] in (config.split("_")[0].removesuffix(".py").removesuffix("32"), "shards")
     iterations = 2 if config.startswith("t2i") else 1
     assert contents(tmp_path / "ckpt.pt")["iter"] == iterations
     assert read_log(tmp_path / "log.jsonl")[-1]["iter"] == iterations
@@ -534,11 +618,11 @@ def test_geneval_layout_continues_where_it_stopped(copied, tmp_path):
     for name in ("00000/samples/0001.png", "00001/grid.png", "00001/samples/0000.png"):  # as if interrupted
         (drawn / name).unlink()
     _, printed = layout(copied, tmp_path, *settings, "--batch_size=1")
-    assert "2 of 4 pictures" in printed
+    assert "2 of 4 images" in printed
     assert {name: (drawn / name).read_bytes() for name in files(drawn)} == before
     assert old.stat().st_mtime_ns == stamp
 
-    with pytest.raises(SystemExit, match="pictures of other settings: choose another --folder"):
+    with pytest.raises(SystemExit, match="images of other settings: choose another --folder"):
         layout(copied, tmp_path, *settings, "--seed=1")
 
 
@@ -563,13 +647,13 @@ def test_mistakes_in_layouts(copied, tmp_path, settings, line, part):
 
 
 def test_checkpoint_for_sampling_only(copied, tmp_path):
-    subprocess.run([sys.executable, ROOT / "checkpoint.py", copied, tmp_path / "slim"], check=True, env=ENVIRONMENT)
+    subprocess.run([sys.executable, "-m", "plumbing.checkpoint", copied, tmp_path / "slim"], check=True, env=ENVIRONMENT, cwd=ROOT)
     for name in ("ckpt.pt", "denoiser.pt"):
         assert (tmp_path / "slim" / name).stat().st_size < 0.25 * (copied / name).stat().st_size
         assert str(copied) not in str(contents(tmp_path / "slim" / name)["settings"])
     for folder in (copied, tmp_path / "slim"):
         run("sample.py", *SAMPLE, f"--out_dir={folder}", "--seed=3")
-    difference = pixels(copied / "pictures" / "0000.png") - pixels(tmp_path / "slim" / "pictures" / "0000.png")
+    difference = pixels(copied / "images" / "0000.png") - pixels(tmp_path / "slim" / "images" / "0000.png")
     assert np.abs(difference).max() <= 3  # half precision
     line = fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'slim'}", "--init_from=resume")
     assert "cannot be resumed" in line
@@ -582,13 +666,13 @@ def test_shipped_model_follows_prompts(tmp_path):
     """Its score is the one in the README, less four standard errors."""
     folder, names = ROOT / "assets" / "shapes", ("ckpt.pt", "denoiser.pt")
     assert sum((folder / name).stat().st_size for name in names) < 8e6
-    sampler = Sampler(folder, torch.device("cpu"))
+    model = TrainedModel(folder, torch.device("cpu"))
     prompts = task_prompts(20)
     captions = [caption for _, caption in prompts]
-    images, _, _ = sampler.draw(captions, range(len(captions)), guidance=1.0)
+    images, _, _ = model.sample_trajectories(captions, range(len(captions)), guidance=1.0)
     hits = [follows(image, caption, task) for image, (task, caption) in zip(images, prompts)]
     score = sum(hits) / len(hits)
-    measured = json.loads((folder / "evaluate.json").read_text())["pictures, 4 steps, learned"]["overall"]["mean"]
+    measured = json.loads((folder / "evaluate.json").read_text())["samples, 4 steps, learned"]["overall"]["mean"]
     assert score > measured - 4 * math.sqrt(measured * (1 - measured) / len(hits))
 
 

@@ -1,12 +1,12 @@
-"""Captions tell the truth about pictures: by the scene's numbers, and by the pixels alone."""
+"""Captions are true of their images: by the scene's numbers, and by the pixels alone."""
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
-import shapes
-from shapes import COLOURS, GROUND, KINDS, MARGIN, MIN_RADIUS, NUMBERS, RELATIONS, SHAPES
+from plumbing import shapes
+from plumbing.shapes import COLOURS, GROUND, KINDS, MARGIN, MIN_RADIUS, NUMBERS, RELATIONS, SHAPES
 
 THING = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 
@@ -61,7 +61,7 @@ def read_pixels(images):
             box = slice(ys.min() - 1, ys.max() + 2), slice(xs.min() - 1, xs.max() + 2)  # with its soft edge
             mine = (label[box] == k) | (label[box] == 0) & (colour[box] == colour[ys[0], xs[0]])
             own = np.where(mine, amount[box], 0)
-            full = own.sum() / (own.sum(0).max() * own.sum(1).max())  # share of its bounding box: 1 or pi/4
+            full = own.sum() / (own.sum(0).max() * own.sum(1).max())  # fraction of its bounding box: 1 or pi/4
             rows = own.sum(1) / own.sum()
             up = rows @ np.arange(len(rows)) - np.arange(len(rows))
             skew = rows @ up**3 / (rows @ up**2) ** 1.5  # 0.57 for a triangle, apex up; 0 for the others
@@ -136,7 +136,7 @@ def test_pixels_alone_tell_the_caption(image_size, count):
             assert holds(relation, *(place[claimed[0]] - place[claimed[1]])), caption
 
 
-def test_render_draws_explicit_scenes():
+def test_explicit_scenes_are_rendered():
     def scene(shape):
         row = np.zeros((1, 4))
         return shapes.Scene(np.array([0]), np.array([0]), np.array([1]), row.astype(int) + SHAPES.index(shape),
@@ -158,8 +158,8 @@ def test_scene_is_a_function_of_seed_and_number():
     for b, i in enumerate([7, 3, -1, 10**12]):
         for whole, alone in zip(batch, shapes.scenes(5, [i])):
             assert (whole[b] == alone[0]).all()
-    pictures = shapes.render(batch, 16)
-    assert (pictures[1] == shapes.render(shapes.scenes(5, [3]), 16)[0]).all()
+    images = shapes.render(batch, 16)
+    assert (images[1] == shapes.render(shapes.scenes(5, [3]), 16)[0]).all()
     assert not (shapes.scenes(6, [7, 3, -1, 10**12]).x == batch.x).any()
 
 

@@ -1,30 +1,30 @@
-"""Shards: the index, every example once however many read, pictures of all kinds, and what is wrong with some."""
+"""Shards: the index, every example once however many read, images of all kinds, and what is wrong with some."""
 import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHORT, SMALL, fails, file_of, latent_shard, npy, png, read_log, run, training_lines
+from helpers import ROOT, SHORT, SMALL, fails, file_of, latent_shard, npy, png, read_log, run, training_lines
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import pictures
-import shards
-from loop import Order, collate
-from shards import Shards, expand, find_shards, load_index, write_shard, write_shards
+from plumbing import shards
+from plumbing.example import resize_and_crop
+from plumbing.images import to_uint8
+from plumbing.loader import Order, WithFaults, collate
+from plumbing.shards import Shards, expand, find_shards, load_index, write_shard, write_shards
 
 TRAIN = SHORT + SMALL + ["--transporter_width=16", "--transporter_blocks=1", "--transporter_layers=1",
                          "--dataset=shards", "--image_size=8", "--channels=3", "--patch_size=4"]
 
 
 def numbered(count, first=0):
-    """Examples whose pictures and captions are their numbers."""
+    """Examples whose images and captions are their numbers."""
     return [(f"{i:05d}", {"png": png((i % 256, i // 256, 7)), "txt": str(i).encode()})
             for i in range(first, first + count)]
 
@@ -34,9 +34,9 @@ def dataset(folder, split="train", size=8, channels=3, **settings):
 
 
 def shown(members, folder, **settings):
-    """The picture, 8-bit (H, W, 3), that a data set makes of one example's members."""
+    """The image, 8-bit (H, W, 3), that a data set makes of one example's members."""
     write_shard(folder / "train" / "0.tar", [("a", {"txt": b"a caption", **members})])
-    return pictures.to_uint8(dataset(folder, **settings)[0][0]).permute(1, 2, 0).numpy()
+    return to_uint8(dataset(folder, **settings)[0][0]).permute(1, 2, 0).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_any_order_gives_the_example_that_reading_through_gives(tmp_path):
     assert len(ds) == 21
     for i in rng.permutation(21):
         image, caption = ds[i]
-        assert (tuple(pictures.to_uint8(image)[:, 3, 3].tolist()), caption) == expected[i]
+        assert (tuple(to_uint8(image)[:, 3, 3].tolist()), caption) == expected[i]
 
 
 def test_the_index_is_built_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
@@ -129,9 +129,9 @@ def test_the_index_is_built_once_and_again_when_a_shard_changes(tmp_path, monkey
 
 def test_ranks_that_start_together_build_one_index(tmp_path):
     write_shards(tmp_path, numbered(300), per_shard=20)
-    program = ("import sys; sys.path.insert(0, '.'); from shards import Shards; "
+    program = ("import sys; sys.path.insert(0, '.'); from plumbing.shards import Shards; "
                "print(len(Shards(sys.argv[1], 'all', 3, 8, 8)))")
-    processes = [subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=Path(shards.__file__).parent,
+    processes = [subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=ROOT,
                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
     answers = [process.communicate(timeout=120) for process in processes]
     assert [out for out, _ in answers] == ["300\n"] * 3
@@ -170,8 +170,8 @@ def test_twelve_million_examples_cost_a_process_less_than_100_mb(tmp_path):
     program = """
 import sys; sys.path.insert(0, '.')
 import torch
-from loop import Order
-import shards
+from plumbing.loader import Order
+from plumbing import shards
 def resident():
     return int(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')).split()[1]) / 1024
 shards.first_example, shards.Shards.usable = lambda *_: (False, (3, 8, 8)), lambda self, number: None
@@ -186,7 +186,7 @@ for i, batch in enumerate(Order(len(ds), 1000, 0, 0, 20, range(1000))):
         assert int(ds.starts[row]) == place, (number, shard, place)
 print(resident() - before)
 """
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=Path(shards.__file__).parent, text=True,
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
     count, megabytes = done.stdout.split()
@@ -205,9 +205,9 @@ def test_ranks_and_workers_see_every_example_once_an_epoch(tmp_path, world, work
     for epoch in range(2):
         seen = []
         for rank in range(world):
-            share = 12 // world
-            order = Order(len(ds), 12, 0, 5 * epoch, 5 * epoch + 5, range(rank * share, (rank + 1) * share), len(ds))
-            loader = DataLoader(ds, batch_sampler=order, collate_fn=collate, num_workers=workers)
+            rows = range(rank * 12 // world, (rank + 1) * 12 // world)
+            order = Order(len(ds), 12, 0, 5 * epoch, 5 * epoch + 5, rows, len(ds))
+            loader = DataLoader(WithFaults(ds), batch_sampler=order, collate_fn=collate, num_workers=workers)
             seen += [caption for _, captions, _ in loader for caption in captions]
         assert sorted(map(int, seen)) == list(range(60))
         epochs.append(seen)
@@ -215,10 +215,10 @@ def test_ranks_and_workers_see_every_example_once_an_epoch(tmp_path, world, work
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
-def test_size_and_crop_of_a_wide_picture(tmp_path):
+def test_size_and_crop_of_a_wide_image(tmp_path):
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20], wide[:, 20:] = 100, 200
     members = {"png": file_of(Image.fromarray(wide))}
@@ -232,19 +232,28 @@ def test_down_scaling_is_antialiased(tmp_path):
     assert np.abs(shown({"png": file_of(Image.fromarray(stripes))}, tmp_path).astype(int) - 127).max() <= 3
 
 
+def test_crops_of_all_sizes_stay_inside():
+    """Rounding must not put a corner outside, which Pillow refuses."""
+    for width in range(1, 60):
+        image = Image.new("RGB", (width, 7), (1, 2, 3))
+        for size in (*range(1, 20), 49):
+            for across in (0.5, 1 - 2**-53, 1.0):
+                assert resize_and_crop(image, size, 11, across, across).size == (11, size)
+
+
 def test_random_crops_and_flips_are_new_in_each_epoch_and_never_in_validation(tmp_path):
     wide = np.repeat(np.linspace(0, 255, 40).astype(np.uint8)[None, :, None], 10, axis=0).repeat(3, axis=2)
     for split in ("train", "val"):
         write_shard(tmp_path / split / "0.tar", [("a", {"png": file_of(Image.fromarray(wide)), "txt": b"a ramp"})])
     ds = dataset(tmp_path, size=10, crop="random", flip=True)
-    views = [pictures.to_uint8(image)[0, 0].int() for image, _, _ in ds.__getitems__(range(200))]
+    views = [to_uint8(image)[0, 0].int() for image, _, _ in ds.fetch(range(200))]
     rising = [bool(view[-1] > view[0]) for view in views]
     assert 70 < sum(rising) < 130
     assert len({int(view.min()) for view in views}) > 20
-    again = [pictures.to_uint8(image)[0, 0].int() for image, _, _ in ds.__getitems__(range(200))]
+    again = [to_uint8(image)[0, 0].int() for image, _, _ in ds.fetch(range(200))]
     assert all(map(torch.equal, views, again))
     centred = dataset(tmp_path, "val", size=10, crop="random", flip=True)
-    assert pictures.to_uint8(centred[0][0])[0, 0].tolist() == wide[0, 15:25, 0].tolist()
+    assert to_uint8(centred[0][0])[0, 0].tolist() == wide[0, 15:25, 0].tolist()
 
 
 @pytest.mark.parametrize("mode, colour, expected", [
@@ -261,7 +270,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     assert shown({"png": file_of(ramp)}, tmp_path)[0, :, 0].tolist() == [0, 32, 64, 96, 128, 160, 192, 224]
 
 
-def test_a_picture_like_a_thread_costs_no_memory(tmp_path):
+def test_an_image_like_a_thread_costs_no_memory(tmp_path):
     assert (shown({"png": png((9, 8, 7), (20_000, 1))}, tmp_path, size=256) == [9, 8, 7]).all()
 
 
@@ -282,18 +291,18 @@ def test_palettes_with_transparency_cmyk_and_webp(tmp_path):
 
 
 def test_exif_orientation_is_followed(tmp_path):
-    picture = Image.new("RGB", (8, 8))
-    picture.paste((255, 255, 255), (0, 0, 8, 4))  # white above
+    image = Image.new("RGB", (8, 8))
+    image.paste((255, 255, 255), (0, 0, 8, 4))  # white above
     exif = Image.Exif()
     exif[0x0112] = 3  # stored upside down
-    upside_down = shown({"jpg": file_of(picture, "JPEG", exif=exif, quality=100)}, tmp_path)
+    upside_down = shown({"jpg": file_of(image, "JPEG", exif=exif, quality=100)}, tmp_path)
     assert upside_down[:3].max() < 30 and upside_down[5:].min() > 225
 
 
-def test_grey_models_get_grey_pictures(tmp_path):
+def test_grey_models_get_grey_images(tmp_path):
     write_shard(tmp_path / "train" / "0.tar", [("a", {"png": png((255, 0, 0)), "txt": b"red"})])
     image, _ = dataset(tmp_path, channels=1)[0]
-    assert image.shape == (1, 8, 8) and pictures.to_uint8(image).unique().tolist() == [76]  # red's luma
+    assert image.shape == (1, 8, 8) and to_uint8(image).unique().tolist() == [76]  # red's luma
     with pytest.raises(ValueError, match="1 or 3 channels: channels is 4"):
         dataset(tmp_path, channels=4)
 
@@ -330,9 +339,9 @@ def test_latents_of_another_size_are_told_at_once(tmp_path):
     latent_shard(tmp_path / "train" / "0.tar", np.zeros((120, 4, 2, 6)), ["class 1"] * 120)
     with pytest.raises(ValueError, match="100 examples in a row are unusable.*4x2x6 numbers, not 4x8x8 finite ones"):
         Shards(str(tmp_path), "train", 4, 8, 8)
-    write_shard(tmp_path / "pictures" / "train" / "0.tar", numbered(1))
-    with pytest.raises(ValueError, match="latent_scale is 0.5, but .* holds pictures"):
-        dataset(tmp_path / "pictures", latent_scale=0.5)
+    write_shard(tmp_path / "images" / "train" / "0.tar", numbered(1))
+    with pytest.raises(ValueError, match="latent_scale is 0.5, but .* holds images"):
+        dataset(tmp_path / "images", latent_scale=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -340,7 +349,7 @@ def test_latents_of_another_size_are_told_at_once(tmp_path):
 
 JPEG, PNG = (file_of(Image.effect_noise((64, 64), 90), kind) for kind in ("JPEG", "PNG"))
 FAULTS = [
-    ({"png": b"not a picture", "txt": b"x"}, "it cannot be decoded"),
+    ({"png": b"not an image", "txt": b"x"}, "it cannot be decoded"),
     ({"jpg": JPEG[:len(JPEG) // 2], "txt": b"x"}, "it cannot be decoded"),
     ({"png": PNG[:len(PNG) // 2], "txt": b"x"}, "it cannot be decoded"),
     ({"png": b"", "txt": b"x"}, "it cannot be decoded"),
@@ -352,8 +361,8 @@ FAULTS = [
     ({"png": png(), "json": b"{}"}, "it has no caption"),
     ({"png": png(), "json": b'{"caption": null}'}, "it has no caption"),
     ({"png": png(), "json": b"[1"}, "it has no caption"),
-    ({"txt": b"alone"}, "it has no picture"),
-    ({"npy": npy(np.zeros((3, 8, 8))), "txt": b"x"}, "it has no picture"),
+    ({"txt": b"alone"}, "it has no image"),
+    ({"npy": npy(np.zeros((3, 8, 8))), "txt": b"x"}, "it has no image"),
 ]
 
 
@@ -361,11 +370,14 @@ FAULTS = [
 def test_unusable_example_is_named_and_replaced_by_the_next(tmp_path, members, fault):
     write_shard(tmp_path / "train" / "0.tar", [*numbered(3), ("bad", members), *numbered(3, 3)])
     ds = dataset(tmp_path)
-    triples = ds.__getitems__(range(7))
+    triples = ds.fetch(range(7))
     assert [caption for _, caption, _ in triples] == ["0", "1", "2", "3", "3", "4", "5"]
     assert [bool(found) for _, _, found in triples] == [False] * 3 + [True] + [False] * 3
     assert triples[3][2].startswith(f"example 3 of {tmp_path / 'train' / '0.tar'}: {fault}")
-    assert torch.equal(triples[3][0], triples[4][0]) and ds[3][1] == "3"
+    assert torch.equal(triples[3][0], triples[4][0])
+    pairs = ds.__getitems__(range(7))
+    assert all(len(pair) == 2 and torch.equal(pair[0], ds[i][0]) and pair[1] == ds[i][1] == triples[i][1]
+               for i, pair in enumerate(pairs))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, 511])
@@ -381,7 +393,7 @@ def test_truncated_shard_keeps_its_whole_examples(tmp_path, keep, cut):
     path.write_bytes(path.read_bytes()[:512 * blocks - cut])
     ds = dataset(tmp_path)
     assert "0.tar" in ds.header["faults"]
-    triples = ds.__getitems__(range(len(ds)))
+    triples = ds.fetch(range(len(ds)))
     first = len(ds) - 20
     assert 4 < first < 16
     unusable = [i for i, (_, _, fault) in enumerate(triples) if fault]
@@ -397,10 +409,10 @@ def test_a_damaged_block_is_told_though_what_follows_is_lost(tmp_path):
     damaged[512 * block:512 * (block + 1)] = bytes(512)
     path.write_bytes(damaged)
     ds = dataset(tmp_path, "all")
-    assert len(ds) == 8 and "is no member" in ds.header["faults"]["00000.tar"]
+    assert len(ds) == 8 and "is not a member" in ds.header["faults"]["00000.tar"]
 
 
-def test_a_shard_that_is_none_is_named(tmp_path):
+def test_a_file_that_is_not_a_shard_is_named(tmp_path):
     write_shard(tmp_path / "train" / "0.tar", numbered(3))
     (tmp_path / "train" / "1.tar").write_bytes(b"<html>404</html>" * 100)
     ds = dataset(tmp_path)

@@ -7,11 +7,11 @@ import torch
 from conftest import randomize
 from helpers import DISTILL, SAMPLE, contents, fails, latent_shard, pixels, run, training_lines
 
-import checkpoint
 import data
 from flow import time_grid
 from model import NTM, NTMConfig
-from sit import heads_of, load_sit
+from plumbing import checkpoint
+from plumbing.sit import heads_of, load_sit
 
 # SHORT of test_scripts, for latents of 4x8x8 and the transporter alone: the rest is the published network's
 TRAIN = ["--device=cpu", "--dataset=shards", "--latent_scale=0.5", "--batch_size=4", "--max_iters=4",
@@ -49,7 +49,7 @@ def latents(tmp_path_factory):
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_velocity_is_the_reference_with_time_and_sign_turned_round(reference, tmp_path, wrapped):
+def test_velocity_is_the_reference_with_time_and_sign_reversed(reference, tmp_path, wrapped):
     state = reference["state_dict"]
     torch.save({"ema": state} if wrapped else state, tmp_path / "sit.pt")
     sit = load_sit(tmp_path / "sit.pt")
@@ -149,13 +149,13 @@ def test_likelihood_is_a_density_whatever_it_learned(model):
     assert all((a[0] - a[1]).abs().max() > 1e-4 for a in predictions)
 
 
-def test_it_takes_square_pictures_in_the_posterior_parametrization():
-    with pytest.raises(ValueError, match="predictor 'sit' needs parametrization 'posterior' and square pictures"):
+def test_it_takes_square_images_in_the_posterior_parametrization():
+    with pytest.raises(ValueError, match="predictor 'sit' needs parametrization 'posterior' and square images"):
         NTM(NTMConfig(predictor="sit"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# From weights and latents to pictures
+# From weights and latents to images
 
 
 def test_training_starts_from_published_weights(published, latents, tmp_path):
@@ -168,7 +168,7 @@ def test_training_starts_from_published_weights(published, latents, tmp_path):
     run("train.py", *settings, "--init_from=resume", "--max_iters=5", "--steps=4,8")
     held = contents(tmp_path / "ckpt.pt")
     assert held["iter"] == 5 and held["model_config"]["predictor"] == "sit"
-    trained = checkpoint.network_of(held, "ckpt.pt")
+    trained, _ = checkpoint.load_network(tmp_path / "ckpt.pt", {"ntm": NTM})
     before = load_sit(published)
     assert not torch.equal(trained.predictor.sit.blocks[0].attn.qkv.weight, before.blocks[0].attn.qkv.weight)
 
@@ -177,10 +177,10 @@ def test_training_starts_from_published_weights(published, latents, tmp_path):
     _, printed = run("sample.py", *SAMPLE, f"--out_dir={tmp_path}", f"--prompts={tmp_path / 'prompts.txt'}",
                      "--steps=8", "--guidance=1.5", "--show_trajectory=True")
     assert "trajectory NLL" in printed
-    latent = np.load(tmp_path / "pictures" / "0009.npy")
+    latent = np.load(tmp_path / "images" / "0009.npy")
     assert latent.shape == (4, 8, 8) and latent.dtype == np.float16
     preview = (0.5 * latent[:3].astype(float) / 3 + 1) * 128  # three of the channels, once more times latent_scale
-    assert np.abs(pixels(tmp_path / "pictures" / "0009.png") - preview.transpose(1, 2, 0).clip(0, 255)).max() <= 1.1
+    assert np.abs(pixels(tmp_path / "images" / "0009.png") - preview.transpose(1, 2, 0).clip(0, 255)).max() <= 1.1
 
 
 def test_captions_that_are_no_classes_are_named(published, latents, tmp_path):

@@ -3,8 +3,8 @@ import pytest
 import tiktoken
 import torch
 
-import tokenizer
-from tokenizer import NULL, PAD, get_tokenizer
+from plumbing import tokenizer
+from plumbing.tokenizer import NULL, PAD, get_tokenizer
 
 
 def test_encode_pads_truncates_and_marks_the_empty_caption():
@@ -26,7 +26,7 @@ def test_decode_gives_the_caption_back(text):
     assert bpe.decode(bpe.encode([text], 64)[0]) == text
 
 
-def test_bpe_joins_the_most_frequent_pair_first():
+def test_bpe_merges_the_most_frequent_pair_first():
     vocab = tokenizer.train_bpe({b"abab": 3, b"bc": 4}, 300)
     assert vocab[256:] == [b"ab", b"bc", b"abab"]
     assert tokenizer.train_bpe({b"abab": 3, b"bc": 4}, 257)[256:] == [b"ab"]
@@ -73,9 +73,21 @@ def test_a_comma_is_a_token_of_its_own():
 
 
 def test_a_vocabulary_of_some_captions_is_a_tokenizer(tmp_path):
-    (tmp_path / "mine.tiktoken").write_bytes(tokenizer.vocabulary(["a blue whale", "a whale"], 300))
+    (tmp_path / "mine.tiktoken").write_bytes(tokenizer.make_vocabulary(["a blue whale", "a whale"], 300))
     bpe = get_tokenizer(str(tmp_path / "mine.tiktoken"))
     assert len(bpe.tokens("a blue whale")) == 3 and bpe.decode(bpe.encode(["a green whale"], 20)[0]) == "a green whale"
+
+
+def test_the_stored_text_of_a_vocabulary_stands_in_for_its_file(tmp_path):
+    path, captions = tmp_path / "mine.tiktoken", ["a blue whale", "a green whale", ""]
+    path.write_bytes(tokenizer.make_vocabulary(captions, 300))
+    bpe = get_tokenizer(str(path))
+    ids, text = bpe.encode(captions, 8), bpe.vocabulary
+    path.unlink()
+    stored = get_tokenizer(str(path), text)
+    assert torch.equal(stored.encode(captions, 8), ids) and stored.decode(ids[1]) == "a green whale"
+    assert (stored.vocab_size, stored.vocabulary) == (bpe.vocab_size, text)
+    assert get_tokenizer("classes:10").vocabulary is None  # nothing to store
 
 
 def test_a_vocabulary_that_is_missing_or_damaged_is_named(tmp_path):

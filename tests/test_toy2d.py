@@ -1,26 +1,45 @@
-"""toy2d.py: its data sets, the true conditional, densities on a grid, and the script from end to end."""
+"""toy2d.py: its data sets, the true conditional, the models' densities, and the script from end to end."""
+import contextlib
 import copy
+import io
 import math
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import randomize
-from helpers import run
+from helpers import ROOT, run
 from PIL import Image
+
+import toy2d
+from flow import forward_trajectory, reverse_posterior, time_grid
 
 SHORT = ["--max_iters=3", "--batch_size=32", "--num_samples=300", "--width=8", "--transporter_width=8",
          "--transporter_blocks=2", "--panel=40"]
 SETS = ["checkerboard", "moons", "gaussians"]
 
 
+TS = time_grid(4, 0.02, 2, shift=2.0)
+
+
 @pytest.fixture(scope="module", params=SETS)
 def ran(request, tmp_path_factory):
-    """The globals of a short run on each data set, its output, and the path of its picture."""
-    path = tmp_path_factory.mktemp("toy2d") / "made" / "toy2d.png"
-    names, printed = run("toy2d.py", *SHORT, f"--dataset={request.param}", f"--picture={path}")
-    return names, printed, path
+    """A short run on each data set: its models and their updates, what it printed, and the path of its figure.
+
+    The settings stay those of the run as long as tests use it.
+    """
+    path, printed = tmp_path_factory.mktemp("toy2d") / "made" / "toy2d.png", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["toy2d.py", *SHORT, f"--dataset={request.param}", f"--figure={path}"])
+        before = dict(vars(toy2d))
+        config = toy2d.configure(vars(toy2d))
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+            models, updates = toy2d.main(config)
+        yield models, updates, printed.getvalue(), path
+    vars(toy2d).update({name: before[name] for name in config})
 
 
 def axis_of(half, count):
@@ -29,7 +48,7 @@ def axis_of(half, count):
 
 
 def points_of(axis):
-    """The grid axis x axis as points (P, P, 2), second coordinate first, by rows."""
+    """The points (P, P, 2) of axis x axis, second coordinate first, by rows."""
     return torch.stack([axis[None, :].expand(len(axis), -1), axis[:, None].expand(-1, len(axis))], dim=-1)
 
 
@@ -37,22 +56,21 @@ def points_of(axis):
 # The data
 
 
-@pytest.mark.parametrize("ran, share", list(zip(SETS, [1, 1, 1 - math.exp(-4.5)])), indirect=["ran"])
-def test_data_lie_on_their_support(ran, share):
-    x = ran[0]["draw_data"](100_000, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("ran, proportion", list(zip(SETS, [1, 1, 1 - math.exp(-4.5)])), indirect=["ran"])
+def test_data_lie_on_their_support(ran, proportion):
+    x = toy2d.sample_data(100_000, torch.Generator().manual_seed(0))
     assert x.shape == (100_000, 2, 1) and x.abs().max() < 1.1
-    assert ran[0]["share_inside"](x) == pytest.approx(share, abs=2e-3)
+    assert toy2d.proportion_inside(x) == pytest.approx(proportion, abs=2e-3)
     assert x.mean(dim=0).abs().max() < 0.01  # all three are centred
 
 
 @pytest.mark.parametrize("ran", ["checkerboard", "moons"], indirect=True)
 def test_entropy_is_log_area_where_the_density_is_uniform(ran):
-    names = ran[0]
-    data = names["DATA_SETS"][names["dataset"]]
+    data = toy2d.DATA_SETS[toy2d.dataset]
     axis, pixel = axis_of(1, 2000)
     area = data.inside(points_of(axis)).sum().item() * pixel
     assert math.log(area) == pytest.approx(data.entropy, abs=2e-3)
-    counts, _, _ = np.histogram2d(*data.draw(400_000, torch.Generator().manual_seed(0)).T.numpy(), bins=50,
+    counts, _, _ = np.histogram2d(*data.sample(400_000, torch.Generator().manual_seed(0)).T.numpy(), bins=50,
                                   range=[(-1, 1)] * 2)
     density = counts / 400_000 / 0.04**2
     assert np.quantile(density, 0.99) == pytest.approx(1 / area, rel=0.2)  # uniform: nowhere much denser than this
@@ -61,10 +79,9 @@ def test_entropy_is_log_area_where_the_density_is_uniform(ran):
 
 @pytest.mark.parametrize("ran", ["gaussians"], indirect=True)
 def test_entropy_of_eight_gaussians(ran):
-    names = ran[0]
-    data = names["DATA_SETS"]["gaussians"]
-    x = data.draw(20_000, torch.Generator().manual_seed(0)).double()
-    square = (x[:, None] - names["CENTRES"].double()).square().sum(dim=-1) / 0.07**2
+    data = toy2d.DATA_SETS["gaussians"]
+    x = data.sample(20_000, torch.Generator().manual_seed(0)).double()
+    square = (x[:, None] - toy2d.CENTRES.double()).square().sum(dim=-1) / 0.07**2
     log_density = torch.logsumexp(-square / 2, dim=1) - math.log(8 * 2 * math.pi * 0.07**2)
     assert -log_density.mean().item() == pytest.approx(data.entropy, abs=0.03)
 
@@ -77,41 +94,39 @@ def test_entropy_of_eight_gaussians(ran):
 @pytest.mark.parametrize("ran", ["checkerboard"], indirect=True)
 def test_true_density_is_that_of_many_real_trajectories(ran, k):
     """Against Monte Carlo that knows neither posterior nor weights: x_s of the trajectories that passed near x_t."""
-    names, generator = ran[0], torch.Generator().manual_seed(1)
-    data, ts = names["draw_data"](500_000, generator), names["grid"][k:k + 2]
+    generator, ts = torch.Generator().manual_seed(1), TS[k:k + 2]
+    data = toy2d.sample_data(500_000, generator)
     x_t = (1 - ts[1]) * torch.tensor([0.2, -0.1]) + torch.tensor([0.1, 0.05])
-    x = names["forward_trajectory"](data, ts.expand(len(data), 2), generator)[..., 0]
+    x = forward_trajectory(data, ts.expand(len(data), 2), generator)[..., 0]
     x_s = x[((x[:, 1] - x_t).abs() < 0.05).all(dim=1), 0]
     axis, pixel = axis_of(4.5 * float(ts[0]) + 1.2 * (1 - float(ts[0])), 250)
-    density = names["true_density"](x_t, *ts, data[:20_000, :, 0], axis)
+    density = toy2d.true_density(x_t, *ts, data[:20_000, :, 0], axis)
     assert density.sum() * pixel == pytest.approx(1, abs=2e-3)
     points = points_of(axis)
     for f in (lambda x: x[..., 0], lambda x: x[..., 1], lambda x: x[..., 0] ** 2, lambda x: x[..., 0] * x[..., 1],
               lambda x: (x[..., 0] > 0.1).float(), lambda x: (x[..., 0] * x[..., 1] > 0).float()):
-        expected, spread = f(x_s).mean().item(), f(x_s).std().item() / len(x_s) ** 0.5
-        assert (density * f(points)).sum().item() * pixel == pytest.approx(expected, abs=4 * spread + 0.01)
+        expected, error = f(x_s).mean().item(), f(x_s).std().item() / len(x_s) ** 0.5
+        assert (density * f(points)).sum().item() * pixel == pytest.approx(expected, abs=4 * error + 0.01)
 
 
 def test_densities_of_the_models_integrate_to_one(ran):
-    names = ran[0]
     axis, pixel = axis_of(6, 150)
     with torch.no_grad():
-        for model in names["models"]:
+        for model in ran[0]:
             model = randomize(copy.deepcopy(model), 0.3)  # three updates leave it nearly the identity
             for k in (0, 3):
-                density = names["grid_density"](model, torch.tensor([0.3, -0.2]), *names["grid"][k:k + 2], axis)
+                density = toy2d.model_density(model, torch.tensor([0.3, -0.2]), *TS[k:k + 2], axis)
                 assert density.sum() * pixel == pytest.approx(1, abs=0.01)
 
 
 def test_second_coordinate_runs_along_rows(ran):
-    """grid_density and true_density put the same x_s at the same place: a density evaluated point by point."""
-    names = ran[0]
-    axis, x_t, s, t = torch.tensor([-0.4, 0.1, 0.7]), torch.tensor([0.3, -0.2]), *names["grid"][1:3]
-    model = randomize(copy.deepcopy(names["models"][1]), 0.3)
-    x0 = names["draw_data"](50, torch.Generator().manual_seed(0))[..., 0]
+    """model_density and true_density put the same x_s at the same place: a density evaluated point by point."""
+    axis, x_t, s, t = torch.tensor([-0.4, 0.1, 0.7]), torch.tensor([0.3, -0.2]), *TS[1:3]
+    model = randomize(copy.deepcopy(ran[0][1]), 0.3)
+    x0 = toy2d.sample_data(50, torch.Generator().manual_seed(0))[..., 0]
     with torch.no_grad():
-        ours, true = names["grid_density"](model, x_t, s, t, axis), names["true_density"](x_t, s, t, x0, axis)
-        A, B, C = names["reverse_posterior"](t, s)
+        ours, true = toy2d.model_density(model, x_t, s, t, axis), toy2d.true_density(x_t, s, t, x0, axis)
+        A, B, C = reverse_posterior(t, s)
         weights = torch.exp(-((x_t - (1 - t) * x0) ** 2).sum(dim=1) / (2 * t**2))
         for row, second in enumerate(axis):
             for column, first in enumerate(axis):
@@ -126,9 +141,8 @@ def test_second_coordinate_runs_along_rows(ran):
 
 @pytest.mark.parametrize("ran", ["gaussians"], indirect=True)
 def test_best_gaussian_bound_lies_above_the_entropy(ran, monkeypatch):
-    names = ran[0]
-    monkeypatch.setitem(names["best_gaussian_bound"].__globals__, "num_samples", 3000)
-    best = names["best_gaussian_bound"](torch.Generator().manual_seed(0))
+    monkeypatch.setattr(toy2d, "num_samples", 3000)
+    best = toy2d.best_gaussian_bound(TS, torch.Generator().manual_seed(0))
     entropy_at_t_min = math.log(8 * 2 * math.pi * math.e * ((0.98 * 0.07) ** 2 + 0.02**2))
     assert entropy_at_t_min + 0.05 < best < entropy_at_t_min + 2
 
@@ -137,38 +151,42 @@ def test_best_gaussian_bound_lies_above_the_entropy(ran, monkeypatch):
 # The script
 
 
-def test_prints_figures_and_draws(ran):
-    names, printed, path = ran
+def test_prints_its_numbers_and_leaves_the_figure(ran):
+    models, updates, printed, path = ran
     first, gaussian, ntm, last = printed.strip().splitlines()
-    assert first.startswith(f"{names['dataset']}: entropy {names['DATA_SETS'][names['dataset']].entropy:.3f} nats")
+    assert first.startswith(f"{toy2d.dataset}: entropy {toy2d.DATA_SETS[toy2d.dataset].entropy:.3f} nats")
     assert gaussian.startswith("Gaussian: 3 updates, bound ") and ntm.startswith("NTM: 3 updates, bound ")
     assert last == f"wrote {path}"
-    assert names["updates"] == (3, 3)
-    assert len(names["models"][0].transporter.blocks) == 0 and len(names["models"][1].transporter.blocks) == 2
+    assert updates == (3, 3)
+    assert len(models[0].transporter.blocks) == 0 and len(models[1].transporter.blocks) == 2
     with Image.open(path) as image:
         assert image.width > 6 * 40 and image.height > 6 * 40
         assert len(image.getcolors(1 << 24)) > 100
 
 
 @pytest.mark.parametrize("ran", ["checkerboard"], indirect=True)
-def test_the_same_updates_give_the_same_figures(ran, tmp_path):
+def test_the_same_updates_give_the_same_numbers_and_figure(ran, tmp_path):
     path = tmp_path / "toy2d.png"
-    again = run("toy2d.py", *SHORT, f"--picture={path}")[1]
-    assert again.replace(str(path), str(ran[2])) == ran[1] and path.read_bytes() == ran[2].read_bytes()
+    again = run("toy2d.py", *SHORT, f"--figure={path}")[1]
+    assert again.replace(str(path), str(ran[3])) == ran[2] and path.read_bytes() == ran[3].read_bytes()
 
 
 @pytest.mark.parametrize("ran", ["moons"], indirect=True)
 def test_training_stops_by_the_clock_and_learns(ran, monkeypatch):
-    names = ran[0]
-    settings = names["train"].__globals__
-    monkeypatch.setitem(settings, "max_iters", 0)
-    monkeypatch.setitem(settings, "seconds", 1.0)
+    monkeypatch.setattr(toy2d, "max_iters", 0)
+    monkeypatch.setattr(toy2d, "seconds", 1.0)
     start = time.thread_time()
-    model, updates = names["train"]("NTM", names["build"](2))
+    model, updates = toy2d.train("NTM", toy2d.build(2), TS)
     assert 1 <= time.thread_time() - start < 3 and updates > 3
-    before, after = (names["bound"](network, 2000, torch.Generator().manual_seed(0)).mean()
-                     for network in (names["build"](2), model))
+    before, after = (toy2d.bound(network, TS, 2000, torch.Generator().manual_seed(0)).mean()
+                     for network in (toy2d.build(2), model))
     assert after < before - 0.1
+
+
+def test_importing_it_runs_nothing():
+    printed = subprocess.run([sys.executable, "-c", "import toy2d, bench, evaluate"], cwd=ROOT, capture_output=True,
+                             text=True, check=True)
+    assert printed.stdout == printed.stderr == ""
 
 
 @pytest.mark.parametrize("argument, message", [
@@ -187,7 +205,7 @@ def test_errors_are_one_line(argument, message):
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_a_picture_with_nowhere_to_go_is_one_line_before_training(tmp_path):
+def test_a_figure_with_nowhere_to_go_is_one_line_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="Not a directory: '.*deeper'"):
-        run("toy2d.py", f"--picture={tmp_path / 'file' / 'deeper' / 'toy2d.png'}")
+        run("toy2d.py", f"--figure={tmp_path / 'file' / 'deeper' / 'toy2d.png'}")

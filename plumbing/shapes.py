@@ -1,26 +1,18 @@
 """The "shapes" data set: coloured circles, squares and triangles on a dark ground, with a caption that is always true.
 
-- four kinds of caption, equally often: one object ("a red circle"), two to four of a kind ("three blue circles"),
-  two joined by "and" ("a red circle and a blue square"), two in a relation ("a red square left of a green circle")
-- scene i of a seed is a pure function of (seed, i): a hash takes the place of a random generator's state, so that any
-  batch of scenes is one vectorised call, and neither order nor batching changes a scene
-- objects never touch, by construction: the picture is cut into as many rectangles as there are objects, at random
-  places, and each object stays well inside its own
-- one unit is the picture's width, x runs right and y down, so that a scene can be drawn at any size
+- four kinds of caption, equally frequent: one object ("a red circle"), two to four alike ("three blue circles"), two
+  joined by "and" ("a red circle and a blue square"), two in a relation ("a red square left of a green circle")
+- scene i of a seed is a pure function of (seed, i): a hash stands in for a random generator
+- objects never touch: the image is cut at random into as many rectangles, and each object stays well inside its own
+- lengths are in image widths, x to the right and y down, so a scene can be rendered at any size
 """
 from typing import NamedTuple
 
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle")
-COLOURS = {  # well apart from one another, from the ground, and still apart as greys
-    "red": (230, 40, 30),
-    "green": (60, 200, 60),
-    "blue": (30, 60, 230),
-    "yellow": (250, 225, 50),
-    "purple": (180, 60, 210),
-    "cyan": (70, 225, 240),
-}
+COLOURS = {"red": (230, 40, 30), "green": (60, 200, 60), "blue": (30, 60, 230),  # far apart, and so are their greys
+           "yellow": (250, 225, 50), "purple": (180, 60, 210), "cyan": (70, 225, 240)}
 GROUND = (16, 16, 24)
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")  # of the first object to the second
@@ -29,13 +21,13 @@ KINDS = ("one", "several", "and", "relation")
 MAX_OBJECTS = 4
 MARGIN = 0.045  # from an object to its rectangle's edge: at 16x16, 1.4 pixels of ground between any two objects
 MIN_RADIUS = 0.15  # 2.4 pixels at 16x16: below that a circle is a square
-LONE_RADIUS = 0.19, 0.36  # an object that has the picture to itself is larger
+LONE_RADIUS = 0.19, 0.36  # a single object is larger
 CUT = 0.4, 0.6  # where a cut may fall; the narrowest rectangle still holds 2 (MIN_RADIUS + MARGIN)
 
 
 class Scene(NamedTuple):
     """B scenes of up to 4 objects each. Columns from `count` on are meaningless, and so is `relation` where `kind` is
-    not 3. Integers index the constants above; x, y and radius are in units of the picture's width."""
+    not 3. Integers index the constants above; x, y and radius are in image widths."""
     kind: np.ndarray  # (B,)
     relation: np.ndarray  # (B,)
     count: np.ndarray  # (B,)
@@ -47,7 +39,7 @@ class Scene(NamedTuple):
 
 
 def mix(z):
-    """The finalizer of splitmix64: uint64 -> uint64, every bit of the input stirs every bit of the output."""
+    """The finalizer of splitmix64: uint64 -> uint64, in which every input bit affects every output bit."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -63,19 +55,19 @@ def uniforms(seed, indices, n):
 
 
 def scenes(seed, indices):
-    """Scenes number `indices` (B integers, negative ones too) of the endless sequence `seed`. Returns a Scene."""
+    """Scenes number `indices` (B integers, which may be negative) of the endless sequence `seed`, as a Scene."""
     u = uniforms(seed, indices, 8 + 3 * MAX_OBJECTS)
     kind, relation = (u[:, 0] * len(KINDS)).astype(int), (u[:, 1] * len(RELATIONS)).astype(int)
     count = np.select([kind == 0, kind == 1], [1, 2 + (u[:, 2] * len(NUMBERS)).astype(int)], 2)
 
-    # what: one of the 18 coloured shapes; "several" repeat it, a pair's second is one of the other 17
+    # what: one of the 18 coloured shapes; "several" repeat it, the second of a pair is one of the other 17
     things = len(SHAPES) * len(COLOURS)
     first = (u[:, 3] * things).astype(int)
     second = np.where(kind == 1, first, (first + 1 + (u[:, 4] * (things - 1)).astype(int)) % things)
     colour, shape = np.divmod(np.stack([first, second, first, second], 1), len(SHAPES))
 
     # where: one cut makes two halves, one after the other "along" an axis; three and four objects need halves cut
-    # again, "across" it. The relation names the layout: which axis it is, and which half comes first.
+    # again, "across" it. The relation determines the layout: which axis it is, and which half comes first.
     cuts = CUT[0] + (CUT[1] - CUT[0]) * u[:, 5:8]
     half, quarter = np.arange(MAX_OBJECTS) % 2, np.arange(MAX_OBJECTS) // 2
     alone, again = (count == 1)[:, None], count[:, None] > 2 + half
@@ -92,7 +84,7 @@ def scenes(seed, indices):
     along = along_lo + room + (along_hi - along_lo - 2 * room) * place_along
     across = across_lo + room + (across_hi - across_lo - 2 * room) * place_across
 
-    # "left of" must not be mistaken for "above": the two stand at most half as far apart across as along
+    # "left of" must not be mistaken for "above": two objects are at most half as far apart across as along
     apart = (along[:, 1] - along[:, 0]) * (place_across[:, 1] - 0.5)
     beside = np.clip(across[:, 0] + apart, room[:, 1], 1 - room[:, 1])
     across[:, 1] = np.where(kind == 3, beside, across[:, 1])
@@ -104,25 +96,16 @@ def scenes(seed, indices):
 
 def captions(scene):
     """The captions of a Scene, a list of B strings."""
-    names = list(COLOURS)
-    things = [f"{colour} {shape}" for colour in names for shape in SHAPES]
+    things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     first, second = (scene.colour * len(SHAPES) + scene.shape)[:, :2].T.tolist()
-    texts = []
-    for kind, relation, count, a, b in zip(
-            scene.kind.tolist(), scene.relation.tolist(), scene.count.tolist(), first, second):
-        if KINDS[kind] == "one":
-            texts.append(f"a {things[a]}")
-        elif KINDS[kind] == "several":
-            texts.append(f"{NUMBERS[count]} {things[a]}s")
-        else:
-            joint = "and" if KINDS[kind] == "and" else RELATIONS[relation]
-            texts.append(f"a {things[a]} {joint} a {things[b]}")
-    return texts
+    return [f"a {things[a]}" if kind == 0 else f"{NUMBERS[count]} {things[a]}s" if kind == 1 else
+            f"a {things[a]} {'and' if kind == 2 else RELATIONS[relation]} a {things[b]}"
+            for kind, relation, count, a, b in zip(*(column.tolist() for column in scene[:3]), first, second)]
 
 
 def coverage(shape, x, y, radius, image_size):
-    """How much of each pixel shapes cover, anti-aliased. `shape` indexes SHAPES; x, y and radius are as in a Scene; the
-    four broadcast to (...,). Returns float32 (..., image_size, image_size) in [0, 1]."""
+    """The fraction of each pixel that a shape covers, anti-aliased: float32 (..., image_size, image_size) in [0, 1].
+    `shape` indexes SHAPES; x, y and radius are as in a Scene; the four broadcast to (...,)."""
     pixel = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
     centre_x, centre_y, r = (np.asarray(a, dtype=np.float32)[..., None, None] for a in (x, y, radius))
     dx, dy = np.abs(pixel - centre_x), pixel[:, None] - centre_y  # (..., 1, W) and (..., H, 1)
@@ -136,7 +119,7 @@ def coverage(shape, x, y, radius, image_size):
 
 
 def render(scene, image_size):
-    """Draws a Scene. Returns uint8 (B, 3, image_size, image_size)."""
+    """A Scene as images, uint8 (B, 3, image_size, image_size)."""
     cover = coverage(scene.shape, scene.x, scene.y, scene.radius, image_size)
     ground = np.array(GROUND, dtype=np.float32)
     paint = np.array(list(COLOURS.values()), dtype=np.float32)[scene.colour] - ground

@@ -1,14 +1,59 @@
-"""The device a process computes on, and the other processes under torchrun."""
+"""What a script needs of the machine: its device, the other ranks under torchrun, signals, errors in one line."""
 
+import contextlib
+import json
 import os
+import signal
 import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(minutes=10)  # that the ranks wait for one that says nothing
+TIMEOUT = timedelta(minutes=10)  # how long ranks wait for one that does not answer
 launched = {"job": ""}
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turns what a setting can be wrong about (ValueError, OSError) into one line and exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def claim(path, settings, message):
+    """Creates the folder of work that continues where it was interrupted, and records its settings in the file `path`.
+
+    Raises ValueError(message) if what is there already was made with other settings.
+    """
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise ValueError(message)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings) + "\n")
+
+
+class Interrupt:
+    """In its context, Ctrl-C and SIGTERM ask for an end after the current iteration; a second Ctrl-C ends at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Device and ranks
 
 
 def find_device(name=""):
@@ -53,21 +98,41 @@ def autocast(config, device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
 
 
+def for_training(model, config, device):
+    """The model as training calls it: compiled, and wrapped where several ranks train."""
+    compiled = device.type == "cuda" if config["compile"] is None else config["compile"]
+    network = torch.compile(model) if compiled else model
+    if dist.is_initialized():
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    return network
+
+
+def gradients_meet(network, last):
+    """In this context a backward pass sums gradients over the ranks only if it is the last of an update."""
+    return contextlib.nullcontext() if last or not dist.is_initialized() else network.no_sync()
+
+
 last_sum = []  # the handle of the last all_sum
 
 
 def all_sum(tensor):
     """The sum over all ranks, in place."""
     if dist.is_initialized():
-        # Whoever drops the last handle lets go of the tensor, for which it needs Python. Were it one of gloo's threads,
-        # and the interpreter ending meanwhile, the process would abort; so this one is kept until the next sum.
+        # Whoever drops the last handle frees the tensor, for which it needs Python's lock. If that were one of gloo's
+        # threads while the interpreter shuts down, the process would abort; so this one is kept until the next sum.
         last_sum[:] = [dist.all_reduce(tensor, async_op=True)]
         last_sum[0].wait()
     return tensor
 
 
+def all_sums(values, device):
+    """The sums over all ranks of {name: number or scalar tensor}, {name: float}, by one reduction."""
+    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
+    return dict(zip(values, all_sum(stacked).tolist()))
+
+
 def leave_ranks():
-    """The end of a run: nobody hangs up on a rank that is still talking."""
+    """The end of a run: no rank leaves while another still communicates."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
-"""Captions to token ids: byte-pair encodings, and captions that are the number of a class.
+"""Captions to token ids: byte-pair encodings, and captions that are class numbers.
 
-Text id 0 is padding, 1 the null caption that guidance uses; a vocabulary's own ids come after them.
+Id 0 is padding, 1 the null caption that guidance uses; a vocabulary's own ids come after them.
 """
 
 import base64
@@ -11,28 +11,29 @@ from pathlib import Path
 import tiktoken
 import torch
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 VOCABULARIES = ("captions", "emoji")  # assets/NAME.tiktoken
 PAD, NULL = 0, 1
-WORD = r" ?[^\s,]+|,|\s+"  # a word takes the space before it along, so that a common word is one token
+WORD = r" ?[^\s,]+|,|\s+"  # a word includes the space before it, so that a common word is one token
 
 
 class Tokenizer:
     """Byte-pair ids of a tiktoken encoding, shifted by two to leave room for PAD and NULL.
 
-    cut: how many captions encode() has had to truncate so far.
+    vocabulary: the text of its .tiktoken file, which checkpoints store, or None.
+    cut: the number of captions that encode() has truncated so far.
     """
 
-    def __init__(self, encoding):
-        self.encoding, self.cut = encoding, 0
+    def __init__(self, encoding, vocabulary=None):
+        self.encoding, self.vocabulary, self.cut = encoding, vocabulary, 0
         self.vocab_size = encoding.n_vocab + 2
 
     def tokens(self, caption):
-        """The ids of one caption, however many; [NULL] for an empty or blank one."""
+        """All ids of one caption, a list; [NULL] for an empty or blank one."""
         return [i + 2 for i in self.encoding.encode_ordinary(caption.strip())] or [NULL]
 
     def encode(self, captions, length):
-        """B captions -> ids (B, length) int64, the first `length` of each, padded with PAD."""
+        """B captions -> ids (B, length) int64, truncated or padded with PAD."""
         ids = torch.full((len(captions), length), PAD)
         for row, caption in zip(ids, captions):
             tokens = self.tokens(caption)
@@ -41,20 +42,20 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """Ids (L,) -> the caption, without padding and null."""
+        """Ids (L,) -> the caption; PAD and NULL are dropped."""
         return self.encoding.decode([i - 2 for i in torch.as_tensor(ids).tolist() if i > NULL])
 
 
 class ClassNumbers:
-    """Captions that are the number of a class, "class 207", or empty for any class; the id is 2 + the number."""
+    """Captions that are class numbers: "class 207" has the id 2 + 207, and an empty caption, for any class, NULL."""
 
-    cut = 0  # none is ever truncated
+    cut, vocabulary = 0, None  # no caption is ever truncated, and there is no file
 
     def __init__(self, classes):
         self.classes, self.vocab_size = classes, classes + 2
 
     def encode(self, captions, length):
-        """B captions -> ids (B, length) int64, padded with PAD. Raises ValueError for what is not a class."""
+        """B captions -> ids (B, length) int64, padded with PAD. Raises ValueError for a caption that is not a class."""
         ids = torch.full((len(captions), length), PAD)
         for row, caption in zip(ids, captions):
             match = re.fullmatch(r"(?:class (\d+))?", caption.strip())
@@ -65,27 +66,26 @@ class ClassNumbers:
         return ids
 
 
-def get_tokenizer(name="captions"):
-    """"captions": the small vocabulary of the shapes, garments and digits, in which each of their words is one token;
-    "emoji": that of the emoji; any other file NAME.tiktoken, as `python data.py vocab` makes them; "gpt2": GPT-2's
-    50,257, which tiktoken downloads once; "classes": captions are numbers of ImageNet's 1,000 classes, "classes:N": of
-    N.
-    Raises ValueError for any other name or a damaged file, OSError where a file or gpt2 cannot be had.
-    """
+def get_tokenizer(name="captions", vocabulary=None):
+    """The tokenizer `name`: "captions" (shapes, garments and digits, a token for each word), "emoji", or another file
+    NAME.tiktoken of `python data.py vocab`; "gpt2", which tiktoken downloads once; "classes" or "classes:N", numbers of
+    ImageNet's 1,000 classes or of N. vocabulary: the text of the file, from a checkpoint; the file then need not exist.
+    Raises ValueError for any other name or a damaged file, OSError where a file is missing or gpt2 cannot be had."""
     if name in VOCABULARIES or name.endswith(".tiktoken"):
         path = ASSETS / f"{name}.tiktoken" if name in VOCABULARIES else Path(name)
         try:
+            text = vocabulary or path.read_text("ascii")
             ranks = {base64.b64decode(token, validate=True): int(rank)
-                     for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+                     for token, rank in map(str.split, text.splitlines())}
             return Tokenizer(tiktoken.Encoding(name, pat_str=WORD, mergeable_ranks=ranks, special_tokens={},
-                                               explicit_n_vocab=max(256, len(ranks))))
+                                               explicit_n_vocab=max(256, len(ranks))), text)
         except (ValueError, AssertionError) as error:
             raise ValueError(f"vocabulary {path} is damaged: make it with `python data.py vocab`") from error
     if name == "gpt2":
         try:
             return Tokenizer(tiktoken.get_encoding("gpt2"))
         except Exception as error:  # tiktoken downloads with requests, whose errors are many
-            raise ConnectionError("tokenizer 'gpt2' cannot be had: tiktoken needs the network once, or a folder named "
+            raise ConnectionError("tokenizer 'gpt2' is not available: tiktoken needs the network once, or a folder "
                                   "in TIKTOKEN_CACHE_DIR that has it; or use tokenizer='captions'") from error
     if match := re.fullmatch(r"classes(?::([1-9]\d*))?", name):
         return ClassNumbers(int(match[1] or 1000))
@@ -94,9 +94,8 @@ def get_tokenizer(name="captions"):
 
 
 def train_bpe(words, vocab_size):
-    """Byte-pair encoding. `words` is a Counter of byte strings. Joins the most frequent pair of tokens, over and over,
-    until there are `vocab_size` tokens or every word is one. Returns the tokens by rank, the 256 bytes first.
-    """
+    """Byte-pair encoding of `words`, a Counter of byte strings: merges the most frequent pair of tokens until there are
+    `vocab_size` tokens or every word is one. Returns the tokens by rank, the 256 bytes first."""
     vocab = [bytes([b]) for b in range(256)]
     splits = {word: [bytes([b]) for b in word] for word in words}
     while len(vocab) < vocab_size:
@@ -106,7 +105,7 @@ def train_bpe(words, vocab_size):
                 pairs[pair] += words[word]
         if not pairs:
             break
-        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))  # the pair itself settles a tie
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))  # ties are broken by the pair itself
         vocab.append(left + right)
         for parts in splits.values():
             for i in range(len(parts) - 1, 0, -1):
@@ -115,8 +114,7 @@ def train_bpe(words, vocab_size):
     return vocab
 
 
-def vocabulary(captions, size=512):
-    """The bytes of a .tiktoken file for captions such as these: one line a token, base64 and rank."""
+def make_vocabulary(captions, size=512):
+    """The bytes of a .tiktoken file of at most `size` tokens for such captions: a line a token, base64 and rank."""
     words = Counter(word.encode() for caption in captions for word in re.findall(WORD, caption))
-    tokens = train_bpe(words, size)
-    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(train_bpe(words, size)))

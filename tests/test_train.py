@@ -7,50 +7,65 @@ import math
 import multiprocessing
 import os
 import signal
-from types import SimpleNamespace
+from dataclasses import asdict
 
 import pytest
 import torch
 from helpers import contents, read_log, read_log_without_speed, same, same_training, training_lines
 from torch import nn
 
-import checkpoint
 import data
-import loop
-import pictures
-from model import NTM, NULL, PAD, Denoiser, NTMConfig
+import train
+from configurator import Settings
+from model import NTM, Denoiser, ImageModel, NTMConfig
+from plumbing import checkpoint, optim
+from plumbing.images import to_pixels
+from plumbing.loader import Order, validation_batches
+from plumbing.log import Log
+from plumbing.optim import learning_rate, make_optimizers
+from plumbing.tokenizer import NULL, PAD
 
-SETTINGS = dict(init_from="scratch", seed=0, bfloat16=None, compile=None, workers=0, caption_dropout=0.0, batch_size=4,
-                grad_accum=1, max_iters=6, optimizer="adamw", lr=0.01, min_lr=0.001, warmup_iters=2, weight_decay=0.1,
-                grad_clip=1.0, ema=0.9, log_interval=1, val_interval=100, val_examples=1, num_samples=1, bad_limit=0.01,
-                wandb_log=False)
+SETTINGS = {name: value for name, value in vars(train).items()
+            if not name.startswith("_") and type(value) in (bool, int, float, str, tuple, type(None)) and name.islower()}
+SETTINGS |= dict(device="cpu", image_size=2, text_len=3, caption_dropout=0.0, batch_size=4, max_iters=6, lr=0.01,
+                 optimizer="adamw", min_lr=0.001, warmup_iters=2, weight_decay=0.1, ema=0.9, log_interval=1,
+                 val_interval=100, val_examples=1, num_samples=1)
 
 
 class Items(list):
     eight_bit = True
 
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
 
 # captioned by their numbers
-DATA = Items((pictures.to_pixels(torch.full((1, 2, 2), 20 * i)), str(i)) for i in range(12))
-TOKENIZER = SimpleNamespace(encode=lambda texts, length: torch.tensor([[int(c) + 2] * length for c in texts]), cut=0)
+DATA = Items((to_pixels(torch.full((1, 2, 2), 20 * i)), str(i)) for i in range(12))
 TINY = NTMConfig(image_size=4, width=8, depth=1, heads=2, transporter_width=8, transporter_blocks=1,
                  transporter_layers=1)
 
 
-class Toy(nn.Module):
-    """The least that fit() can train: a weight for every pixel."""
+class Numbers:
+    """A tokenizer of those captions."""
 
-    def __init__(self):
-        super().__init__()
-        self.config = NTMConfig(image_size=2, text_len=3)
+    vocab_size, cut, vocabulary = 14, 0, None
+
+    def encode(self, captions, length):
+        return torch.tensor([[int(caption) + 2] * length if caption else [NULL, PAD, PAD] for caption in captions])
+
+
+class Toy(ImageModel):
+    """The least that train.py can train: a weight for every pixel."""
+
+    def __init__(self, config=TINY):
+        super().__init__(config)
         self.weight = nn.Parameter(torch.linspace(-1, 1, 4))
 
     def forward(self, images):
         return images.flatten(1) @ self.weight
 
-
-def draw(batch, device, generator):
-    return (torch.randn(batch, generator=generator),)
+    def randomness(self, batch, device, generator):
+        return (torch.randn(batch, generator=generator),)
 
 
 def squares(network, images, text, draws):
@@ -58,16 +73,26 @@ def squares(network, images, text, draws):
 
 
 def fit(out_dir, objective=squares, validate=lambda ema, i: {"val_loss": 0.0}, **settings):
-    """Trains a Toy; returns it with the path of its checkpoint."""
-    config = SETTINGS | settings | {"out_dir": str(out_dir)}
-    model, path = Toy(), out_dir / "ckpt.pt"
+    """Trains a Toy by train.py; returns it with the path of its checkpoint."""
+    config = Settings(SETTINGS | settings | {"out_dir": str(out_dir)})
+    config.given = settings.keys() | {"out_dir"}
+    path, models = out_dir / "ckpt.pt", []
 
-    def losses(*args):
-        return {"loss": objective(*args[:-1])}
+    def build(model_config):
+        models.append(Toy(model_config))
+        return models[-1]
 
-    resumed = loop.find_start(config["init_from"], path, "ntm", "cpu")
-    loop.fit(config, "ntm", model, DATA, TOKENIZER, draw, losses, validate, (torch.device("cpu"), 0, 1), resumed)
-    return model, path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "NETWORKS", {"ntm": build, "fm": build})
+        patch.setattr(train, "open_dataset", lambda config, split: DATA)
+        patch.setattr(train, "get_tokenizer", lambda name, vocabulary: Numbers())
+        patch.setattr(train, "sample_images", lambda ema, text, ts, generator: torch.rand(len(text), 1, 2, 2))
+        patch.setattr(train, "training_losses", lambda network, frozen, images, text, randomness, config, i: {
+            "loss": objective(network, images, text, randomness)})
+        # called once the checkpoint of that iteration is written
+        patch.setattr(train, "validate", lambda ema, *_: validate(ema, contents(path)["iter"]))
+        train.main(config)
+    return models[0], path
 
 
 def record(out_dir, **settings):
@@ -88,12 +113,12 @@ def record(out_dir, **settings):
 
 
 def batches(size=10, batch_size=4, seed=0, start=0, stop=25, rows=None):
-    return list(loop.Order(size, batch_size, seed, start, stop, rows or range(batch_size)))
+    return list(Order(size, batch_size, seed, start, stop, rows or range(batch_size)))
 
 
 def test_every_epoch_has_each_example_once():
     order = batches()
-    assert len(order) == 25 == len(loop.Order(10, 4, 0, 0, 25, range(4)))
+    assert len(order) == 25 == len(Order(10, 4, 0, 0, 25, range(4)))
     sequence = sum(order, [])
     epochs = [sequence[i:i + 10] for i in range(0, 100, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -156,7 +181,7 @@ def test_validation_batches_do_not_depend_on_ranks():
 
     def validation(count, rank=0, world=1):
         return [(images, text, captions, torch.randn(3, generator=generator)) for images, text, captions, generator
-                in loop.validation_batches(dataset, tokenizer, 4, count, "cpu", rank, world, batch_size=20)]
+                in validation_batches(dataset, tokenizer, 4, count, "cpu", rank, world, batch_size=20)]
 
     alone = validation(90)
     assert [len(images) for images, *_ in alone] == [20, 20, 20, 20, 10]
@@ -176,19 +201,19 @@ def test_validation_batches_do_not_depend_on_ranks():
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine():
     config = dict(lr=1.0, min_lr=0.2, warmup_iters=10, max_iters=110)
-    rates = [loop.learning_rate(config, i) for i in range(111)]
+    rates = [learning_rate(config, i) for i in range(111)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0 and rates[110] == pytest.approx(0.2)
     assert rates[60] == pytest.approx(0.6) and rates[35] == pytest.approx(0.2 + 0.8 * (1 + 0.5**0.5) / 2)
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
-    assert loop.learning_rate(config | {"warmup_iters": 0}, 0) == 1.0
+    assert learning_rate(config | {"warmup_iters": 0}, 0) == 1.0
 
 
 def test_average_forgets_the_first_iterations_faster():
     ema, model = nn.Linear(2, 2), nn.Linear(2, 2)
     for i, decay in ((0, 1 / 10), (5, 6 / 15), (89, 0.9), (1000, 0.9)):
         expected = [decay * a + (1 - decay) * b for a, b in zip(ema.parameters(), model.parameters())]
-        loop.update_average(ema, model, 0.9, i)
+        optim.update_average(ema, model, 0.9, i)
         torch.testing.assert_close(list(ema.parameters()), expected)
 
 
@@ -203,7 +228,7 @@ def test_update_is_adamw_with_clipped_gradients(tmp_path):
         loss.backward()
         norm = other.weight.grad.norm()
         other.weight.grad *= min(1, 0.1 / norm)
-        optimizer.param_groups[0]["lr"] = loop.learning_rate(SETTINGS | {"max_iters": 8}, i)
+        optimizer.param_groups[0]["lr"] = learning_rate(SETTINGS | {"max_iters": 8}, i)
         optimizer.step()
         optimizer.zero_grad()
         average.lerp_(other.weight.detach(), 1 - min(0.9, (1 + i) / (10 + i)))
@@ -216,7 +241,7 @@ def test_update_is_adamw_with_clipped_gradients(tmp_path):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_weight_has_one_optimizer(name):
     model = NTM(TINY)
-    optimizers = loop.make_optimizers(model, SETTINGS | {"optimizer": name}, torch.device("cpu"))
+    optimizers = make_optimizers(model, name, 0.1, torch.device("cpu"))
     groups = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     assert sorted(map(id, sum(groups, []))) == sorted(map(id, model.parameters()))
     assert all(group["weight_decay"] == 0.1 for optimizer in optimizers for group in optimizer.param_groups)
@@ -228,10 +253,10 @@ def test_every_weight_has_one_optimizer(name):
 
 def test_optimizer_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(ValueError, match="'sgd' is unknown: choose 'adamw' or 'muon'"):
-        loop.make_optimizers(Toy(), SETTINGS | {"optimizer": "sgd"}, torch.device("cpu"))
-    monkeypatch.setattr(loop, "HAS_MUON", False)
+        make_optimizers(Toy(), "sgd", 0.1, torch.device("cpu"))
+    monkeypatch.setattr(optim, "HAS_MUON", False)
     with pytest.raises(ValueError, match="'muon' needs torch 2.9 or newer.*choose 'adamw'"):
-        loop.make_optimizers(Toy(), SETTINGS | {"optimizer": "muon"}, torch.device("cpu"))
+        make_optimizers(Toy(), "muon", 0.1, torch.device("cpu"))
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
@@ -406,14 +431,14 @@ def test_killed_run_resumes_from_its_last_checkpoint(tmp_path):
 def test_log_drops_what_comes_after_the_checkpoint(tmp_path):
     path = tmp_path / "new" / "log.jsonl"
     lines = [json.dumps({"iter": i}) + "\n" for i in range(1, 6)]
-    log = loop.Log(path, 0, SETTINGS)
+    log = Log(path, 0, SETTINGS)
     for i in range(1, 6):
         log.write(iter=i)
     assert path.read_text() == "".join(lines)
     path.write_text("".join(lines) + '{"iter": 2')
-    loop.Log(path, 3, SETTINGS)
+    Log(path, 3, SETTINGS)
     assert path.read_text() == "".join(lines[:3])
-    loop.Log(path, 0, SETTINGS)
+    Log(path, 0, SETTINGS)
     assert path.read_text() == ""
 
 
@@ -467,9 +492,9 @@ def test_failed_first_write_leaves_nothing(tmp_path, monkeypatch):
 def test_checkpoint_brings_the_averaged_network_back(tmp_path, network):
     kind = {NTM: "ntm", Denoiser: "denoiser"}[network]
     model, ema = network(TINY), network(TINY)
-    checkpoint.save(tmp_path / "x.pt", kind=kind, model_config=checkpoint.config_dict(TINY), model=model.state_dict(),
-                    ema=ema.state_dict())
-    restored = checkpoint.network_of(checkpoint.load(tmp_path / "x.pt", kind), tmp_path / "x.pt")
+    checkpoint.save(tmp_path / "x.pt", kind=kind, model=model, ema=ema)
+    restored, held = checkpoint.load_network(tmp_path / "x.pt", {kind: network})
+    assert held["kind"] == kind
     assert type(restored) is network and restored.config == TINY and not restored.training
     assert same(dict(restored.state_dict()), dict(ema.state_dict()))
     assert not any(p.requires_grad for p in restored.parameters())
@@ -542,9 +567,10 @@ def test_every_tensor_that_does_not_fit_is_named():
 
 
 def test_checkpoint_of_another_version_is_named(tmp_path):
-    config = checkpoint.config_dict(TINY) | {"rotary": True}
+    config = asdict(TINY) | {"rotary": True}
+    checkpoint.save(tmp_path / "x.pt", kind="ntm", model_config=config, ema=NTM(TINY))
     with pytest.raises(checkpoint.CheckpointError, match="another version: model_config has rotary"):
-        checkpoint.network_of({"kind": "ntm", "model_config": config, "ema": NTM(TINY).state_dict()}, "x/ckpt.pt")
+        checkpoint.load_network(tmp_path / "x.pt", {"ntm": NTM})
 
 
 def test_a_validation_that_fails_does_not_cost_the_weights(tmp_path):

@@ -1,0 +1,172 @@
+"""Checkpoints: written whole or not at all, read without running anything they contain.
+
+A checkpoint is a dict of tensors and plain values: `kind` ("ntm", "fm" or "denoiser"), `model_config` (the fields of
+NTMConfig), `settings` (those of the script that wrote it), `vocabulary`, `model`, `ema`, `optimizers` (a list), `iter`.
+
+    python -m plumbing.checkpoint out/shapes assets/shapes     what sampling needs of model and denoiser, in float16
+"""
+
+import contextlib
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from plumbing.runtime import gathered, job, restarts
+
+KINDS = "ntm", "fm", "denoiser"
+
+
+class CheckpointError(SystemExit):
+    """What is wrong with a checkpoint, in one line; uncaught, it is all that the user sees."""
+
+
+def save(path, **contents):
+    """Write `contents` to `path` by way of a temporary file, so that whatever happens one whole checkpoint is there.
+
+    Modules and optimisers (a list) are written as their state, and `model`'s config as `model_config`. Raises
+    CheckpointError if it cannot be written, a full disk for instance; the old one is then still in place.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    if isinstance(contents.get("model"), torch.nn.Module):
+        contents["model_config"] = asdict(contents["model"].config)
+    contents = {name: state_of(value) for name, value in contents.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink()
+        kept = "; the one before it is kept" if path.exists() else ""
+        raise CheckpointError(f"cannot write checkpoint {path}, is the disk full? {error}{kept}") from error
+
+
+def state_of(value):
+    """Modules and optimisers as their state, settings as a plain dict: what loading without running anything takes."""
+    if isinstance(value, (torch.nn.Module, torch.optim.Optimizer)):
+        return value.state_dict()
+    if isinstance(value, list):
+        return [state_of(item) for item in value]
+    return dict(value) if isinstance(value, dict) else value
+
+
+def load(path, *kinds, device="cpu"):
+    """The contents of a checkpoint. Raises CheckpointError if it is missing, damaged, or of none of the `kinds`."""
+    try:
+        contents = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        script = "distill.py" if "denoiser" in kinds else "train.py"
+        raise CheckpointError(f"there is no checkpoint {path}: make it with {script}, or set out_dir") from None
+    except Exception as error:  # what reading garbage raises depends on the garbage
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        message = f"cannot read checkpoint {path}: it is truncated or not a checkpoint ({reason})"
+        raise CheckpointError(message) from error
+    if not isinstance(contents, dict) or contents.get("kind") not in kinds:
+        found = contents.get("kind") if isinstance(contents, dict) else type(contents).__name__
+        expected = " or ".join(map(repr, kinds))
+        raise CheckpointError(f"{path} is not a {expected} checkpoint of this repository (its kind is {found!r})")
+    return contents
+
+
+def restore(module, state, path):
+    """Load a state dict into a module. Raises CheckpointError that names every tensor that does not fit."""
+    own = module.state_dict()
+    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
+    wrong += [f"{name} is unknown" for name in state.keys() - own.keys()]
+    wrong += [f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+              for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
+    if wrong:
+        raise CheckpointError(f"{path} is of another architecture: {'; '.join(sorted(wrong))}")
+    module.load_state_dict(state)
+
+
+def load_network(path, networks, device="cpu"):
+    """The network that a checkpoint holds, with its averaged weights in evaluation mode, and the checkpoint's contents.
+
+    networks: {kind: class with from_fields}, the kinds that it may be of.
+    """
+    contents = load(path, *networks, device=device)
+    try:
+        network = networks[contents["kind"]].from_fields(contents["model_config"]).to(device)
+    except ValueError as error:
+        raise CheckpointError(f"{path} was made by another version: {error}") from error
+    restore(network, contents["ema"], path)
+    return network.eval().requires_grad_(False), contents
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Resuming
+
+STARTS = "scratch", "resume", "auto"
+OF_A_SITTING = "out_dir", "init_from", "device"  # settings that a resumed run does not take from its checkpoint
+
+
+def find_start(init_from, path, *kinds, device="cpu"):
+    """The checkpoint to continue from, or None to start anew, by init_from: "resume" continues, "auto" does so if
+    there is something to continue, and so does whatever torchrun has restarted, if it wrote that itself. A checkpoint
+    that is there is never overwritten by a run that starts anew."""
+    if init_from not in STARTS:
+        raise ValueError(f"init_from {init_from!r} is unknown: choose {', '.join(map(repr, STARTS))}")
+    if init_from == "resume" or (path.exists() and (init_from == "auto" or max(gathered(restarts())))):
+        contents = load(path, *kinds, device=device)
+        if init_from == "scratch" and contents.get("job") != job():
+            raise ValueError(f"{path} is of another job: continue it with --init_from=resume, or choose another "
+                             "--out_dir")
+        if "optimizers" not in contents:
+            raise ValueError(f"{path} holds what sampling needs and no more: it cannot be resumed")
+        return contents
+    if path.exists():
+        raise ValueError(f"{path} is there already: continue it with --init_from=resume, or choose another --out_dir")
+    return None
+
+
+def keep_settings(config, contents):
+    """A run that is resumed keeps the checkpoint's settings, but for those that the command line gives."""
+    for name in config.keys() - config.given - set(OF_A_SITTING):
+        config[name] = contents["settings"].get(name, config[name])
+
+
+def plain(value):
+    """A setting for comparison: an image size of one number is that of a square."""
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def resume(contents, path, model, ema, optimizers, config, *fixed):
+    """Brings weights and optimisers back. Raises CheckpointError that names every setting that does not fit: what the
+    model is made by, and those in `fixed`."""
+    theirs = {**contents["model_config"], **{name: contents["settings"].get(name) for name in fixed}}
+    ours = {**asdict(model.config), **{name: config[name] for name in fixed}}
+    if wrong := [f"{name} is {theirs.get(name)}, the settings say {value}"
+                 for name, value in ours.items() if theirs.get(name) != value]:
+        raise CheckpointError(f"{path} is of another model: {', '.join(wrong)}; leave them out to resume it")
+    restore(model, contents["model"], path)
+    restore(ema, contents["ema"], path)
+    for optimizer, state in zip(optimizers, contents["optimizers"]):
+        optimizer.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# python -m plumbing.checkpoint
+
+
+def slim(path, out):
+    """Writes what sampling needs of the checkpoint `path`, its averaged weights in float16, to `out`."""
+    contents = load(path, *KINDS)
+    kept = {key: contents[key] for key in ("kind", "model_config", "iter", "vocabulary") if key in contents}
+    settings = contents["settings"] | {"out_dir": "", "init_from": "", "data_dir": ""}  # paths are of no use elsewhere
+    ema = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in contents["ema"].items()}
+    save(out, **kept, settings=settings, ema=ema)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m plumbing.checkpoint OUT_DIR NEW_DIR")
+    for name in ("ckpt.pt", "denoiser.pt"):
+        slim(Path(sys.argv[1]) / name, Path(sys.argv[2]) / name)

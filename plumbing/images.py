@@ -1,0 +1,157 @@
+"""Pixels as numbers, and images for people to look at: contact sheets of captioned samples, and plots of curves."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+PAPER, INK = (255, 255, 255), (20, 20, 20)
+GAP = 8  # pixels between cells, and around them
+FONT_SIZE = 13
+MIN_CELL = 96  # pixels; a narrower cell would have no room for its caption
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pixels as numbers
+
+
+def to_pixels(images):
+    """8-bit images (uint8, any shape, array or tensor) -> float32 tensor: v becomes (2v + 1)/256 - 1."""
+    return (torch.as_tensor(images).float() * 2 + 1) / 256 - 1
+
+
+def to_uint8(images):
+    """Images in [-1, 1] -> the uint8 value of the bin each pixel is in; what lies outside [-1, 1] is clipped."""
+    return ((images + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+
+
+def dequantize(images, generator=None):
+    """Eq. (17): uniform noise over each pixel's bin, v -> 2(v + U[0, 1))/256 - 1, so that a density exists. `images`
+    come from to_pixels; a generator must live on their device."""
+    # 16 random bits: float32 adds them to any level without rounding, so that noise never leaves the bin
+    u = torch.randint(2**16, images.shape, generator=generator, dtype=images.dtype, device=images.device) / 2**16
+    return images + (2 * u - 1) / 256
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images to look at
+
+
+def wrap(text, font, width):
+    """Breaks each line of `text` between words into lines of at most `width` pixels (one long word may stick out)."""
+    wrapped = []
+    for line in text.split("\n"):
+        wrapped.append("")
+        for word in line.split():
+            longer = f"{wrapped[-1]} {word}".strip()
+            if wrapped[-1] and font.getlength(longer) > width:
+                wrapped.append(word)
+            else:
+                wrapped[-1] = longer
+    return "\n".join(wrapped)
+
+
+def pixels_of(images):
+    """(..., C, H, W) in [-1, 1], to uint8 arrays (..., H, W, 3). C is 1 or 3; of other C, latents of standard deviation
+    1, the first three channels are shown, which gives an idea."""
+    if images.shape[-3] not in (1, 3):
+        images = images[..., :3 if images.shape[-3] > 3 else 1, :, :] / 3
+    pixels = np.moveaxis(to_uint8(images.detach().float().cpu()).numpy(), -3, -1)
+    return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
+
+
+def to_pil(image):
+    """One image (C, H, W) in [-1, 1], pixel for pixel, as an RGB PIL.Image."""
+    return Image.fromarray(pixels_of(image))
+
+
+def contact_sheet(images, captions=None, columns=None, scale=None):
+    """Images (B, C, H, W) in [-1, 1], C 1 or 3, with their captions underneath ("" for none), in rows of `columns`.
+
+    columns: by default about as many as there are rows. Each pixel is enlarged to scale x scale, by default until
+    images are 96 wide. Returns an RGB PIL.Image.
+    """
+    pixels = pixels_of(images)
+    count, height, width, _ = pixels.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    scale = scale or -(-MIN_CELL // width)
+    height, width = height * scale, width * scale
+
+    font = ImageFont.load_default(FONT_SIZE)
+    texts = [wrap(caption, font, width) for caption in captions or [""] * count]
+    line = FONT_SIZE + 4  # Pillow puts 4 pixels between lines
+    text_height = line * max(text.count("\n") + 1 for text in texts) if captions else 0
+
+    cell_w, cell_h = width + GAP, height + text_height + GAP
+    sheet = Image.new("RGB", (columns * cell_w + GAP, -(-count // columns) * cell_h + GAP), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(pixels, texts)):
+        x, y = GAP + i % columns * cell_w, GAP + i // columns * cell_h
+        sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        pen.multiline_text((x, y + height + 2), text, fill=INK, font=font)
+    return sheet
+
+
+def save_image(image, path):
+    """Writes a PIL.Image as PNG, whole or not at all; makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    image.save(part, format="PNG")
+    os.replace(part, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plots
+
+PANEL, AXIS = (460, 300), 58  # pixels: a panel's curves, and the room for the numbers beside and below them
+COLOURS = (31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207)
+
+
+def ticks(low, high):
+    """About five round numbers in [low, high]."""
+    step = 10 ** np.floor(np.log10((high - low) / 2))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 6)
+    return [round(k * step, 10) for k in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]
+
+
+def plot(panels, x_label, log_x=False, shown=1.0):
+    """Curves in panels side by side, an RGB PIL.Image.
+
+    panels: {title: {name: [(x, y), ...]}}; a curve of few points is drawn with its points marked. log_x: the x axis is
+    logarithmic, and ticked at the data's own x. shown: the fraction of values that the y axis reaches up to.
+    """
+    width, height = PANEL
+    image = Image.new("RGB", (len(panels) * (width + AXIS + GAP) + GAP, height + AXIS + 3 * GAP), PAPER)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_SIZE)
+    pen.fontmode = "L"
+    for number, (title, curves) in enumerate(panels.items()):
+        left, top = AXIS + number * (width + AXIS + GAP), 3 * GAP
+        xs, ys = np.array([point for points in curves.values() for point in points], dtype=float).T
+        scale = np.log if log_x else np.asarray
+        x_low, x_high = scale(xs).min(), scale(xs).max()
+        y_low, y_high = np.quantile(ys, [0, shown if len(ys) > 20 else 1])
+        x_high, margin = (x_high if x_high > x_low else x_low + 1), 0.05 * (y_high - y_low or 1)
+        y_low, y_high = y_low - margin, y_high + margin
+
+        def place(x, y):
+            return (left + (scale(x) - x_low) / (x_high - x_low) * width,
+                    top + height - np.clip((y - y_low) / (y_high - y_low), 0, 1) * height)
+
+        pen.text((left + width / 2, top - 2 * GAP), title, fill=INK, font=font, anchor="mm")
+        pen.text((left + width / 2, top + height + 4 * GAP), x_label, fill=INK, font=font, anchor="mm")
+        for x in sorted(set(xs)) if log_x else ticks(x_low, x_high):
+            pen.line((place(x, y_low), place(x, y_high)), fill=(230, 230, 230))
+            pen.text((place(x, y_low)[0], top + height + GAP), f"{x:g}", fill=INK, font=font, anchor="mt")
+        for y in ticks(y_low, y_high):
+            pen.line((left, place(xs[0], y)[1], left + width, place(xs[0], y)[1]), fill=(230, 230, 230))
+            pen.text((left - GAP, place(xs[0], y)[1]), f"{y:g}", fill=INK, font=font, anchor="rm")
+        pen.rectangle((left, top, left + width, top + height), outline=INK)
+        for row, (colour, (name, points)) in enumerate(zip(COLOURS, curves.items())):
+            line = [place(x, y) for x, y in points]
+            pen.line(line, fill=colour, width=2, joint="curve")
+            for x, y in line if len(line) <= 20 else ():
+                pen.circle((x, y), 3, fill=colour)
+            pen.text((left + width - GAP, top + GAP + row * (FONT_SIZE + 4)), name, fill=colour, font=font, anchor="rt")
+    return image

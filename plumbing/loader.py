@@ -1,0 +1,152 @@
+"""Batches: which examples each iteration sees, how they are loaded, and all that is random about them.
+
+What is random in iteration i is sampled for the whole batch from (seed, i), and each rank takes its rows of it. So a
+run does not depend on how many ranks or accumulation passes share a batch, and a resumed run is the interrupted one.
+"""
+
+import signal
+import time
+
+import torch
+from torch.utils.data import DataLoader
+
+from plumbing.images import dequantize
+from plumbing.runtime import one_line_errors
+
+
+class Order:
+    """Which examples each iteration sees: epoch after epoch, each shuffled anew. A batch sampler for DataLoader.
+
+    Position p of the endless sequence is a function of (seed, p), so nothing about it needs saving. rows: those of the
+    batch that a rank reads. again: what an example's number grows by with every epoch.
+    """
+
+    def __init__(self, size, batch_size, seed, start, stop, rows, again=0):
+        self.size, self.batch_size, self.seed, self.rows, self.again = size, batch_size, seed, rows, again
+        self.iterations = range(start, stop)
+
+    def __len__(self):
+        return len(self.iterations)
+
+    def __iter__(self):
+        epoch = None
+        for i in self.iterations:
+            indices = []
+            for position in range(i * self.batch_size + self.rows.start, i * self.batch_size + self.rows.stop):
+                if epoch != position // self.size:
+                    epoch = position // self.size
+                    shuffle = torch.Generator().manual_seed(self.seed + epoch)
+                    permutation = torch.randperm(self.size, generator=shuffle, dtype=torch.int32)  # half of int64
+                indices.append(epoch * self.again + permutation[position % self.size].item())
+            yield indices
+
+
+class WithFaults:
+    """A data set as DataLoader reads it for training: by fetch(), if it has one, which also says what was wrong."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, numbers):
+        return getattr(self.dataset, "fetch", self.dataset.__getitems__)(numbers)
+
+
+def collate(examples):
+    """(image, caption) or (image, caption, fault or "") to images (B, C, H, W), B captions, and the faults."""
+    images, captions, *faults = zip(*examples)
+    return torch.stack(images), list(captions), [fault for fault in (faults[0] if faults else ()) if fault]
+
+
+def leave_signals_to_the_trainer(worker):
+    """A terminal's Ctrl-C reaches the data workers too; they must outlive the update that it interrupts."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Batches:
+    """A run's batches from iteration `start` on: this rank's rows of each, and a generator for the rest of its noise.
+
+    Pixels are dequantised and some captions replaced by the null caption already. A context: the processes that load
+    (config's `workers`) end with it. config: a script's settings. ranks: device, rank, world.
+
+    rows: this rank's, a slice of the whole batch. counts: {"unusable": examples replaced, "cut": captions too long}, of
+    this rank since the start. faults: what was wrong with those examples. waited: seconds that loading took so far.
+    """
+
+    def __init__(self, dataset, tokenizer, text_len, config, start, ranks):
+        self.device, rank, world = ranks
+        self.batch_size, self.passes = config["batch_size"], config["grad_accum"]
+        with one_line_errors():
+            if self.batch_size % (world * self.passes):
+                raise ValueError(f"batch_size {self.batch_size} is not divisible by {world} ranks x grad_accum "
+                                 f"{self.passes}")
+        per_rank = self.batch_size // world
+        self.rows = slice(rank * per_rank, (rank + 1) * per_rank)
+        self.dataset, self.tokenizer, self.text_len, self.config = dataset, tokenizer, text_len, config
+        self.iteration, self.generator = start, torch.Generator(self.device)
+        self.counts, self.faults, self.waited = {"unusable": 0, "cut": 0}, [], 0.0
+
+    def __enter__(self):
+        again = len(self.dataset) if getattr(self.dataset, "augments", False) else 0  # new crops and flips each epoch
+        order = Order(len(self.dataset), self.batch_size, self.config["seed"], self.iteration,
+                      self.config["max_iters"], self.rows, again)
+        workers = self.config["workers"]
+        with one_line_errors():
+            self.loaded = iter(DataLoader(
+                WithFaults(self.dataset), batch_sampler=order, collate_fn=collate, num_workers=workers,
+                pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer,
+                # workers of a fresh interpreter would each run the script that we are in once more
+                multiprocessing_context="fork" if workers else None))
+        return self
+
+    def __exit__(self, *error):
+        self.loaded = None  # the workers end with its last reference
+
+    def __next__(self):
+        """images (b, C, H, W), text (b, L), and the generator from which the rest of the whole batch's noise comes."""
+        asked_at = time.perf_counter()
+        images, captions, faults = self.load()
+        self.waited += time.perf_counter() - asked_at
+        self.faults += faults
+        with one_line_errors():
+            cut = self.tokenizer.cut
+            text = self.tokenizer.encode(captions, self.text_len).to(self.device)
+            null = self.tokenizer.encode([""], self.text_len).to(self.device)
+        self.counts["unusable"] += len(faults)
+        self.counts["cut"] += self.tokenizer.cut - cut
+        generator = self.generator.manual_seed(self.config["seed"] * 1_000_003 + self.iteration)
+        images = images.to(self.device, non_blocking=True)
+        if self.dataset.eight_bit:
+            whole = torch.zeros(self.batch_size, *images.shape[1:], device=self.device)
+            images = images + dequantize(whole, generator)[self.rows]
+        dropped = torch.rand(self.batch_size, 1, generator=generator, device=self.device)
+        text = torch.where(dropped[self.rows] < self.config["caption_dropout"], null, text)
+        self.iteration += 1
+        return images, text, generator
+
+    def load(self):
+        """The next batch from the loader. Raises SystemExit in one line for what is wrong with the data."""
+        try:
+            return next(self.loaded)
+        except (ValueError, OSError) as error:
+            message = str(error.with_traceback(None))  # whose frames would keep the processes that load alive
+        if "Original Traceback" in message:  # from a process that loads: its last line is the error
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        raise SystemExit(message)
+
+    def chunks(self, *tensors):
+        """The rows of a rank's tensors in as many parts as there are accumulation passes."""
+        return zip(*(tensor.chunk(self.passes) for tensor in tensors))
+
+
+def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, world=1, batch_size=100):
+    """This rank's part of the first `count` examples: (images, text, captions, a generator that is always the same).
+
+    Batches are dealt to ranks whole, so that sums over the ranks do not depend on how many there are.
+    """
+    count = min(count, len(dataset))
+    for start in range(0, count, batch_size)[rank::world]:
+        images, captions, _ = collate(dataset.__getitems__(list(range(start, min(start + batch_size, count)))))
+        generator = torch.Generator(device).manual_seed(start)
+        images = dequantize(images.to(device), generator) if dataset.eight_bit else images.to(device)
+        yield images, tokenizer.encode(captions, text_len).to(device), captions, generator

@@ -1,0 +1,130 @@
+"""What a run reports and records: log.jsonl, log.png, the progress bar, and when it has to give up."""
+
+import json
+import math
+import time
+
+from tqdm import tqdm
+
+from plumbing.images import plot, save_image
+from plumbing.runtime import gathered
+
+CURVES = {"loss": ("loss", "val_loss", "val_mse"), "nats per dimension": ("val_bound",), "dB": ("val_psnr",)}
+PATIENCE = 10  # updates skipped in a row before a run gives up
+
+
+class Log:
+    """out_dir/log.jsonl, one JSON object a line; on resuming, lines from after the checkpoint are dropped. With
+    wandb_log, the same to Weights & Biases."""
+
+    def __init__(self, path, start, config):
+        self.path, self.wandb = path, None
+        if config["wandb_log"]:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ValueError("wandb_log needs wandb: `pip install wandb`, or leave wandb_log out") from error
+            name = config["wandb_run_name"] or None
+            self.wandb = wandb.init(project=config["wandb_project"], name=name, config=dict(config))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start]
+        path.write_text("".join(lines))
+        # a run may have been killed between a checkpoint and its validation
+        self.lacks_validation = bool(lines) and "loss" in json.loads(lines[-1])
+
+    def write(self, **values):
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        with open(self.path, "a") as file:
+            file.write(json.dumps(finite) + "\n")
+        if self.wandb:
+            self.wandb.log(finite, step=values["iter"])
+
+    def plot(self):
+        """Draws the log's curves against iterations into log.png beside it."""
+        lines, panels = [json.loads(line) for line in self.path.read_text().splitlines()], {}
+        for title, names in CURVES.items():
+            curves = {name: [(line["iter"], line[name]) for line in lines if line.get(name) is not None]
+                      for name in names}
+            if curves := {name: points for name, points in curves.items() if points}:
+                panels[title] = curves
+        # a run's first losses are hundreds of times its last: the axis leaves them out
+        save_image(plot(panels, "iteration", shown=0.95), self.path.with_suffix(".png"))
+
+
+class Progress:
+    """The bar and the log of a run from iteration `start` on, and its counts, which go on after a restart.
+
+    path: of the checkpoint. counts: the checkpoint's. Only rank 0 shows and writes anything.
+    """
+
+    def __init__(self, path, log_name, config, start, counts, rank):
+        self.path, self.config, self.start = path, config, start
+        self.before = {"skipped": 0, "unusable": 0, "cut": 0, **counts}
+        self.counts, self.skipped_in_a_row = dict(self.before), 0
+        self.log = Log(path.with_name(log_name), start, config) if rank == 0 else None
+
+    def __enter__(self):
+        self.since, self.logged, self.waited = time.perf_counter(), self.start, 0.0
+        self.bar = tqdm(total=self.config["max_iters"], initial=self.start, disable=self.log is None, unit="it",
+                        dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def validation_due(self, i):
+        return i % self.config["val_interval"] == 0 or i == self.config["max_iters"]
+
+    def validation_missing(self):
+        """Whether a run was killed between its last checkpoint and the validation that was due."""
+        due = self.start > 0 and self.validation_due(self.start)
+        return due and gathered(self.log and self.log.lacks_validation)[0]
+
+    def update(self, i, losses, lr, grad_norm, totals, waited):
+        """Counts iteration i, and logs it at every log_interval and where a run ends or validates.
+
+        losses: {name: float}. totals: over all ranks, whether this update was "skipped" and an end was "asked" for;
+        examples "unusable" and captions "cut" since the start. waited: seconds for data so far. Raises SystemExit
+        where too many updates in a row were skipped.
+        """
+        self.counts = {"skipped": self.counts["skipped"] + totals["skipped"],
+                       **{name: self.before[name] + int(totals[name]) for name in ("unusable", "cut")}}
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if totals["skipped"] else 0
+        unusable, seen = self.counts["unusable"], i * self.config["batch_size"]
+        self.spoilt = unusable >= 10 and unusable > self.config["bad_limit"] * seen
+        ends = totals["asked"] or self.spoilt or self.skipped_in_a_row == PATIENCE or self.validation_due(i)
+        self.bar.update()
+        if self.log and (ends or i % self.config["log_interval"] == 0):
+            now = time.perf_counter()
+            rate = (i - self.logged) * self.config["batch_size"] / (now - self.since)
+            wait = (waited - self.waited) / (now - self.since)
+            self.since, self.logged, self.waited = now, i, waited
+            self.bar.set_postfix(loss=f"{losses['loss']:.3f}", images_per_s=f"{rate:.0f}", data_wait=f"{wait:.0%}",
+                                 **{name: count for name, count in self.counts.items() if count})
+            self.log.write(iter=i, **losses, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
+                           data_wait=round(wait, 3), **self.counts)
+        if self.skipped_in_a_row == PATIENCE:
+            raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {losses['loss']}, "
+                             f"gradient norm {grad_norm}); stopped at iteration {i}, none of it in {self.path}: "
+                             f"lower lr (now {lr:.1e}) or grad_clip, or lengthen warmup_iters")
+
+    def stop_if_spoilt(self, i, faults):
+        """Raises SystemExit where too many examples are unusable; faults: what was wrong with those of this rank."""
+        if self.spoilt:
+            first = "; ".join([fault for some in gathered(faults[:10]) for fault in some][:10])
+            raise SystemExit(f"{self.counts['unusable']} of {i * self.config['batch_size']} examples are unusable, "
+                             f"more than bad_limit {self.config['bad_limit']} allows; stopped at iteration {i}, which "
+                             f"{self.path} holds. The first are: {first}")
+
+    def validated(self, i, values):
+        """Records what a validation measured, {name: float}."""
+        if self.log:
+            self.log.write(iter=i, **values)
+            self.log.plot()
+            self.bar.write(f"iteration {i}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
+        self.since = time.perf_counter()  # the rate is that of training
+
+    def interrupted(self, i):
+        if self.log:
+            self.bar.write(f"interrupted: {self.path} holds iteration {i}; continue with --init_from=resume")
