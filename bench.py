@@ -3,25 +3,19 @@
     python bench.py                                     # the size of config/shapes.py, at random weights
     python bench.py --out_dir=out/shapes                # a trained model's size and weights
     python bench.py --width=512 --depth=12 --heads=8 --batch_size=256
-    python bench.py data                                # reading instead: images/s of one worker, from shards
 
 Each figure is the median of several after a warm-up. What is compared takes turns, so that a machine that slows down
-slows all of it alike. Prints tables and leaves bench.json (bench_data.json) in out_dir, or in out/.
+slows all of it alike. Prints tables and leaves bench.json in out_dir, or in out/.
 """
 
-import io
 import json
 import re
 import statistics
-import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -32,7 +26,6 @@ from model import NTM, Denoiser, NTMConfig
 from plumbing import checkpoint
 from plumbing.optim import make_optimizers, step
 from plumbing.runtime import autocast, find_device, one_line_errors
-from plumbing.shards import Shards, write_shards
 
 out_dir = ""  # of a trained model to take size and weights from; empty: the sizes below, and random weights
 image_size: int | tuple = 16
@@ -113,8 +106,7 @@ def inputs(config, device):
 
 def training_step(kind, config, device, compiled=False):
     """A function that makes one update, as train.py does."""
-    model = network(kind, config, device).train()
-    images, text = inputs(config, device)
+    model, (images, text) = network(kind, config, device).train(), inputs(config, device)
     optimizers = make_optimizers(model, "adamw", 0.0, device)
     forward = torch.compile(model) if compiled else model
 
@@ -129,12 +121,9 @@ def training_step(kind, config, device, compiled=False):
     return update
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The parts: each returns {name: {figure: number}}
-
-
-def bench_training(config, device):
+def bench_training(model, device):
     """Images/s of training, its FLOPs as a fraction of the rate of a large matrix product, and peak memory."""
+    config = model.config
     ways = {"NTM, pairs": (NTM, replace(config, pairs=True)), "NTM, trajectories": (NTM, replace(config, pairs=False)),
             "NTM, no transporter": (NTM, replace(config, transporter_blocks=0, pairs=True)),
             "flow matching": (FlowMatching, config)}
@@ -156,113 +145,80 @@ def bench_training(config, device):
 
 
 @torch.no_grad()
-def bench_inversion(models, device):
+def bench_inversion(model, device):
     """Images/s of inverting trajectories by cache and by Jacobi at several N, the sweeps a block takes, and the largest
     error against Jacobi's sweeps without a tolerance, which are exact."""
     ways, results = {"cache": ("cache",)} | {f"Jacobi, tolerance {tol:g}": ("jacobi", tol) for tol in tolerances}, {}
-    for model in models:
-        images, _ = inputs(model.config, device)
-        ts = model.config.time_grid(0.02).to(device).expand(batch_size, -1)
-        x = forward_trajectory(model.patchify(images), ts)
+    for size in sorted({model.config.image_size, *((size, size) for size in image_sizes)}):
+        config = replace(model.config, image_size=size)
+        sized = model if config == model.config else network(NTM, config, device)
+        ts = config.time_grid(0.02).to(device).expand(batch_size, -1)
+        x = forward_trajectory(sized.patchify(inputs(config, device)[0]), ts)
         T = torch.full((ts.numel(),), ts.shape[1] - 1, device=device)
-        u = model.transporter(x.flatten(0, 1), ts.flatten(), T)[0].unflatten(0, ts.shape)
-        exact = model.invert(u, ts, "jacobi", tol=0.0)
-        seconds = medians({name: lambda way=way: model.invert(u, ts, *way) for name, way in ways.items()}, device)
+        u = sized.transporter(x.flatten(0, 1), ts.flatten(), T)[0].unflatten(0, ts.shape)
+        exact = sized.invert(u, ts, "jacobi", tol=0.0)
+        seconds = medians({name: lambda way=way: sized.invert(u, ts, *way) for name, way in ways.items()}, device)
         for name, way in ways.items():
-            error = (model.invert(u, ts, *way) - exact).abs().max().item()
-            row = results[f"N = {model.config.num_tokens}, {name}"] = {
+            error = (sized.invert(u, ts, *way) - exact).abs().max().item()
+            row = results[f"N = {config.num_tokens}, {name}"] = {
                 "images/s": batch_size / seconds[name], "largest error": error}
             if way[0] == "jacobi":
-                row["sweeps a block"] = statistics.mean(model.transporter.sweeps)
+                row["sweeps a block"] = statistics.mean(sized.transporter.sweeps)
     return results
 
 
 @torch.no_grad()
 def bench_sampling(model, device):
     """Images/s from captions to images: an NTM for each way to denoise, and flow matching with the same network."""
-    config, ts = model.config, model.config.time_grid(0.02).to(device)
-    denoiser, peer = network(Denoiser, config, device), network(FlowMatching, config, device)
-    (_, text), T = inputs(config, device), len(ts) - 1
-
-    def inverted():
-        return model.invert(model.sample(text, ts), ts)
-
-    ways = {f"NTM, {T} steps, none": inverted,
-            f"NTM, {T} steps, score": lambda: model.score_denoise(inverted(), ts, text),
+    denoiser, peer = network(Denoiser, model.config, device), network(FlowMatching, model.config, device)
+    (_, text), ts = inputs(model.config, device), model.config.time_grid(0.02).to(device)
+    T = len(ts) - 1
+    ways = {f"NTM, {T} steps, none": lambda: model.invert(model.sample(text, ts), ts),
+            f"NTM, {T} steps, score": lambda: model.score_denoise(model.invert(model.sample(text, ts), ts), ts, text),
             f"NTM, {T} steps, learned": lambda: denoiser(model.sample(text, ts)[:, 0], text),
-            f"flow matching, {T} steps": lambda: peer.sample(text, T),
-            f"flow matching, {EULER_STEPS} steps": lambda: peer.sample(text, EULER_STEPS)}
+            **{f"flow matching, {n} steps": lambda n=n: peer.sample(text, n) for n in (T, EULER_STEPS)}}
     return {name: {"images/s": batch_size / seconds} for name, seconds in medians(ways, device).items()}
 
 
-def bench_cost(config, device):
+def bench_cost(model, device):
     """Milliseconds per image of training and of sampling (without denoising), against T and N."""
-    sizes, results = {f"T = {T}": replace(config, steps=T) for T in step_counts}, {}
+    config, results = model.config, {}
+    sizes = {f"T = {T}": replace(config, steps=T) for T in step_counts}
     sizes |= {f"N = {(size // config.patch_size) ** 2}": replace(config, image_size=size) for size in image_sizes}
     for name, sized in sizes.items():
         model, (_, text), ts = network(NTM, sized, device), inputs(sized, device), sized.time_grid(0.02).to(device)
-        seconds = medians({"training, pairs": training_step(NTM, replace(sized, pairs=True), device),
-                           "training, trajectories": training_step(NTM, replace(sized, pairs=False), device),
-                           "sampling": lambda: model.sample(text, ts)}, device)
-        results[name] = {f"{key}, ms": 1000 * s / batch_size for key, s in seconds.items()}
+        ways = {f"training, {kind}": training_step(NTM, replace(sized, pairs=kind == "pairs"), device)
+                for kind in ("pairs", "trajectories")} | {"sampling": lambda: model.sample(text, ts)}
+        results[name] = {f"{way}, ms": 1000 * s / batch_size for way, s in medians(ways, device).items()}
     return results
 
 
-def bench_data(device, count=64):
-    """Images/s of one worker from shards of PNGs, of JPEGs (384x256 to 256x256) and of latents (4x32x32)."""
-    rng = np.random.default_rng(0)
-    soft = Image.fromarray(rng.integers(0, 256, (12, 18, 3), dtype=np.uint8)).resize((384, 256))
-    grainy = (soft + rng.normal(0, 6, (256, 384, 3))).clip(0, 255).astype(np.uint8)  # decodes like a photograph
-    png, jpeg, latents = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    Image.fromarray(grainy).save(png, "PNG")
-    Image.fromarray(grainy).save(jpeg, "JPEG", quality=90)
-    np.save(latents, np.zeros((4, 32, 32), dtype=np.float16))
-    kinds = {"PNG": ("png", png, (3, 256, 256)), "JPEG": ("jpg", jpeg, (3, 256, 256)),
-             "latents": ("npy", latents, (4, 32, 32))}
-    with tempfile.TemporaryDirectory() as folder:
-        reads = {}
-        for kind, (suffix, file, shape) in kinds.items():
-            examples = [(f"{i:05d}", {suffix: file.getvalue(), "txt": b"a caption"}) for i in range(count)]
-            write_shards(Path(folder) / kind, examples)
-            shards = Shards(str(Path(folder) / kind), "all", *shape)
-            reads[kind] = lambda shards=shards: shards.__getitems__(list(range(count)))
-        return {kind: {"images_per_s": count / s} for kind, s in medians(reads, device).items()}
-
-
 @one_line_errors()
-def main(config, reading=False):
+def main(config):
     where = find_device(config["device"])
     at_least_one(config, "batch_size", "repeats")
-    if reading:
-        parts = {"data": (bench_data, torch.device("cpu"))}
+    if out_dir:
+        model, _ = checkpoint.load_network(Path(out_dir) / "ckpt.pt", {"ntm": NTM}, where)
     else:
-        if out_dir:
-            model, _ = checkpoint.load_network(Path(out_dir) / "ckpt.pt", {"ntm": NTM}, where)
-        else:
-            of_model = NTMConfig.__dataclass_fields__.keys() & config.keys()
-            model = network(NTM, NTMConfig(**{name: config[name] for name in of_model}), where)
-        models = [model if size == model.config.image_size else
-                  network(NTM, replace(model.config, image_size=size), where)
-                  for size in sorted({model.config.image_size, *((size, size) for size in image_sizes)})]
-        parts = {"training": (bench_training, model.config, where), "inversion": (bench_inversion, models, where),
-                 "sampling": (bench_sampling, model, where), "cost": (bench_cost, model.config, where)}
-
-    results = {}
-    for title, (measure, *arguments) in parts.items():
-        results[title] = measure(*arguments)
+        of_model = NTMConfig.__dataclass_fields__.keys() & config.keys()
+        model = network(NTM, NTMConfig(**{name: config[name] for name in of_model}), where)
+    for size in image_sizes:
+        replace(model.config, image_size=size)  # a wrong one is better known now than later
+    cuda = where.type == "cuda"
+    machine = torch.cuda.get_device_name(where) if cuda else f"{where.type}, {torch.get_num_threads()} threads"
+    results = {"machine": machine, "torch": torch.__version__, "config": config}
+    for measure in bench_training, bench_inversion, bench_sampling, bench_cost:
+        title = measure.__name__.removeprefix("bench_")
+        results[title] = measure(model, where)
         print(title)
         for name, row in results[title].items():
             figures = row.items() if isinstance(row, dict) else [("", row)]
             print(f"  {name:36}" + "".join(f"  {key} {value:.4g}" for key, value in figures))
-    cuda = where.type == "cuda"
-    machine = torch.cuda.get_device_name(where) if cuda else f"{where.type}, {torch.get_num_threads()} threads"
-    path = Path(out_dir or "out") / ("bench_data.json" if reading else "bench.json")
+    path = Path(out_dir or "out") / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "config": config, **results}, indent=1))
+    path.write_text(json.dumps(results, indent=1))
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    of_data = sys.argv[1:2] == ["data"]
-    del sys.argv[1:1 + of_data]
-    main(configure(globals()), of_data)
+    main(configure(globals()))

@@ -13,22 +13,20 @@ tuple) an annotation decides instead. A wrong key or value ends the program with
 """
 
 import ast
+import contextlib
 import difflib
+import io
 import math
 import sys
 import tokenize
 import traceback
 from types import ModuleType
 
-# The types a setting may have, and how each reads a text. A union tries them in this order: str comes last,
-# since it takes any text.
+# The types a setting may have, and how each reads a text. A union tries them in this order; str takes any text.
 READERS = {
     "None": {"None": None}.__getitem__,
     "bool": {"true": True, "True": True, "false": False, "False": False}.__getitem__,
-    "int": int,
-    "float": float,
-    "tuple": ast.literal_eval,
-    "str": str,
+    "int": int, "float": float, "tuple": ast.literal_eval, "str": str,
 }
 PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in errors; the others are "a ..."
 
@@ -60,10 +58,8 @@ def from_text(text, kinds):
     """What a text means where one of `kinds` is expected; ValueError where it means none of them."""
     for name, read in READERS.items():
         if name in kinds:
-            try:
+            with contextlib.suppress(Exception):  # not of this type, whatever the reader calls that; the next may fit
                 return from_value(read(text), [name])
-            except Exception:  # not of this type, whatever the reader calls that; the next one may fit
-                pass
     raise ValueError
 
 
@@ -80,7 +76,7 @@ def run_config(path):
     except (Exception, SystemExit) as error:
         # the innermost line of the file that was running; if none was, the file did not compile
         lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
-        line = lines[-1] if lines else getattr(error, "lineno", None)
+        *_, line = getattr(error, "lineno", None), *lines
         reason = " ".join(traceback.format_exception_only(error)[-1].split())
         raise SystemExit(f"{path}, line {line}: {reason}")
     return {name: value for name, value in names.items()
@@ -104,20 +100,17 @@ class Settings(dict):
     """{name: value} of a script's settings; `given` holds the names that the command line set, a config file's too."""
 
 
-def configure(settings: dict) -> Settings:
-    """Overrides a script's settings from sys.argv, in place.
+def configure(settings):
+    """Overrides a script's settings, its globals(), from sys.argv, in place; returns them as Settings, in its order.
 
-    settings: the script's globals(). Its settings are the public names assigned one by one at module level
-        before this call (`name = ...` or `name: annotation = ...`) whose value is an int, float, bool, str,
-        tuple or None, but for CONSTANTS. They are found in the source, `settings["__file__"]`.
-    Returns all settings in the order of the script, plain values for a checkpoint.
-    Raises SystemExit with one line for a wrong key, value, argument or config file, SystemExit(0) after
-        --help, and TypeError where the script annotates a setting with a type that no text can become.
+    Settings are the public names assigned one by one at module level before this call (`name = ...` or `name:
+    annotation = ...`) whose value is an int, float, bool, str, tuple or None, but for CONSTANTS. Raises SystemExit with
+    one line for a wrong key, value, argument or config file, SystemExit(0) after --help, and TypeError where the script
+    annotates a setting with a type that no text can become.
     """
     with tokenize.open(settings["__file__"]) as file:
-        tree = ast.parse(file.read())
-        file.seek(0)
-        tokens = list(tokenize.generate_tokens(file.readline))
+        source = file.read()
+    tree, tokens = ast.parse(source), tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
     nodes, kinds = {}, {}  # of every setting: its assignment, and the types it may have
     for node in tree.body:
@@ -133,7 +126,8 @@ def configure(settings: dict) -> Settings:
         print(help_text(tree, comments, nodes, settings))
         raise SystemExit(0)
 
-    config, given = {name: settings[name] for name in nodes}, set()
+    config = Settings({name: settings[name] for name in nodes})
+    config.given = set()
     for argument in sys.argv[1:]:
         key, equals, text = argument[2:].partition("=")
         if not argument.startswith("-"):
@@ -152,10 +146,8 @@ def configure(settings: dict) -> Settings:
             except (ValueError, OverflowError):
                 expected = " or ".join(PHRASES.get(name, f"a {name}") for name in kinds[key])
                 raise SystemExit(f"{origin}config key {key!r} is {value!r}, but {expected} is expected")
-        given |= overrides.keys()
+        config.given |= overrides.keys()
     settings.update(config)
-    config = Settings(config)
-    config.given = given
     return config
 
 

@@ -12,8 +12,6 @@ centre (2v + 1)/256 - 1 of its bin. Captions are a function of (seed, i); plumbi
 
     python data.py NAME       checks a data set: sizes, captions, tokens, a contact sheet in out/NAME.png
     python data.py --help     the commands that make data sets and vocabularies (plumbing/prepare.py and latents.py)
-
-A user's mistakes raise ValueError (a setting, a damaged file) or OSError (a missing file), with a message of one line.
 """
 
 import argparse
@@ -44,68 +42,65 @@ WORDINGS = {  # the captions that each class may have, the canonical one first
 DATASETS = ("shapes", *WORDINGS, "shards")
 
 
-def hash_numbers(indices, split, size):
-    """What the hash is given for `indices`: validation counts down from -1, and so never meets training."""
-    indices = np.asarray(indices, dtype=np.int64)
-    if (outside := (indices < 0) | (indices >= size)).any():
-        raise IndexError(f"item {indices[outside][0]} is outside 0..{size - 1}")
-    return indices if split == "train" else ~indices
-
-
-class Shapes:
-    """Captioned scenes, rendered as they are asked for."""
+class EightBit:
+    """A data set of 8-bit images. Example i depends on (seed, i) in training; validation counts down from -1 instead,
+    and so never meets it."""
 
     eight_bit = True
 
-    def __init__(self, split, image_size, channels, seed):
-        self.split, self.image_size, self.channels, self.seed = split, image_size, channels, seed
+    def __init__(self, split, seed, size):
+        self.split, self.seed, self.size = split, seed, size
 
     def __len__(self):
-        return 1_000_000 if self.split == "train" else 10_000
+        return self.size
 
     def __getitem__(self, i):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices):
-        scene = shapes.scenes(self.seed, hash_numbers(indices, self.split, len(self)))
+        indices = np.asarray(indices, dtype=np.int64)
+        if (outside := (indices < 0) | (indices >= self.size)).any():
+            raise IndexError(f"item {indices[outside][0]} is outside 0..{self.size - 1}")
+        images, captions = self.examples(indices, indices if self.split == "train" else ~indices)
+        return list(zip(to_pixels(images), captions))
+
+
+class Shapes(EightBit):
+    """Captioned scenes, rendered as they are asked for."""
+
+    def __init__(self, split, seed, image_size, channels):
+        super().__init__(split, seed, 1_000_000 if split == "train" else 10_000)
+        self.image_size, self.channels = image_size, channels
+
+    def examples(self, indices, numbers):
+        scene = shapes.scenes(self.seed, numbers)
         images = shapes.render(scene, self.image_size)
         if self.channels == 1:
             luma = np.array([0.299, 0.587, 0.114], dtype=np.float32)
             images = np.rint(np.einsum("bchw,c->bhw", images, luma))[:, None].astype(np.uint8)
-        return list(zip(to_pixels(images), shapes.captions(scene)))
+        return images, shapes.captions(scene)
 
 
-class Labelled:
+class Labelled(EightBit):
     """Images of ten classes, captioned by one of several wordings. images: uint8 (n, C, H, W); labels: (n,)."""
 
-    eight_bit = True
-
-    def __init__(self, images, labels, wordings, split, seed):
-        self.images, self.labels, self.wordings, self.split, self.seed = images, labels, wordings, split, seed
-
-    def __len__(self):
-        return len(self.labels)
+    def __init__(self, split, seed, images, labels, wordings):
+        super().__init__(split, seed, len(labels))
+        self.images, self.labels, self.wordings = images, labels, wordings
 
     def label(self, i):
         return int(self.labels[i])
 
-    def __getitem__(self, i):
-        return self.__getitems__([i])[0]
-
-    def __getitems__(self, indices):
-        u = shapes.uniforms(self.seed, hash_numbers(indices, self.split, len(self)), 1)[:, 0].tolist()
-        wordings = [self.wordings[self.label(i)] for i in indices]
-        captions = [choices[int(v * len(choices))] for choices, v in zip(wordings, u)]
-        return list(zip(to_pixels(self.images[np.asarray(indices)]), captions))
+    def examples(self, indices, numbers):
+        u = shapes.uniforms(self.seed, numbers, 1)[:, 0]
+        wordings = [self.wordings[label] for label in self.labels[indices]]
+        return self.images[indices], [choices[int(v * len(choices))] for choices, v in zip(wordings, u)]
 
 
 def get_dataset(name, split, image_size, channels, seed=0, data_dir="", **of_shards):
-    """The data set `name`, one of DATASETS: ds[i] -> (image float32 (C, H, W) in [-1, 1], caption), len(ds).
-
-    split: "train" or "val". image_size: an int or (H, W). data_dir: the folder of fashion's files, if not Debian's, or
-    which shards. of_shards: other settings of Shards. Raises ValueError where the set does not have that size or number
-    of channels, or a file is damaged; FileNotFoundError where one is missing.
-    """
+    """The data set `name`, one of DATASETS. split: "train" or "val". image_size: an int or (H, W). data_dir: the folder
+    of fashion's files, if not Debian's, or which shards. of_shards: other settings of Shards. Raises ValueError where a
+    set has no images of that size or number of channels, or a file is damaged; FileNotFoundError for a missing one."""
     sizes = {"shapes": range(8, 1025), "fashion": (28, 14), "digits": (8,)}
     if name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; there are {', '.join(DATASETS)}")
@@ -120,12 +115,12 @@ def get_dataset(name, split, image_size, channels, seed=0, data_dir="", **of_sha
     if channels not in (1, 3):
         raise ValueError(f"{name} has no images of {channels} channels; channels may be 1 or 3")
     if name == "shapes":
-        return Shapes(split, height, channels, seed)
+        return Shapes(split, seed, height, channels)
     images, labels = load_fashion(split, data_dir) if name == "fashion" else load_digits(split)
     if height < images.shape[-1]:  # the mean of 2x2 pixels, rounded
         images = (images.reshape(len(images), height, 2, width, 2).sum((2, 4), dtype=np.uint16) + 2) // 4
     images = np.repeat(images[:, None].astype(np.uint8), channels, axis=1)
-    return Labelled(images, labels, WORDINGS[name], split, seed)
+    return Labelled(split, seed, images, labels, WORDINGS[name])
 
 
 def open_dataset(settings, split, data_dir=""):
@@ -187,24 +182,23 @@ def caption_vocabulary():
 
 def show(args):
     """Prints what a data set holds and what its captions cost in tokens, and shows some of its images."""
-    size = args.image_size
-    if args.name == "shards":
+    of_shards, latent = args.name == "shards", False
+    if of_shards:
         latent, (channels, *native) = first_example(find_shards(args.data_dir, args.split)[0])
-        size = tuple(native) if size is None or latent else size
     else:
-        channels = 3 if args.name == "shapes" else 1
-        size = size or {"shapes": 16, "fashion": 28, "digits": 8}[args.name]
+        channels, *native = {"shapes": (3, 16, 16), "fashion": (1, 28, 28), "digits": (1, 8, 8)}[args.name]
+    size = tuple(native) if args.image_size is None or latent else args.image_size
     sets = {split: get_dataset(args.name, split, size, channels, args.seed, args.data_dir)
             for split in ("train", "val", args.split)}  # which raises for an unknown split
     shown, images, captions, faults = sets[args.split], [], [], []
     for i in range(min(2_000, len(shown))):  # one at a time: images may be large
-        image, caption, fault = shown.fetch([i])[0] if args.name == "shards" else (*shown[i], "")
+        image, caption, fault = shown.fetch([i])[0] if of_shards else (*shown[i], "")
         images += [image] if i < args.count else []
         captions += [caption]
         faults += [fault] if fault else []
     print(f"{args.name}: {len(sets['train']):,} to train on, {len(sets['val']):,} to validate, "
           + "x".join(map(str, images[0].shape)))
-    for name, fault in shown.header["faults"].items() if args.name == "shards" else ():
+    for name, fault in shown.header["faults"].items() if of_shards else ():
         print(f"  {name} is damaged: {fault}")
     if faults:
         print(f"{len(faults)} of the first {len(captions):,} examples are unusable; {faults[0]}")

@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import json
 import math
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +49,6 @@ data_dir = ""  # where fashion's files are; empty: as for the model
 seed = 0
 batch_size = 100
 device = ""  # cuda, mps or cpu; empty: the best there is
-
-# ---------------------------------------------------------------------------------------------------------------
-# Statistics
 
 
 def mean_and_error(values):
@@ -90,15 +87,10 @@ def first_images(dataset, count):
     return collate(dataset.__getitems__(list(range(min(count, len(dataset))))))[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The parts: each returns {name: what it measured}. `model` is a TrainedModel, `model.network` its NTM
-
-
 def held_out(model, dataset):
     """This rank's batches of held-out images (tokens, text, captions, generator), always with the same noise."""
-    rank, world = rank_and_world()
-    batches = validation_batches(dataset, model.tokenizer, model.network.config.text_len, val_examples, model.device,
-                                 rank, world, batch_size)
+    (rank, world), length = rank_and_world(), model.network.config.text_len
+    batches = validation_batches(dataset, model.tokenizer, length, val_examples, model.device, rank, world, batch_size)
     total = len(range(0, min(val_examples, len(dataset)), batch_size)[rank::world])
     for images, *rest in tqdm(batches, "held-out images", total, leave=False, unit="batch", disable=rank > 0):
         yield model.network.patchify(images), *rest
@@ -114,7 +106,7 @@ def nats_of(model, batches, ts, captioned=True):
         times = ts.expand(len(x0), -1)
         nll, bound = model.network.trajectory_bound(forward_trajectory(x0, times, generator), times, text)
         nats.append(torch.cat([nll, bound[:, None]], dim=1).cpu())
-    nats = torch.cat([batch for of_rank in gathered(nats) for batch in of_rank])
+    nats = torch.cat(sum(gathered(nats), []))
     by_step = {f"step {k}": nats[:, k] for k in range(len(ts) - 1)}
     return {**by_step, "trajectory": nats[:, :-1].sum(dim=1), "bound": nats[:, -1]}
 
@@ -133,13 +125,11 @@ def evaluate_likelihood(model, dataset):
 
 
 def caption_log_likelihoods(network, x, ts, candidates):
-    """log p(x_{t_0:T} | caption) in nats, Eq. (12), (B, K), of trajectories under K captions each.
-
-    x (B, T+1, N, D), ts (B, T+1), candidates (B, K, L). The transporter sees no caption, so it runs once.
-    """
+    """log p(x_{t_0:T} | caption) in nats, Eq. (12), (B, K), of trajectories x (B, T+1, N, D) at ts (B, T+1) under K
+    captions each, (B, K, L). The transporter sees no caption, so it runs once."""
     T = torch.full((len(x),), x.shape[1] - 1, device=x.device)
-    u, logdet = network.transporter(x.flatten(0, 1), ts.flatten(), T.repeat_interleave(x.shape[1]))
-    u, logdet = u.unflatten(0, ts.shape), logdet.unflatten(0, ts.shape)
+    outputs = network.transporter(x.flatten(0, 1), ts.flatten(), T.repeat_interleave(x.shape[1]))
+    u, logdet = (output.unflatten(0, ts.shape) for output in outputs)
     nll = [network.transitions_in_u(u, logdet, ts, text, T)[0].sum(dim=1) for text in candidates.unbind(dim=1)]
     return -torch.stack(nll, dim=1) - gaussian_nll(x[:, -1:])
 
@@ -185,7 +175,8 @@ def evaluate_outliers(model, dataset):
 
 
 def evaluate_samples(model, dataset, guidance):
-    """Images/s, how near the samples are to the data, and whether they show what their captions say."""
+    """Images/s; of shapes, the proportions that show exactly what they should and that pass each GenEval task, and the
+    tasks' mean; of labelled images, how near the samples are to the data and whether they are of their class."""
     classes, tasks = dataset_class_captions(model.settings["dataset"]), ()
     if model.settings["dataset"] == "shapes":
         tasks, captions = zip(*task_prompts(-(-num_samples // len(TASKS))))
@@ -196,14 +187,20 @@ def evaluate_samples(model, dataset, guidance):
     for start in tqdm(starts, "samples", leave=False, unit="batch", disable=rank > 0):
         numbers = range(start, min(start + batch_size, len(captions)))
         samples[start] = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed)[0].cpu()
-    samples = {start: images for of_rank in gathered(samples) for start, images in of_rank.items()}
+    samples = ChainMap(*gathered(samples))
     images, seconds = torch.cat([samples[start] for start in sorted(samples)]), gathered(sum(model.seconds.values()))
     if rank == 0:
         path = Path(out_dir) / "evaluate" / f"{model.kind}_{len(model.ts) - 1}_{model.denoise}.png"
         save_image(contact_sheet(images[:10], captions[:10], columns=10), path)
     results = {"images_per_s": len(images) / max(seconds)}
     if tasks:
-        results |= prompt_following(images, captions, tasks)
+        hits = defaultdict(list)
+        for image, caption, task in zip(images, captions, tasks):
+            hits["strictly"].append(follows(image, caption))
+            hits[task].append(follows(image, caption, task))
+        results |= {name: proportion(found) for name, found in hits.items()}
+        means, errors = zip(*(results[task].values() for task in TASKS))
+        results["overall"] = {"mean": sum(means) / len(TASKS), "standard_error": math.hypot(*errors) / len(TASKS)}
     elif classes:
         train_set = open_dataset(model.settings, "train", data_dir)
         examples, labels = first_images(train_set, len(train_set)), torch.tensor(train_set.labels)
@@ -211,17 +208,6 @@ def evaluate_samples(model, dataset, guidance):
         results["frechet_distance"] = frechet_distance(images, first_images(dataset, 5000))
         results["nearest_is_of_the_class"] = proportion([label == i % len(classes) for i, label in enumerate(nearest)])
     return results
-
-
-def prompt_following(images, captions, tasks):
-    """Proportions of images that show exactly what they should, that pass each GenEval task, and the tasks' mean."""
-    hits = defaultdict(list)
-    for image, caption, task in zip(images, captions, tasks):
-        hits["strictly"].append(follows(image, caption))
-        hits[task].append(follows(image, caption, task))
-    results = {name: proportion(found) for name, found in hits.items()}
-    means, errors = zip(*(results[task].values() for task in TASKS))
-    return results | {"overall": {"mean": sum(means) / len(TASKS), "standard_error": math.hypot(*errors) / len(TASKS)}}
 
 
 def plot_quality(measured):
@@ -242,16 +228,6 @@ PARTS = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "classi
          "outliers": evaluate_outliers}
 
 
-def rows(title, results):
-    """The results of a part as lines of a table."""
-    yield title
-    for name, value in results.items():
-        value = value if isinstance(value, dict) else {"mean": value}
-        error = f" ± {value['standard_error']:.4f}" if "standard_error" in value else ""
-        per_dimension = f"  ({value['per_dimension']:.4f} per dimension)" if "per_dimension" in value else ""
-        yield f"  {name:28} {value['mean']:12.4f}{error}{per_dimension}"
-
-
 @one_line_errors()
 @torch.no_grad()
 def main(config):
@@ -269,30 +245,32 @@ def main(config):
     ways = [way for way in denoise.split(",") if way != "learned" or (Path(out_dir) / "denoiser.pt").exists()]
     if len(counts) > 1 and len(strengths) > 1:
         raise ValueError(f"there are several steps, {steps}, and several guidances, {guidance}: vary one at a time")
+    results, measured = {"config": config, "iteration": model.iteration}, []
 
-    def measure():
-        """Each part's title and results; of samples the model and its guidance as well."""
-        for part in chosen:
-            if part != "samples":
-                yield part, None, None, PARTS[part](model, dataset)
-                continue
-            for count, way, w in itertools.product(counts, ways if model.kind == "ntm" else ["none"], strengths):
-                m = TrainedModel(out_dir, where, count, way, t_min)
-                title = f"samples, {len(m.ts) - 1} steps" + (f", {way}" if m.kind == "ntm" else "")
-                title += f", guidance {w:g}" if len(strengths) > 1 else ""
-                yield title, m, w, evaluate_samples(m, dataset, w)
-
-    results, measured = {}, []
-    for title, m, w, found in measure():
+    def report(title, found):
         results[title] = found
-        measured += [(m, w, found)] if m else []
         if rank == 0:
-            print("\n".join(rows(title, found)))
+            print(title)
+            for name, value in found.items():
+                value = value if isinstance(value, dict) else {"mean": value}
+                error = f" ± {value['standard_error']:.4f}" if "standard_error" in value else ""
+                per_dimension = f"  ({value['per_dimension']:.4f} per dimension)" if "per_dimension" in value else ""
+                print(f"  {name:28} {value['mean']:12.4f}{error}{per_dimension}")
+
+    for part in chosen:
+        if part != "samples":
+            report(part, PARTS[part](model, dataset))
+            continue
+        for count, way, w in itertools.product(counts, ways if model.kind == "ntm" else ["none"], strengths):
+            m = TrainedModel(out_dir, where, count, way, t_min)
+            measured.append((m, w, evaluate_samples(m, dataset, w)))
+            report(f"samples, {len(m.ts) - 1} steps" + (f", {way}" if m.kind == "ntm" else "")
+                   + (f", guidance {w:g}" if len(strengths) > 1 else ""), measured[-1][2])
     if rank == 0:
         if figure := plot_quality(measured):
             save_image(figure, Path(out_dir) / "evaluate" / "quality.png")
         path = Path(out_dir) / "evaluate.json"
-        path.write_text(json.dumps({"config": config, "iteration": model.iteration, **results}, indent=1))
+        path.write_text(json.dumps(results, indent=1))
         print(f"wrote {path}")
     leave_ranks()
 

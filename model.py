@@ -180,9 +180,9 @@ def guide(conditional, unconditional, weight):
     a density for every w: there the mean is still extrapolated, and the standard deviation stays sigma_c.
     """
     (mean_c, log_std_c), (mean_u, log_std_u) = conditional, unconditional
-    ratio = torch.exp(2 * (log_std_c - log_std_u)).clamp(max=1)
-    d = 1 + weight - weight * ratio
-    return ((1 + weight) * mean_c - weight * ratio * mean_u) / d, log_std_c - 0.5 * torch.log(d)
+    log_ratio = (2 * (log_std_c - log_std_u)).clamp(max=0)
+    d = 1 - weight * torch.expm1(log_ratio)  # 1 + w - w r, without its cancellation for large w
+    return mean_c + weight * torch.exp(log_ratio) * (mean_c - mean_u) / d, log_std_c - 0.5 * torch.log(d)
 
 
 def null_caption(text):

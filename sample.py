@@ -140,6 +140,8 @@ class TrainedModel:
             tokens = self.clock("score denoising", network.score_denoise, x, ts, text)
         else:
             tokens = x[:, 0]
+        if not tokens.isfinite().all():
+            raise ValueError(f"some samples are not finite: choose another guidance than {guidance:g}")
         return network.unpatchify(tokens), x, nll
 
     @torch.no_grad()
@@ -295,8 +297,9 @@ def main(config):
     wanted = [i for i in range(len(captions)) if layout == "sheet" or not path_of(to, i).exists()]
     for start in range(0, len(wanted), batch_size):
         numbers = wanted[start:start + batch_size]
-        samples, x, nll = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
-                                                    levels=show_trajectory)
+        with one_line_errors():
+            samples, x, nll = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
+                                                        levels=show_trajectory)
         images = decoded(samples)
         nlls += [] if nll is None else nll.tolist()
         shown += [images] if layout == "sheet" else []

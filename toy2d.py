@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from configurator import at_least_one, configure
 from flow import forward_kernel, forward_trajectory, reverse_posterior, time_grid
-from model import NTM, NTMConfig, null_caption
+from model import NTM, NTMConfig
 from plumbing.images import INK, PAPER, save_image
 from plumbing.optim import HIDDEN, make_optimizers, step, update_average
 from plumbing.runtime import one_line_errors
@@ -32,19 +32,13 @@ from plumbing.runtime import one_line_errors
 dataset = "checkerboard"  # or "moons", "gaussians"
 figure = "out/toy2d.png"
 seed = 0
-
-# ---- trajectory
 steps = 4  # T
 shift = 2.0  # e^m of the time grid; at 1, even spacing, several levels have fine structure to model: 0.07 nats worse
 t_min = 0.02  # the cleanest level
-
-# ---- model
 width = 32  # of the predictor, as depth
 depth = 1
 transporter_width = 16
 transporter_blocks = 10  # each stretches one pixel as a function of the other, in turn
-
-# ---- optimisation
 seconds = 150.0  # processor time that each model trains for
 max_iters = 0  # updates of each model instead, for a result that does not depend on the clock
 batch_size = 256
@@ -52,13 +46,11 @@ lr = 8e-3
 weight_decay = 1e-4
 warmup_iters = 100
 ema = 0.998  # decay of the averaged weights, which everything below uses
-
-# ---- evaluation
 panel = 180  # pixels, the side of a density in the figure
 num_samples = 10_000  # of each model; its bound is measured on ten times as many fresh examples
 
-# ---------------------------------------------------------------------------------------------------------------
-# The data: points in [-1, 1]^2 as two tokens of one number, (B, 2, 1)
+NAMES = ["Gaussian", "NTM"]
+CAPTION = torch.ones(1, 1, dtype=torch.long)  # the null caption: there is nothing to say about a point
 
 
 class DataSet(NamedTuple):
@@ -89,9 +81,9 @@ def sample_moons(count, generator):
 
 
 def on_moons(x):
-    radii = torch.stack([(MOON + x).norm(dim=-1), (MOON - x).norm(dim=-1)])
-    above = torch.stack([MOON[1] + x[..., 1], MOON[1] - x[..., 1]]) > 0
-    return ((radii > INNER) & (radii < OUTER) & above).any(dim=0)
+    x = torch.stack([MOON + x, MOON - x])  # from the centre of either moon, which then opens downwards
+    radius = x.norm(dim=-1)
+    return ((radius > INNER) & (radius < OUTER) & (x[..., 1] > 0)).any(dim=0)
 
 
 STD, CENTRES = 0.07, 0.7 * torch.tensor([[math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)] for k in range(8)])
@@ -115,16 +107,13 @@ DATA_SETS = {
 
 
 def sample_data(count, generator):
+    """Points in [-1, 1]^2 as two tokens of one number, (count, 2, 1)."""
     return DATA_SETS[dataset].sample(count, generator)[..., None]
 
 
 def proportion_inside(x):
     """The proportion of points (B, 2, 1) that lie on the data's support."""
     return DATA_SETS[dataset].inside(x[..., 0]).float().mean().item()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The truth: what a reverse step should be
 
 
 def posterior_weights(x_t, t, x0):
@@ -157,17 +146,6 @@ def best_gaussian_bound(ts, generator):
     return best
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The two models
-
-NAMES = ["Gaussian", "NTM"]
-
-
-def caption(count):
-    """There is nothing to say about a point: the null caption, (count, 1)."""
-    return null_caption(torch.zeros(count, 1, dtype=torch.long))
-
-
 def build(blocks):
     """An NTM of images of two pixels; with no blocks in the transporter, a diffusion model's Gaussian steps."""
     torch.manual_seed(seed)
@@ -181,7 +159,7 @@ def train(name, model, ts):
     average, generator = copy.deepcopy(model).requires_grad_(False), torch.Generator().manual_seed(seed)
     # Muon for the modulation as well: left to AdamW, as train.py leaves it, the bound ended 0.15 nats higher
     optimizers = make_optimizers(model, "", weight_decay, torch.device("cpu"), (*HIDDEN, "modulation.1.weight"))
-    text, T = caption(batch_size), torch.full((batch_size,), steps)
+    text, T = CAPTION.expand(batch_size, 1), torch.full((batch_size,), steps)
     start, i, done = time.thread_time(), 0, 0
     with tqdm(total=100, desc=name, bar_format="{l_bar}{bar}| {elapsed}", position=NAMES.index(name)) as bar:
         while done < 1:
@@ -206,7 +184,7 @@ def bound(model, ts, count, generator):
     1 - t_min plus noise of standard deviation t_min, so its entropy is not quite theirs."""
     ts = ts.expand(count, -1)
     x = forward_trajectory(sample_data(count, generator), ts, generator)
-    return model.trajectory_bound(x, ts, caption(count))[1]
+    return model.trajectory_bound(x, ts, CAPTION.expand(count, 1))[1]
 
 
 def model_density(model, x_t, s, t, axis):
@@ -214,12 +192,9 @@ def model_density(model, x_t, s, t, axis):
     x_s = torch.cartesian_prod(axis, axis).flip(1)[..., None]
     count = len(x_s)
     nll = model.step_nll(x_s, x_t[:, None].expand(count, -1, -1), s.expand(count), t.expand(count),
-                         torch.full((count,), steps), caption(count))
+                         torch.full((count,), steps), CAPTION.expand(count, 1))
     return torch.exp(-nll).view(len(axis), -1)
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# The figure
 
 GAP, GROUP_GAP, LABEL, TITLE, NOTE = 6, 16, 76, 32, 48  # pixels
 MAGMA = [(0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)]
@@ -232,45 +207,41 @@ def colours(values):
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
-def window(s):
-    """Half the width of a panel that shows x_s."""
-    return 1.1 * (1 - s) + 2.2 * s
-
-
-def make_figure(models, ts, clean, samples, notes):
+def make_figure(models, ts, clean, samples):
     """An RGB PIL.Image: a row for each step, p(x_s | x_t) for two x_t, the true one by data `clean` (n, 2) and those of
-    the models; then the samples (count, 2, 1) of the data and of the models, each with a note underneath."""
+    the models; then `samples` of the data and of the models, each (points (count, 2, 1), a note underneath)."""
     cell, wide = panel + GAP, 2 * panel + GAP  # a panel of samples is two columns wide
     bottom = TITLE + steps * cell + TITLE
     sheet = Image.new("RGB", (LABEL + 6 * cell + GROUP_GAP, bottom + wide + NOTE), PAPER)
     pen = ImageDraw.Draw(sheet)
 
     def write(text, x, y, size=15):
-        font = ImageFont.load_default(size)
-        pen.multiline_text((x, y), text, fill=INK, font=font, anchor="mm", align="center")
+        pen.text((x, y), text, fill=INK, font=ImageFont.load_default(size), anchor="mm", align="center")
 
     write("circle: x_t", LABEL / 2, TITLE / 2, 13)
     for row, k in enumerate(reversed(range(steps))):
-        s, t, half, y = ts[k], ts[k + 1], window(ts[k].item()), TITLE + row * cell
+        s, t, y = ts[k], ts[k + 1], TITLE + row * cell
+        half = 1.1 * (1 + s.item())  # the panel shows [-half, half]^2
         axis = half * ((2 * torch.arange(panel) + 1) / panel - 1)  # the pixels' centres
         write(f"t = {t:.2f}\nto {s:.2f}", LABEL / 2, y + panel / 2)
         for group, place in enumerate(DATA_SETS[dataset].places):
-            x_t = (1 - t) * torch.tensor(place)
+            x, x_t = LABEL + group * (3 * cell + GROUP_GAP), (1 - t) * torch.tensor(place)
+            across, up = ((x_t / half + 1) / 2 * panel).tolist()
             densities = [true_density(x_t, s, t, clean, axis), *(model_density(m, x_t, s, t, axis) for m in models)]
-            for column, density in enumerate(densities):
-                x = LABEL + (3 * group + column) * cell + group * GROUP_GAP
+            for density, title in zip(densities, ("true p(x_s | x_t)", "Gaussian step", "NTM step")):
                 sheet.paste(colours(density / densities[0].max()), (x, y))  # one scale: the true density's
-                if row == 0:
-                    write(("true p(x_s | x_t)", "Gaussian step", "NTM step")[column], x + panel / 2, TITLE / 2)
-                across, up = ((x_t / half + 1) / 2 * panel).tolist()
                 pen.circle((x + across, y + panel - up), 4, outline=(90, 230, 255), width=2)
+                if row == 0:
+                    write(title, x + panel / 2, TITLE / 2)
+                x += cell
 
-    for i, (name, points, note) in enumerate(zip(("data", "samples, Gaussian steps", "samples, NTM"), samples, notes)):
-        x, half = LABEL + i * (2 * cell + GROUP_GAP // 2), window(t_min)
-        counts, _, _ = np.histogram2d(points[:, 1, 0], points[:, 0, 0], bins=wide, range=[(-half, half)] * 2)
+    x, limits = LABEL, (-1.1 * (1 + t_min), 1.1 * (1 + t_min))
+    for title, (points, note) in zip(("data", "samples, Gaussian steps", "samples, NTM"), samples):
+        counts, _, _ = np.histogram2d(points[:, 1, 0], points[:, 0, 0], bins=wide, range=(limits, limits))
         sheet.paste(colours(counts), (x, bottom))
-        write(name, x + wide / 2, bottom - TITLE / 2)
+        write(title, x + wide / 2, bottom - TITLE / 2)
         write(note, x + wide / 2, bottom + wide + NOTE / 2)
+        x += 2 * cell + GROUP_GAP // 2
     return sheet
 
 
@@ -295,18 +266,18 @@ def main(config):
     clean = sample_data(num_samples, generator)
     noisy = forward_trajectory(clean, ts[:1].expand(num_samples, 1), generator)[:, 0]
     entropy, best = DATA_SETS[dataset].entropy, best_gaussian_bound(ts, generator)
-    print(f"{dataset}: entropy {entropy:.3f} nats, best bound of any Gaussian steps {best:.2f}. "
+    print(f"{dataset}: entropy {entropy:.3f} nats, best bound of any Gaussian steps {best:.3f}. "
           f"On the support: {proportion_inside(clean):.1%}, {proportion_inside(noisy):.1%} at t = {t_min}")
-    samples, notes = [clean], [f"entropy {entropy:.3f} nats\n{proportion_inside(clean):.1%} on the support"]
-    for name, model, count, aside in zip(NAMES, models, updates, (f" (no Gaussian below {best:.2f})", "")):
+    samples = [(clean, f"entropy {entropy:.3f} nats\n{proportion_inside(clean):.1%} on the support")]
+    for name, model, count, aside in zip(NAMES, models, updates, (f" (no Gaussian below {best:.3f})", "")):
         nats = torch.cat([bound(model, ts, num_samples, generator) for _ in range(10)])
-        x = model.invert(model.sample(caption(num_samples), ts, generator=generator), ts)
-        denoised = model.score_denoise(x, ts, caption(num_samples))
+        x = model.invert(model.sample(CAPTION.expand(num_samples, 1), ts, generator=generator), ts)
+        denoised = model.score_denoise(x, ts, CAPTION.expand(num_samples, 1))
         print(f"{name}: {count} updates, bound {nats.mean():.3f} +- {nats.std() / len(nats)**0.5:.3f} nats. On the "
               f"support: {proportion_inside(denoised):.1%} of samples, {proportion_inside(x[:, 0]):.1%} at t = {t_min}")
-        samples.append(denoised)
-        notes.append(f"bound {nats.mean():.3f} nats{aside}\n{proportion_inside(denoised):.1%} on the support")
-    save_image(make_figure(models, ts, sample_data(20 * num_samples, generator)[..., 0], samples, notes), figure)
+        note = f"bound {nats.mean():.3f} nats{aside}\n{proportion_inside(denoised):.1%} on the support"
+        samples.append((denoised, note))
+    save_image(make_figure(models, ts, sample_data(20 * num_samples, generator)[..., 0], samples), figure)
     print(f"wrote {figure}")
     return models, updates
 

@@ -16,7 +16,8 @@ import torch
 
 from plumbing.runtime import gathered, job, restarts
 
-KINDS = "ntm", "fm", "denoiser"
+STARTS = "scratch", "resume", "auto"
+OF_A_SITTING = {"out_dir", "init_from", "device"}  # settings that a resumed run does not take from its checkpoint
 
 
 class CheckpointError(SystemExit):
@@ -24,11 +25,9 @@ class CheckpointError(SystemExit):
 
 
 def save(path, **contents):
-    """Write `contents` to `path` by way of a temporary file, so that whatever happens one whole checkpoint is there.
-
-    Modules and optimisers (a list) are written as their state, and `model`'s config as `model_config`. Raises
-    CheckpointError if it cannot be written, a full disk for instance; the old one is then still in place.
-    """
+    """Writes `contents` by way of a temporary file, so that whatever happens one whole checkpoint is there: modules and
+    optimisers (a list) as their state, and `model`'s config as `model_config`. Raises CheckpointError if it cannot be
+    written, a full disk for instance; the old one is then still in place."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     if isinstance(contents.get("model"), torch.nn.Module):
@@ -50,11 +49,9 @@ def save(path, **contents):
 
 def state_of(value):
     """Modules and optimisers as their state, settings as a plain dict: what loading without running anything takes."""
-    if isinstance(value, (torch.nn.Module, torch.optim.Optimizer)):
-        return value.state_dict()
     if isinstance(value, list):
         return [state_of(item) for item in value]
-    return dict(value) if isinstance(value, dict) else value
+    return value.state_dict() if hasattr(value, "state_dict") else dict(value) if isinstance(value, dict) else value
 
 
 def load(path, *kinds, device="cpu"):
@@ -65,7 +62,7 @@ def load(path, *kinds, device="cpu"):
         script = "distill.py" if "denoiser" in kinds else "train.py"
         raise CheckpointError(f"there is no checkpoint {path}: make it with {script}, or set out_dir") from None
     except Exception as error:  # what reading garbage raises depends on the garbage
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = f"cannot read checkpoint {path}: it is truncated or not a checkpoint ({reason})"
         raise CheckpointError(message) from error
     if not isinstance(contents, dict) or contents.get("kind") not in kinds:
@@ -78,8 +75,7 @@ def load(path, *kinds, device="cpu"):
 def restore(module, state, path):
     """Load a state dict into a module. Raises CheckpointError that names every tensor that does not fit."""
     own = module.state_dict()
-    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
-    wrong += [f"{name} is unknown" for name in state.keys() - own.keys()]
+    wrong = [f"{name} is {'unknown' if name in state else 'missing'}" for name in own.keys() ^ state.keys()]
     wrong += [f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
               for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
     if wrong:
@@ -89,9 +85,7 @@ def restore(module, state, path):
 
 def load_network(path, networks, device="cpu"):
     """The network that a checkpoint holds, with its averaged weights in evaluation mode, and the checkpoint's contents.
-
-    networks: {kind: class with from_fields}, the kinds that it may be of.
-    """
+    networks: {kind: class with from_fields}, the kinds that it may be of."""
     contents = load(path, *networks, device=device)
     try:
         network = networks[contents["kind"]].from_fields(contents["model_config"]).to(device)
@@ -101,17 +95,10 @@ def load_network(path, networks, device="cpu"):
     return network.eval().requires_grad_(False), contents
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Resuming
-
-STARTS = "scratch", "resume", "auto"
-OF_A_SITTING = "out_dir", "init_from", "device"  # settings that a resumed run does not take from its checkpoint
-
-
 def find_start(init_from, path, *kinds, device="cpu"):
-    """The checkpoint to continue from, or None to start anew, by init_from: "resume" continues, "auto" does so if
-    there is something to continue, and so does whatever torchrun has restarted, if it wrote that itself. A checkpoint
-    that is there is never overwritten by a run that starts anew."""
+    """The checkpoint to continue from, or None to start anew, by init_from: "resume" continues, "auto" does so if there
+    is something to continue, and so does what torchrun has restarted, if it wrote that itself. No checkpoint that is
+    there is overwritten by a run that starts anew."""
     if init_from not in STARTS:
         raise ValueError(f"init_from {init_from!r} is unknown: choose {', '.join(map(repr, STARTS))}")
     if init_from == "resume" or (path.exists() and (init_from == "auto" or max(gathered(restarts())))):
@@ -129,7 +116,7 @@ def find_start(init_from, path, *kinds, device="cpu"):
 
 def keep_settings(config, contents):
     """A run that is resumed keeps the checkpoint's settings, but for those that the command line gives."""
-    for name in config.keys() - config.given - set(OF_A_SITTING):
+    for name in config.keys() - config.given - OF_A_SITTING:
         config[name] = contents["settings"].get(name, config[name])
 
 
@@ -152,13 +139,9 @@ def resume(contents, path, model, ema, optimizers, config, *fixed):
         optimizer.load_state_dict(state)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# python -m plumbing.checkpoint
-
-
 def slim(path, out):
     """Writes what sampling needs of the checkpoint `path`, its averaged weights in float16, to `out`."""
-    contents = load(path, *KINDS)
+    contents = load(path, "ntm", "fm", "denoiser")
     kept = {key: contents[key] for key in ("kind", "model_config", "iter", "vocabulary") if key in contents}
     settings = contents["settings"] | {"out_dir": "", "init_from": "", "data_dir": ""}  # paths are of no use elsewhere
     ema = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in contents["ema"].items()}

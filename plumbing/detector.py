@@ -35,7 +35,6 @@ TASKS = {  # name: (kind of its captions, whether colours matter, whether there 
     "colour attribution": ("and", True, False),
 }
 
-
 THINGS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 CAPTIONS = {  # all that the data set has: (one of KINDS, things, relation or None)
     **{"a %s %s" % a: ("one", [a], None) for a in THINGS},
@@ -124,11 +123,10 @@ def holds(relation, a, b):
 
 
 def follows(image, caption, task=None):
-    """Does the image (3, S, S) in [-1, 1], array or tensor, show what the caption says?
+    """Does the image (3, S, S) in [-1, 1], array or tensor, show exactly the objects that the caption says?
 
-    task: None requires all of it and nothing else: exactly these objects, of these shapes and colours, in this
-    relation. One of TASKS tests one aspect, as GenEval does: objects of other shapes are ignored, and so are colours
-    but for "colours" and "colour attribution"; only "counting" also refuses more objects than the caption says.
+    task: one of TASKS, to test one aspect only, as GenEval does: objects of other shapes are ignored, and so are
+    colours but for "colours" and "colour attribution"; only "counting" also refuses more objects than the caption says.
     Raises ValueError for a caption that is not of the data set or not of the task, and as detect() does.
     """
     kind, things, relation = parse(caption)
@@ -136,18 +134,15 @@ def follows(image, caption, task=None):
         raise ValueError(f"task {task!r} is not for {caption!r}: tasks and their kinds of caption are "
                          + ", ".join(f"{name} ({of_task})" for name, (of_task, _, _) in TASKS.items()))
     _, coloured, exact = TASKS[task] if task else (kind, True, True)
-
-    def name(thing):
-        return thing[:2] if coloured else thing[1]
-
-    objects = detect(image)
-    said, seen = Counter(map(name, things)), Counter(map(name, objects))
+    name = slice(2) if coloured else 1  # of a thing and of an Object: colour and shape, or the shape alone
+    objects, names = detect(image), [thing[name] for thing in things]
+    said, seen = Counter(names), Counter(thing[name] for thing in objects)
     if task:
-        seen = Counter({n: seen[n] for n in said})
+        seen = Counter({thing: seen[thing] for thing in said})
     if not (seen == said if exact else seen >= said):
         return False
     return relation is None or any(holds(relation, a, b) for a, b in permutations(objects, 2)
-                                   if [name(a), name(b)] == [name(t) for t in things])
+                                   if [a[name], b[name]] == names)
 
 
 def task_prompts(count, seed=0):

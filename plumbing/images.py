@@ -11,9 +11,8 @@ PAPER, INK = (255, 255, 255), (20, 20, 20)
 GAP = 8  # pixels between cells, and around them
 FONT_SIZE = 13
 MIN_CELL = 96  # pixels; a narrower cell would have no room for its caption
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pixels as numbers
+PANEL, AXIS = (460, 300), 58  # pixels: a panel's curves, and the room for the numbers beside and below them
+COLOURS = (31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207)
 
 
 def to_pixels(images):
@@ -34,8 +33,19 @@ def dequantize(images, generator=None):
     return images + (2 * u - 1) / 256
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Images to look at
+def over_white(image):
+    """A PIL.Image with transparency, laid over white, as RGB."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def resize_and_crop(image, height, width, across=0.5, down=0.5):
+    """A PIL.Image, scaled with antialiasing until it just covers height x width, and cropped to that size. across and
+    down, in [0, 1], place the crop; 0.5 is the centre."""
+    scale = min(image.height / height, image.width / width)  # source pixels per target pixel
+    left, top = max(0, across * (image.width - scale * width)), max(0, down * (image.height - scale * height))
+    box = left, top, min(left + scale * width, image.width), min(top + scale * height, image.height)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)  # unlike ImageOps.fit, fast
 
 
 def wrap(text, font, width):
@@ -67,11 +77,8 @@ def to_pil(image):
 
 
 def contact_sheet(images, captions=None, columns=None, scale=None):
-    """Images (B, C, H, W) in [-1, 1], C 1 or 3, with their captions underneath ("" for none), in rows of `columns`.
-
-    columns: by default about as many as there are rows. Each pixel is enlarged to scale x scale, by default until
-    images are 96 wide. Returns an RGB PIL.Image.
-    """
+    """Images (B, C, H, W) in [-1, 1] with their captions underneath ("" for none), as an RGB PIL.Image. columns: by
+    default about as many as rows. scale: how often a pixel is repeated, by default until images are 96 wide."""
     pixels = pixels_of(images)
     count, height, width, _ = pixels.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
@@ -102,13 +109,6 @@ def save_image(image, path):
     os.replace(part, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Plots
-
-PANEL, AXIS = (460, 300), 58  # pixels: a panel's curves, and the room for the numbers beside and below them
-COLOURS = (31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207)
-
-
 def ticks(low, high):
     """About five round numbers in [low, high]."""
     step = 10 ** np.floor(np.log10((high - low) / 2))
@@ -117,11 +117,8 @@ def ticks(low, high):
 
 
 def plot(panels, x_label, log_x=False, shown=1.0):
-    """Curves in panels side by side, an RGB PIL.Image.
-
-    panels: {title: {name: [(x, y), ...]}}; a curve of few points is drawn with its points marked. log_x: the x axis is
-    logarithmic, and ticked at the data's own x. shown: the fraction of values that the y axis reaches up to.
-    """
+    """Curves in panels side by side, {title: {name: [(x, y), ...]}}, as an RGB PIL.Image. log_x: the x axis is
+    logarithmic, and ticked at the data's own x. shown: the fraction of values that the y axis reaches up to."""
     width, height = PANEL
     image = Image.new("RGB", (len(panels) * (width + AXIS + GAP) + GAP, height + AXIS + 3 * GAP), PAPER)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_SIZE)

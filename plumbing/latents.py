@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from plumbing.loader import WithFaults
+from plumbing.loader import read_ahead
 from plumbing.runtime import claim, find_device
 from plumbing.shards import Shards, find_shards, first_example, load_index, write_shard
 
@@ -47,26 +46,22 @@ def encode_shards(args, split, out, encoder, device):
     if first_example(paths)[0]:
         raise ValueError(f"{paths[0]} holds latents already")
     source = Shards(args.data_dir, split, 3, args.image_size, args.image_size)
-    left_out, first = 0, 0
-    for path, count in zip(tqdm(source.paths, desc=split, unit="shard"), source.header["counts"]):
-        numbers = range(first, first + count)
-        first += count
+    left_out, counts = 0, source.header["counts"]
+    for path, first, count in zip(tqdm(source.paths, desc=split, unit="shard"), source.firsts, counts):
         if (out / path.name).exists():
             continue
+        numbers = range(first, first + count)
         batches = [numbers[i:i + args.batch_size] for i in range(0, count, args.batch_size)]
-        # forked, since a fresh interpreter would run the calling script once more
-        loader = DataLoader(WithFaults(source), batch_sampler=batches, num_workers=args.workers, collate_fn=list,
-                            multiprocessing_context="fork" if args.workers else None)
         examples = []
-        for batch, triples in zip(batches, loader):
+        for batch, triples in zip(batches, read_ahead(source, batches, args.workers, collate_fn=list)):
             usable = [(number, image, caption) for number, (image, caption, fault) in zip(batch, triples) if not fault]
-            if not usable:
-                continue
-            with torch.inference_mode():
-                latents = encoder(torch.stack([image for _, image, _ in usable]).to(device)).half().cpu().numpy()
-            for (number, _, caption), latent in zip(usable, latents):
-                np.save(file := io.BytesIO(), latent)
-                examples.append((f"{number:09d}", {"npy": file.getvalue(), "txt": caption.encode()}))
+            if usable:
+                kept, images, captions = zip(*usable)
+                with torch.inference_mode():
+                    latents = encoder(torch.stack(images).to(device)).half().cpu().numpy()
+                for number, latent, caption in zip(kept, latents, captions):
+                    np.save(file := io.BytesIO(), latent)
+                    examples.append((f"{number:09d}", {"npy": file.getvalue(), "txt": caption.encode()}))
         left_out += count - len(examples)
         write_shard(out / path.name, examples)
     return left_out
@@ -105,7 +100,7 @@ def prepare_latents(args):
 
 
 def add_commands(command):
-    """The command of data.py that this file carries out; command(name, function, help) makes a parser for it."""
+    """A command of data.py, by command(name, function, help) -> parser."""
     sub = command("encode", prepare_latents, "makes shards of latents from shards of images")
     sub.add_argument("--data_dir", required=True, help="which shards")
     sub.add_argument("--encoder", required=True, help="saved by torch.export: (B, 3, H, W) in [-1, 1] to latents")

@@ -4,6 +4,7 @@ What is random in iteration i is sampled for the whole batch from (seed, i), and
 run does not depend on how many ranks or accumulation passes share a batch, and a resumed run is the interrupted one.
 """
 
+import functools
 import signal
 import time
 
@@ -15,11 +16,8 @@ from plumbing.runtime import one_line_errors
 
 
 class Order:
-    """Which examples each iteration sees: epoch after epoch, each shuffled anew. A batch sampler for DataLoader.
-
-    Position p of the endless sequence is a function of (seed, p), so nothing about it needs saving. rows: those of the
-    batch that a rank reads. again: what an example's number grows by with every epoch.
-    """
+    """A batch sampler: epoch after epoch, each shuffled anew. Position p of this endless sequence is a function of
+    (seed, p). rows: those of the batch that a rank reads. again: what an example's number grows by with every epoch."""
 
     def __init__(self, size, batch_size, seed, start, stop, rows, again=0):
         self.size, self.batch_size, self.seed, self.rows, self.again = size, batch_size, seed, rows, again
@@ -29,32 +27,34 @@ class Order:
         return len(self.iterations)
 
     def __iter__(self):
-        epoch = None
         for i in self.iterations:
-            indices = []
-            for position in range(i * self.batch_size + self.rows.start, i * self.batch_size + self.rows.stop):
-                if epoch != position // self.size:
-                    epoch = position // self.size
-                    shuffle = torch.Generator().manual_seed(self.seed + epoch)
-                    permutation = torch.randperm(self.size, generator=shuffle, dtype=torch.int32)  # half of int64
-                indices.append(epoch * self.again + permutation[position % self.size].item())
-            yield indices
+            positions = range(i * self.batch_size + self.rows.start, i * self.batch_size + self.rows.stop)
+            yield [epoch * self.again + shuffled(self.size, self.seed + epoch)[k].item()
+                   for epoch, k in (divmod(position, self.size) for position in positions)]
+
+
+@functools.lru_cache(1)
+def shuffled(size, seed):
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)  # half of int64
 
 
 class WithFaults:
     """A data set as DataLoader reads it for training: by fetch(), if it has one, which also says what was wrong."""
 
     def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitems__(self, numbers):
-        return getattr(self.dataset, "fetch", self.dataset.__getitems__)(numbers)
+        self.__getitems__ = getattr(dataset, "fetch", dataset.__getitems__)
 
 
 def collate(examples):
     """(image, caption) or (image, caption, fault or "") to images (B, C, H, W), B captions, and the faults."""
     images, captions, *faults = zip(*examples)
     return torch.stack(images), list(captions), [fault for fault in (faults[0] if faults else ()) if fault]
+
+
+def read_ahead(dataset, batches, workers, **settings):
+    """A DataLoader of `batches`, lists of numbers. It forks: a fresh interpreter would run the script once more."""
+    return DataLoader(WithFaults(dataset), batch_sampler=batches, num_workers=workers, **settings,
+                      multiprocessing_context="fork" if workers else None)
 
 
 def leave_signals_to_the_trainer(worker):
@@ -64,22 +64,19 @@ def leave_signals_to_the_trainer(worker):
 
 
 class Batches:
-    """A run's batches from iteration `start` on: this rank's rows of each, and a generator for the rest of its noise.
+    """A run's batches from iteration `start` on, dequantised and with some captions replaced by the null caption.
 
-    Pixels are dequantised and some captions replaced by the null caption already. A context: the processes that load
-    (config's `workers`) end with it. config: a script's settings. ranks: device, rank, world.
-
-    rows: this rank's, a slice of the whole batch. counts: {"unusable": examples replaced, "cut": captions too long}, of
-    this rank since the start. faults: what was wrong with those examples. waited: seconds that loading took so far.
+    A context: the processes that load (config's `workers`) end with it. ranks: device, rank, world. rows: this rank's,
+    a slice of the whole batch. counts: {"unusable": examples replaced, "cut": captions too long}, of this rank since
+    the start. faults: what was wrong with those examples. waited: seconds that loading took so far.
     """
 
     def __init__(self, dataset, tokenizer, text_len, config, start, ranks):
         self.device, rank, world = ranks
         self.batch_size, self.passes = config["batch_size"], config["grad_accum"]
-        with one_line_errors():
-            if self.batch_size % (world * self.passes):
-                raise ValueError(f"batch_size {self.batch_size} is not divisible by {world} ranks x grad_accum "
-                                 f"{self.passes}")
+        if self.batch_size % (world * self.passes):
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by {world} ranks x grad_accum "
+                             f"{self.passes}")
         per_rank = self.batch_size // world
         self.rows = slice(rank * per_rank, (rank + 1) * per_rank)
         self.dataset, self.tokenizer, self.text_len, self.config = dataset, tokenizer, text_len, config
@@ -87,16 +84,13 @@ class Batches:
         self.counts, self.faults, self.waited = {"unusable": 0, "cut": 0}, [], 0.0
 
     def __enter__(self):
-        again = len(self.dataset) if getattr(self.dataset, "augments", False) else 0  # new crops and flips each epoch
+        again = len(self.dataset) if hasattr(self.dataset, "fetch") else 0  # new crops and flips each epoch
         order = Order(len(self.dataset), self.batch_size, self.config["seed"], self.iteration,
                       self.config["max_iters"], self.rows, again)
-        workers = self.config["workers"]
         with one_line_errors():
-            self.loaded = iter(DataLoader(
-                WithFaults(self.dataset), batch_sampler=order, collate_fn=collate, num_workers=workers,
-                pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer,
-                # workers of a fresh interpreter would each run the script that we are in once more
-                multiprocessing_context="fork" if workers else None))
+            loader = read_ahead(self.dataset, order, self.config["workers"], collate_fn=collate,
+                                pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer)
+            self.loaded = iter(loader)
         return self
 
     def __exit__(self, *error):
@@ -141,9 +135,7 @@ class Batches:
 
 def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, world=1, batch_size=100):
     """This rank's part of the first `count` examples: (images, text, captions, a generator that is always the same).
-
-    Batches are dealt to ranks whole, so that sums over the ranks do not depend on how many there are.
-    """
+    Batches are dealt to ranks whole, so that sums over the ranks do not depend on how many there are."""
     count = min(count, len(dataset))
     for start in range(0, count, batch_size)[rank::world]:
         images, captions, _ = collate(dataset.__getitems__(list(range(start, min(start + batch_size, count)))))

@@ -3,13 +3,14 @@
 import json
 import math
 import time
+from collections import defaultdict
 
 from tqdm import tqdm
 
 from plumbing.images import plot, save_image
 from plumbing.runtime import gathered
 
-CURVES = {"loss": ("loss", "val_loss", "val_mse"), "nats per dimension": ("val_bound",), "dB": ("val_psnr",)}
+CURVES = {"loss": "loss", "val_loss": "loss", "val_mse": "loss", "val_bound": "nats per dimension", "val_psnr": "dB"}
 PATIENCE = 10  # updates skipped in a row before a run gives up
 
 
@@ -42,26 +43,22 @@ class Log:
 
     def plot(self):
         """Draws the log's curves against iterations into log.png beside it."""
-        lines, panels = [json.loads(line) for line in self.path.read_text().splitlines()], {}
-        for title, names in CURVES.items():
-            curves = {name: [(line["iter"], line[name]) for line in lines if line.get(name) is not None]
-                      for name in names}
-            if curves := {name: points for name, points in curves.items() if points}:
-                panels[title] = curves
+        lines, panels = [json.loads(line) for line in self.path.read_text().splitlines()], defaultdict(dict)
+        for name, title in CURVES.items():
+            if points := [(line["iter"], line[name]) for line in lines if line.get(name) is not None]:
+                panels[title][name] = points
         # a run's first losses are hundreds of times its last: the axis leaves them out
         save_image(plot(panels, "iteration", shown=0.95), self.path.with_suffix(".png"))
 
 
 class Progress:
-    """The bar and the log of a run from iteration `start` on, and its counts, which go on after a restart.
-
-    path: of the checkpoint. counts: the checkpoint's. Only rank 0 shows and writes anything.
-    """
+    """The bar and the log of a run from iteration `start` on, both of rank 0 alone, and its counts, which go on after a
+    restart. path: of the checkpoint. counts: the checkpoint's."""
 
     def __init__(self, path, log_name, config, start, counts, rank):
         self.path, self.config, self.start = path, config, start
-        self.before = {"skipped": 0, "unusable": 0, "cut": 0, **counts}
-        self.counts, self.skipped_in_a_row = dict(self.before), 0
+        self.before = self.counts = {"skipped": 0, "unusable": 0, "cut": 0, **counts}
+        self.skipped_in_a_row = 0
         self.log = Log(path.with_name(log_name), start, config) if rank == 0 else None
 
     def __enter__(self):
@@ -82,12 +79,9 @@ class Progress:
         return due and gathered(self.log and self.log.lacks_validation)[0]
 
     def update(self, i, losses, lr, grad_norm, totals, waited):
-        """Counts iteration i, and logs it at every log_interval and where a run ends or validates.
-
-        losses: {name: float}. totals: over all ranks, whether this update was "skipped" and an end was "asked" for;
-        examples "unusable" and captions "cut" since the start. waited: seconds for data so far. Raises SystemExit
-        where too many updates in a row were skipped.
-        """
+        """Counts iteration i, and logs it at every log_interval and where a run ends or validates. totals, over all
+        ranks: whether this update was "skipped" and an end was "asked" for; examples "unusable" and captions "cut"
+        since the start. waited: seconds for data so far. Raises SystemExit after too many skips in a row."""
         self.counts = {"skipped": self.counts["skipped"] + totals["skipped"],
                        **{name: self.before[name] + int(totals[name]) for name in ("unusable", "cut")}}
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if totals["skipped"] else 0

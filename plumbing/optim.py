@@ -10,10 +10,8 @@ HIDDEN = "attention.qkv.weight", "attention.out.weight", "mlp.0.weight", "mlp.2.
 
 def make_optimizers(model, name, weight_decay, device, hidden=HIDDEN):
     """A list: AdamW for all weights, or for name "muon" Muon for the Transformer layers' matrices and AdamW for the
-    rest: at equal time it went much further on every data set here. name "": Muon where torch has it.
-
-    hidden: the endings of the names of Muon's matrices. Raises ValueError for another name, or where torch has no Muon.
-    """
+    rest: at equal time it went much further on every data set here. name "": Muon where torch has it. hidden: the
+    endings of the names of Muon's matrices. Raises ValueError for another name, or where torch has no Muon."""
     name, rest = name or default_optimizer(), dict(model.named_parameters())
     if name not in ("adamw", "muon"):
         raise ValueError(f"optimizer {name!r} is unknown: choose 'adamw' or 'muon'")

@@ -19,8 +19,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from plumbing.example import IMAGES, Unusable, caption_of, over_white
-from plumbing.shards import Shards, find_shards, first_example, write_shards
+from plumbing.images import over_white
+from plumbing.shards import IMAGES, Shards, Unusable, caption_of, find_shards, first_example, write_shards
 from plumbing.tokenizer import ASSETS, make_vocabulary
 
 PACKAGES = ("emoji-datasource-google", "emoji-datasource-twitter")
@@ -50,11 +50,8 @@ def write_splits(out, examples, load):
 
 
 def emoji_caption(emoji, tones, vendor):
-    """What an emoji of emoji.json shows, such as "a red apple, food fruit, google style".
-
-    By a hash of emoji and vendor, half of the captions have the name alone, the others a short name, or the subcategory
-    or category as well. tones: list of keys of TONES.
-    """
+    """What an emoji of emoji.json shows, such as "a red apple, food fruit, google style": half of the captions have the
+    name alone, the others a short name, or the subcategory or category as well. tones: list of keys of TONES."""
     def plain(text):
         text = text.lower().replace(" & ", " and ").replace(": ", " with ").replace(",", "")
         return re.sub(r"[-_\s]+", " ", text).strip()
@@ -104,15 +101,14 @@ def on_white(data):
 
 def prepare_emoji(args):
     with tempfile.TemporaryDirectory() as folder:
-        sources = args.source
-        if not sources:
+        if not args.source:
             try:
                 packages = [f"{package}@{VERSION}" for package in PACKAGES]
                 subprocess.run(["npm", "pack", "--silent", *packages], cwd=folder, check=True, capture_output=True)
             except (FileNotFoundError, subprocess.CalledProcessError) as error:
                 raise OSError(f"npm could not fetch {' and '.join(PACKAGES)} ({error}): install npm, or name files "
                               "that `npm pack` made elsewhere with --source=FILE.tgz") from error
-            sources = sorted(Path(folder).glob("*.tgz"))
+        sources = args.source or sorted(Path(folder).glob("*.tgz"))
         emoji = [entry for source in tqdm(sources, desc="read", leave=False) for entry in read_emoji(source)]
     emoji.sort(key=lambda entry: hashed(entry[0]))  # shuffled for other readers, which may stream the shards
     write_splits(Path(args.out), emoji, on_white)
@@ -120,11 +116,12 @@ def prepare_emoji(args):
     print(f"wrote {args.out}")
 
 
-def read_metadata(folder):
-    """The captions {file name: text} of Hugging Face's metadata.jsonl or .csv, or None where there is neither."""
+def read_captions(folder, files):
+    """{file name: text} of Hugging Face's metadata.jsonl or .csv, or where there is neither of the files' sidecars."""
     path = next((path for name in ("metadata.jsonl", "metadata.csv") if (path := folder / name).exists()), None)
     if path is None:
-        return None
+        sidecars = {name: path.with_suffix(".txt") for name, path in files.items()}
+        return {name: path.read_text("utf-8", "replace") for name, path in sidecars.items() if path.exists()}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = [line for line in file if line.strip()]
@@ -138,13 +135,9 @@ def prepare_folder(args):
     folder, out = Path(args.folder), Path(args.out or Path("out/data") / Path(args.folder).resolve().name)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    suffixes = tuple(f".{suffix}" for suffix in (*IMAGES, "npy"))
     files = {path.relative_to(folder).as_posix(): path
-             for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes}
-    texts = read_metadata(folder)
-    if texts is None:
-        texts = {name: path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
-                 for name, path in files.items() if path.with_suffix(".txt").exists()}
+             for path in sorted(folder.rglob("*")) if path.suffix.lower()[1:] in (*IMAGES, "npy")}
+    texts = read_captions(folder, files)
     captions = {name: texts[name].strip() for name in files if texts.get(name, "").strip()}
     if not captions:
         raise ValueError(f"{folder} holds no captioned image: put the caption of NAME.png into NAME.txt, or "
@@ -175,8 +168,7 @@ def prepare_vocabulary(args):
 
 
 def add_commands(command, caption_vocabulary):
-    """The commands of data.py that this file carries out; command(name, function, help) makes a parser for each.
-    caption_vocabulary() -> the bytes of assets/captions.tiktoken."""
+    """Commands of data.py, by command(name, function, help) -> parser. caption_vocabulary() -> bytes of a file."""
     sub = command("emoji", prepare_emoji, "makes shards of the emoji of two vendors, fetched by npm")
     sub.add_argument("--source", action="append", metavar="FILE", help="a .tgz that `npm pack` made; may be repeated")
     sub.add_argument("--out", default="out/data/emoji")

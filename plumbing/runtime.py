@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(minutes=10)  # how long ranks wait for one that does not answer
 launched = {"job": ""}
 
 
@@ -26,9 +25,7 @@ def one_line_errors():
 
 def claim(path, settings, message):
     """Creates the folder of work that continues where it was interrupted, and records its settings in the file `path`.
-
-    Raises ValueError(message) if what is there already was made with other settings.
-    """
+    Raises ValueError(message) if what is there already was made with other settings."""
     if path.exists() and json.loads(path.read_text()) != settings:
         raise ValueError(message)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,10 +49,6 @@ class Interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Device and ranks
-
-
 def find_device(name=""):
     """The device called `name`, or the best there is: cuda, else mps, else cpu. Raises ValueError if it is absent."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -68,10 +61,7 @@ def find_device(name=""):
 
 
 def start_ranks(device_name=""):
-    """Joins the other processes under torchrun (gloo on CPU, nccl on CUDA); alone, there is nothing to join.
-
-    Returns device, rank, world size.
-    """
+    """Joins the other processes under torchrun, if there are any. Returns device, rank, world size."""
     device = find_device(device_name)
     if "RANK" not in os.environ:
         return device, 0, 1
@@ -86,8 +76,8 @@ def start_ranks(device_name=""):
     # torchrun keeps this store through its restarts: without a prefix of its own, a restarted rank may find the address
     # that a dead one left there, and wait for it. (The nodes of several do not count restarts alike, and need none.)
     prefix = f"start {restarts()}" if world == int(os.environ["LOCAL_WORLD_SIZE"]) else "start"
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, rank=rank, world_size=world,
-                            store=dist.PrefixStore(prefix, store))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(prefix, store),
+                            rank=rank, world_size=world, timeout=timedelta(minutes=10))  # for a rank that is silent
     return device, rank, world
 
 

@@ -1,9 +1,9 @@
 """Shards: captioned images, or latents, in WebDataset tars, read in any order through an index.
 
 A shard is a tar as img2dataset writes it. An example is a run of members of one KEY: KEY.jpg, .jpeg, .png or .webp, or
-for a latent KEY.npy, an array (C, h, w); and its caption in KEY.txt, or as the "caption" of KEY.json. The index holds
-one number per example, the 512-byte block where its members begin, and is mapped into memory that all processes have in
-common. With random access shuffling is global, and resuming needs no state.
+for a latent KEY.npy, an array (C, h, w); and its caption in KEY.txt, or as the "caption" of KEY.json. The index, mapped
+into memory that all processes have in common, holds the 512-byte block where each example begins, so that shuffling is
+global and resuming needs no state.
 """
 
 import contextlib
@@ -17,19 +17,25 @@ import multiprocessing
 import os
 import re
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from plumbing.example import BLOCK, Unusable, caption_of, decode_image, decode_latent, read_members, resize_and_crop
-from plumbing.images import to_pixels
+from plumbing.images import over_white, resize_and_crop, to_pixels
 from plumbing.shapes import uniforms
 
+IMAGES = ("jpg", "jpeg", "png", "webp")  # suffixes of images in shards and folders; that of latents is npy
+BLOCK = 512  # bytes, of a tar
 HELD_OUT = 100  # without a folder for validation, every 100th example is held out
 ATTEMPTS = 100  # unusable examples in a row before reading gives up
+
+
+class Unusable(ValueError):
+    """What is wrong with an example."""
 
 
 def find_shards(data_dir, split):
@@ -37,7 +43,7 @@ def find_shards(data_dir, split):
     and whether they are the split's own: a folder may have train/ and val/ in it. Raises FileNotFoundError where there
     are none, or one of a range is missing."""
     folder = Path(data_dir)
-    own = folder.is_dir() and (folder / "train").is_dir()
+    own = (folder / "train").is_dir()
     if data_dir and folder.is_dir():
         paths = sorted((folder / split if own else folder).glob("*.tar"))
     elif "{" in data_dir:
@@ -54,7 +60,7 @@ def find_shards(data_dir, split):
 
 
 def expand(pattern):
-    """Expands ranges {000..123} and lists {a,b} as a shell does. Returns a list of names."""
+    """The names that a shell makes of ranges {000..123} and lists {a,b}."""
     if not (match := re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)):
         return [pattern]
     first, last, names = match.groups()
@@ -95,26 +101,22 @@ def read_index(path, shards):
 
 def load_index(paths):
     """The index of shards: its header, {"shards": name, size and time of each, "counts": of examples, "faults": {name:
-    fault}}, and the starts of all shards one after another, each followed by the shard's end.
-
-    Built now if there is none yet or the shards have changed: by the first process to come, while the others wait.
-    Raises OSError where it cannot be written.
-    """
+    fault}}, and the starts of all shards one after another, each followed by the shard's end. Built now if there is
+    none yet or the shards have changed, by the first process to come. Raises OSError where it cannot be written."""
     folder = paths[0].parent
     shards = [[os.path.relpath(path, folder), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     digest = hashlib.sha256(json.dumps([name for name, _, _ in shards]).encode()).hexdigest()[:8]
     path = folder / f"shards-{digest}.index"
-    if found := read_index(path, shards):
-        return found
-    try:
-        lock = open(path.with_suffix(".lock"), "w")
-    except OSError as error:
-        raise OSError(f"the index of the shards cannot be written beside them ({error}): make the folder writable, or "
-                      "link the shards into one that is") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not read_index(path, shards):
-            build_index(path, paths, shards)
+    if not read_index(path, shards):
+        try:
+            lock = open(path.with_suffix(".lock"), "w")
+        except OSError as error:
+            raise OSError(f"the index of the shards cannot be written beside them ({error}): make the folder writable, "
+                          "or link the shards into one that is") from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not read_index(path, shards):
+                build_index(path, paths, shards)
     return read_index(path, shards)
 
 
@@ -127,9 +129,64 @@ def build_index(path, paths, shards):
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
         file.write((text + " " * (-(len(text) + 1) % 4) + "\n").encode())  # padded: the numbers are aligned
-        for starts, _ in scanned:
-            file.write(starts.tobytes())
+        file.write(np.concatenate([starts for starts, _ in scanned]).tobytes())
     os.replace(part, path)
+
+
+def read_members(path, start, stop):
+    """The members {suffix: bytes} of the example in blocks [start, stop) of a shard. Raises Unusable."""
+    with open(path, "rb") as file:
+        file.seek(int(start) * BLOCK)
+        blocks = io.BytesIO(file.read(int(stop - start) * BLOCK))
+    try:
+        with tarfile.open(fileobj=blocks, mode="r:") as tar:
+            return {member.name.rpartition(".")[2].lower(): tar.extractfile(member).read()
+                    for member in list(tar) if member.isfile()}
+    except (tarfile.TarError, EOFError) as error:
+        raise Unusable(f"its shard is truncated ({error})") from error
+
+
+def caption_of(members):
+    """The caption of an example's members. Raises Unusable where it is missing or empty."""
+    try:
+        caption = members["txt"].decode("utf-8") if "txt" in members else json.loads(members["json"])["caption"]
+        caption = caption.strip().encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Unusable("it has no caption") from error
+    if not caption:
+        raise Unusable("its caption is empty")
+    return caption
+
+
+def decode_image(members):
+    """An example's image as an RGB PIL.Image: rotated as its EXIF says, transparency over white. Raises Unusable."""
+    data = next((members[suffix] for suffix in IMAGES if suffix in members), None)
+    if data is None:
+        raise Unusable("it has no image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # oddities of formats, of which a large data set has all
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+            if image.mode.startswith("I;16"):  # which Pillow would clip instead of scale
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return over_white(image) if image.has_transparency_data else image.convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise Unusable(f"it is enormous ({error})") from error
+    except Exception as error:  # what decoding garbage raises depends on the garbage
+        raise Unusable(f"it cannot be decoded ({str(error) or type(error).__name__})") from error
+
+
+def decode_latent(data, shape=None):
+    """A latent (C, h, w), float32, from a .npy file's bytes. Raises Unusable, also for another shape than the given."""
+    try:
+        latent = torch.as_tensor(np.load(io.BytesIO(data), allow_pickle=False)).float()
+    except Exception as error:  # what reading garbage raises depends on the garbage
+        raise Unusable(f"it is not an array ({str(error) or type(error).__name__})") from error
+    if shape and latent.shape != shape or not latent.isfinite().all():
+        found, expected = ("x".join(map(str, size)) for size in (latent.shape, shape or latent.shape))
+        raise Unusable(f"it holds {found} numbers, not {expected} finite ones")
+    return latent
 
 
 class Shards:
@@ -138,8 +195,6 @@ class Shards:
     Images are in [-1, 1], at the centres of their 8-bit bins; latents are (latent - mean) * scale by channel, as
     latents.json says. An unusable example is replaced by the next usable one; fetch() also says why.
     """
-
-    augments = True  # crops and flips are new in each epoch
 
     def __init__(self, data_dir, split, channels, height, width, seed=0, latent_scale=0.0, crop="center", flip=False):
         """split: "train", "val", or "all" where these have no folders of their own. latent_scale: a factor for latents,
@@ -158,7 +213,7 @@ class Shards:
             faults = "".join(f"; {name}: {fault}" for name, fault in list(self.header["faults"].items())[:1])
             raise ValueError(f"data_dir {data_dir!r} has {self.total} examples, too few for {split!r}: every "
                              f"{HELD_OUT}th is for validation, where there are no folders train/ and val/{faults}")
-        self.latent, _ = first_example(self.paths, (self.header, self.starts))
+        self.latent, _ = first_example(self.paths)
         self.eight_bit = not self.latent
         if self.latent:
             self.mean, self.scale = latent_statistics(self.paths[0], channels, latent_scale)
@@ -182,7 +237,7 @@ class Shards:
     def members(self, i):
         shard, number = self.place(i)
         row = int(self.firsts[shard]) + shard + number  # each shard before has one entry more, its end
-        return read_members(self.paths[shard], int(self.starts[row]), int(self.starts[row + 1]))
+        return read_members(self.paths[shard], *self.starts[row:row + 2])
 
     def example(self, number):
         """(image, caption) of a number that runs on from epoch to epoch. Raises Unusable."""
@@ -224,15 +279,13 @@ class Shards:
         return [self[i] for i in indices]
 
 
-def first_example(paths, index=None):
-    """Whether shards hold latents, and (C, H, W) of the first example that can be decoded; index: load_index(paths), if
-    loaded already. Raises ValueError where none of the first 100 can."""
-    header, starts = index or load_index(paths)
-    shard = int(np.argmax(np.array(header["counts"]) > 0))  # the first that holds any
-    first = sum(header["counts"][:shard]) + shard
-    for row in range(first, first + min(ATTEMPTS, header["counts"][shard])):
+def first_example(paths):
+    """Whether shards hold latents, and (C, H, W) of the first example that can be decoded. Raises ValueError."""
+    header, starts = load_index(paths)
+    shard = int(np.argmax(np.array(header["counts"]) > 0))  # the first that holds any; each before has an end only
+    for row in range(shard, shard + min(ATTEMPTS, header["counts"][shard])):
         with contextlib.suppress(Unusable):
-            members = read_members(paths[shard], int(starts[row]), int(starts[row + 1]))
+            members = read_members(paths[shard], *starts[row:row + 2])
             if "npy" in members:
                 return True, tuple(decode_latent(members["npy"]).shape)
             image = decode_image(members)
@@ -272,14 +325,10 @@ def write_shard(path, examples):
 
 
 def write_shards(folder, examples, per_shard=1000):
-    """Writes examples (key, {suffix: bytes}) to folder/00000.tar, 00001.tar, ..., and removes such shards of an
-    earlier, larger set. Returns the number of examples."""
-    examples, count, written = iter(examples), 0, set()
+    """Writes examples to folder/00000.tar, 00001.tar, ..., and removes such shards of an earlier, larger set."""
+    examples, written = iter(examples), []
     while shard := list(itertools.islice(examples, per_shard)):
-        path = folder / f"{len(written):05d}.tar"
-        write_shard(path, shard)
-        written.add(path)
-        count += len(shard)
-    for path in set(folder.glob("[0-9]" * 5 + ".tar")) - written:
+        written.append(folder / f"{len(written):05d}.tar")
+        write_shard(written[-1], shard)
+    for path in set(folder.glob("[0-9]" * 5 + ".tar")) - set(written):
         path.unlink()
-    return count

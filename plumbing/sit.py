@@ -1,8 +1,8 @@
 """SiT: a published flow-matching network to start from (Scalable Interpolant Transformers, arXiv:2401.08740).
 
 Class-conditional ImageNet in the latents of the Stable Diffusion autoencoder. Parameters have the names of the
-published checkpoints, and sizes are read off their tensors. Its time runs from noise (0) to data (1) and its velocity
-is data - noise; here both are reversed, v(x, t) = -v_SiT(x, 1 - t), as section 11 of docs/method.md says.
+published checkpoints. Its time runs from noise (0) to data (1) and its velocity is data - noise; here both are
+reversed, v(x, t) = -v_SiT(x, 1 - t), as section 11 of docs/method.md says.
 """
 
 import re
@@ -36,8 +36,7 @@ def modulation(width, vectors):
 
 
 class Block(nn.Module):
-    """adaLN-Zero: shift, scale and gate of attention, then of the MLP, come from the conditioning c (B, width). Unlike
-    ours, queries and keys are not normalised."""
+    """adaLN-Zero: shift, scale and gate of attention and of the MLP come from c (B, width); no query-key norm."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -104,14 +103,11 @@ class SiT(nn.Module):
 
 
 class SiTPredictor(nn.Module):
-    """A SiT as predictor of an NTM in the posterior parametrisation: velocity and rho of (25) in docs/method.md.
-
-    What the published network does not have starts at zero: rho, a linear function of the last hidden states, and the
-    terms that the step's end s and the number of steps add to the conditioning.
-    """
+    """A SiT as predictor of an NTM in the posterior parametrisation: velocity and rho of (25) in docs/method.md. What
+    the published network does not have starts at zero: rho, a linear function of the last hidden states, and `step`, a
+    flow.TimeEmbedding of the step's end s and 1/T, which is added to the conditioning."""
 
     def __init__(self, config, step):
-        """config: NTMConfig. step: a flow.TimeEmbedding of s and 1/T, added to the conditioning."""
         super().__init__()
         height, width = config.image_size
         if config.parametrization != "posterior" or height != width:
@@ -135,11 +131,8 @@ class SiTPredictor(nn.Module):
 
 
 def load_sit(path):
-    """The SiT of a published checkpoint: a state dict, or a dict that holds one under "ema".
-
-    Raises FileNotFoundError, or ValueError in one line that names the file and all tensors that are unknown, missing or
-    of another shape.
-    """
+    """The SiT of a published checkpoint: a state dict, or a dict that holds one under "ema". Raises FileNotFoundError,
+    or ValueError in one line that names the file and all tensors that are unknown, missing or of another shape."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

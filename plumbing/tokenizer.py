@@ -1,7 +1,4 @@
-"""Captions to token ids: byte-pair encodings, and captions that are class numbers.
-
-Id 0 is padding, 1 the null caption that guidance uses; a vocabulary's own ids come after them.
-"""
+"""Captions to token ids: byte-pair encodings, and captions that are class numbers."""
 
 import base64
 import re
@@ -13,16 +10,13 @@ import torch
 
 ASSETS = Path(__file__).parent.parent / "assets"
 VOCABULARIES = ("captions", "emoji")  # assets/NAME.tiktoken
-PAD, NULL = 0, 1
+PAD, NULL = 0, 1  # the null caption is what guidance uses; a vocabulary's own ids come after these
 WORD = r" ?[^\s,]+|,|\s+"  # a word includes the space before it, so that a common word is one token
 
 
 class Tokenizer:
-    """Byte-pair ids of a tiktoken encoding, shifted by two to leave room for PAD and NULL.
-
-    vocabulary: the text of its .tiktoken file, which checkpoints store, or None.
-    cut: the number of captions that encode() has truncated so far.
-    """
+    """Byte-pair ids of a tiktoken encoding, shifted by two to leave room for PAD and NULL. vocabulary: the text of its
+    .tiktoken file, which checkpoints store, or None. cut: how many captions encode() has truncated so far."""
 
     def __init__(self, encoding, vocabulary=None):
         self.encoding, self.vocabulary, self.cut = encoding, vocabulary, 0
@@ -46,24 +40,19 @@ class Tokenizer:
         return self.encoding.decode([i - 2 for i in torch.as_tensor(ids).tolist() if i > NULL])
 
 
-class ClassNumbers:
+class ClassNumbers(Tokenizer):
     """Captions that are class numbers: "class 207" has the id 2 + 207, and an empty caption, for any class, NULL."""
 
-    cut, vocabulary = 0, None  # no caption is ever truncated, and there is no file
-
     def __init__(self, classes):
-        self.classes, self.vocab_size = classes, classes + 2
+        self.classes, self.vocab_size, self.vocabulary, self.cut = classes, classes + 2, None, 0
 
-    def encode(self, captions, length):
-        """B captions -> ids (B, length) int64, padded with PAD. Raises ValueError for a caption that is not a class."""
-        ids = torch.full((len(captions), length), PAD)
-        for row, caption in zip(ids, captions):
-            match = re.fullmatch(r"(?:class (\d+))?", caption.strip())
-            if not match or int(match[1] or 0) >= self.classes:
-                raise ValueError(f"caption {caption!r} is not a class: write 'class 0' to 'class {self.classes - 1}', "
-                                 "or nothing for any class")
-            row[0] = int(match[1]) + 2 if match[1] else NULL
-        return ids
+    def tokens(self, caption):
+        """The id of a caption, a list. Raises ValueError for one that is not a class."""
+        match = re.fullmatch(r"(?:class (\d+))?", caption.strip())
+        if not match or int(match[1] or 0) >= self.classes:
+            raise ValueError(f"caption {caption!r} is not a class: write 'class 0' to 'class {self.classes - 1}', "
+                             "or nothing for any class")
+        return [int(match[1]) + 2 if match[1] else NULL]
 
 
 def get_tokenizer(name="captions", vocabulary=None):

@@ -71,11 +71,3 @@ def test_flops_are_counted():
     (["--width=30", "--heads=4"], "width 30 is not divisible by 4 heads")])
 def test_wrong_settings_are_named(settings, part):
     assert part in fails("bench.py", "--device=cpu", *settings)
-
-
-def test_reading_is_measured_for_each_kind_of_shard(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    _, printed = run("bench.py", "data", "--device=cpu", "--repeats=1")
-    rates = json.loads((tmp_path / "out" / "bench_data.json").read_text())["data"]
-    assert list(rates) == ["PNG", "JPEG", "latents"] and all(row["images_per_s"] > 0 for row in rates.values())
-    assert "latents" in printed and "bench_data.json" in printed

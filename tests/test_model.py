@@ -508,3 +508,19 @@ def test_denoiser_maps_tokens_to_tokens_and_reads_the_caption():
 def test_a_size_below_one_is_named(setting):
     with pytest.raises(ValueError, match=f"{setting} is 0, but must be at least 1"):
         NTMConfig(**{setting: 0})
+
+
+@pytest.mark.parametrize("weight", [1.0, 3e7, 1e9, 1e12])
+def test_guidance_keeps_its_digits_in_float32(weight):
+    """Of sigma_c a little below sigma_u, where 1 + w - w r loses all digits to cancellation."""
+    generator = torch.Generator().manual_seed(0)
+    mean_c, mean_u, log_std_u = torch.randn(3, 1000, generator=generator)
+    log_std_c = log_std_u - 10 ** (-4 * torch.rand(1000, generator=generator) - 1)
+    pairs = (mean_c, log_std_c), (mean_u, log_std_u)
+    mean, log_std = guide(*pairs, weight)
+    (c, log_c), (u, log_u) = ((a.double(), b.double()) for a, b in pairs)
+    precision_c, precision_u = torch.exp(-2 * log_c), torch.exp(-2 * log_u)
+    precision = (1 + weight) * precision_c - weight * precision_u  # of p_c^(1+w) / p_u^w
+    expected = ((1 + weight) * precision_c * c - weight * precision_u * u) / precision
+    torch.testing.assert_close(log_std, (-0.5 * precision.log()).float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mean, expected.float(), rtol=1e-2, atol=1e-2)

@@ -515,6 +515,13 @@ def test_mistake_in_sampling(copied, mistake):
         assert part in line
 
 
+def test_samples_that_are_not_finite_are_an_error(copied):
+    held = contents(copied / "ckpt.pt")
+    held["ema"]["predictor.head.bias"][0] = math.inf
+    torch.save(held, copied / "ckpt.pt")
+    assert "samples are not finite" in fails("sample.py", *SAMPLE, f"--out_dir={copied}")
+
+
 def test_learned_denoising_needs_the_denoiser(copied):
     os.remove(copied / "denoiser.pt")
     line = fails("sample.py", *SAMPLE, f"--out_dir={copied}")

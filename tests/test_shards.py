@@ -14,8 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from plumbing import shards
-from plumbing.example import resize_and_crop
-from plumbing.images import to_uint8
+from plumbing.images import resize_and_crop, to_uint8
 from plumbing.loader import Order, WithFaults, collate
 from plumbing.shards import Shards, expand, find_shards, load_index, write_shard, write_shards
 
