@@ -130,7 +130,8 @@ def main(config):
     def save(i):
         if rank == 0:
             checkpoint.save(path, kind="denoiser", model=denoiser, ema=ema, optimizers=optimizers, iter=i,
-                            settings=config, vocabulary=tokenizer.vocabulary, job=job(), counts=progress.counts)
+                            settings=config, vocabulary=tokenizer.vocabulary, teacher=trained["iter"], job=job(),
+                            counts=progress.counts)
 
     def check(i):
         """Validates the averaged denoiser, and leaves samples for held-out captions."""

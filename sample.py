@@ -13,7 +13,7 @@ A model of latents leaves them as 0000.npy, ... and makes images with --decoder;
 For judges of many images there are two other layouts, which an interrupted run continues: "flat", a folder of nothing
 but PNGs (for FID); and "geneval", 00000/metadata.jsonl, 00000/samples/0000.png, ..., 00000/grid.png for each prompt.
 
-A flow-matching checkpoint is sampled by Euler's method: it has no denoiser and no likelihood. From Python: load().
+A flow-matching checkpoint is sampled by Euler's method, without a denoiser or a likelihood. From Python: load().
 """
 
 import hashlib
@@ -38,10 +38,10 @@ from plumbing.runtime import claim, find_device, one_line_errors
 
 out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: the model in assets/, images go to out/
 prompt = ""  # one caption; empty, and without `prompts`: captions of the data the model was trained on
-prompts = ""  # a text file with one caption a line, an empty line asking for anything; or .jsonl, whose "prompt"s count
+prompts = ""  # a text file with one caption a line, an empty line asking for anything; or .jsonl, a "prompt" each
 num_samples = 16  # images of the one prompt or of each line of the file; without either, images in all
 steps = 0  # T; 0: as trained, or 50 for flow matching
-guidance = 1.0  # how much more than the caption asks for: 0 is the model itself
+guidance = 1.0  # weight of classifier-free guidance; 0: none
 denoise = "learned"  # by the denoiser in one pass; "score": by the model's own score; "none": as sampled, at t_min
 t_min = 0.02  # the noise level where sampling ends; the denoiser knows its own
 seed = 0  # the same seed gives the same images, whatever the batch size
@@ -53,9 +53,6 @@ decoder = ""  # of a model of latents: a program saved by torch.export, latents 
 device = ""  # cuda, mps or cpu; empty: the best there is
 
 SHIPPED = Path(__file__).parent / "assets" / "shapes"
-
-# ---------------------------------------------------------------------------------------------------------------
-# A trained model
 
 
 class LogLikelihood(NamedTuple):
@@ -101,12 +98,15 @@ class TrainedModel:
             if theirs != ours:
                 raise ValueError(f"{path} is of another model: its {name} is {theirs}, the model's {ours}; "
                                  "distil it anew, or choose --denoise=score")
+        if distilled.get("teacher", self.iteration) != self.iteration:
+            raise ValueError(f"{path} was distilled from iteration {distilled['teacher']}, the model is at "
+                             f"{self.iteration}: remove it and distil anew, or choose --denoise=score")
         return denoiser, distilled["settings"]["t_min"]
 
     def encode(self, captions):
         """Token ids (B, L) on the model's device."""
-        if isinstance(captions, str):
-            raise ValueError(f"captions is the string {captions!r}: give a list of them")
+        if isinstance(captions, str) or not captions:
+            raise ValueError(f"captions is {captions!r}: give a list of at least one")
         return self.tokenizer.encode(captions, self.network.config.text_len).to(self.device)
 
     def sample(self, captions, guidance=1.0, seed=0):
@@ -153,11 +153,15 @@ class TrainedModel:
         of 8 bits want dequantising. Raises ValueError for a flow-matching model, which has no likelihood.
         """
         if self.kind != "ntm":
-            raise ValueError("a flow-matching model has no likelihood: load an NTM")
+            raise ValueError("the likelihood of a flow-matching model is not implemented: load an NTM")
+        if trajectories < 2:
+            raise ValueError(f"trajectories is {trajectories}, but the standard error needs at least 2")
         network, text = self.network, self.encode(captions)
         expected = network.config.channels, *network.config.image_size
         if images.shape[1:] != expected:
             raise ValueError(f"images are {tuple(images.shape[1:])}, but the model's are {expected}")
+        if not self.latents and images.abs().max() > 1.5:
+            raise ValueError(f"images reach {images.abs().max():g}, but are to be in [-1, 1]")
         if len(images) != len(captions):
             raise ValueError(f"there are {len(images)} images, but {len(captions)} captions: one caption for each")
         x0 = network.patchify(images.to(self.device))
@@ -197,10 +201,6 @@ def load(out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02):
     "score" or "none", for an NTM. Raises ValueError for a wrong setting and CheckpointError for a wrong file.
     """
     return TrainedModel(out_dir, find_device(device), steps, denoise, t_min)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# python sample.py
 
 
 def read_prompts(settings):
@@ -313,7 +313,7 @@ def main(config):
                 levels = decoded(model.network.unpatchify(x[j]))
                 save_image(strip(levels, images[j], model), path.with_name(f"{i:04d}_trajectory.png"))
     if layout == "sheet":
-        labels = [f"{caption}\n{nll:.1f} nats" for caption, nll in zip(captions, nlls)] or captions
+        labels = [f"{caption}\n-log p = {nll:.1f}" for caption, nll in zip(captions, nlls)] or captions
         save_image(contact_sheet(torch.cat(shown), labels), to / "sheet.png")
     elif layout == "geneval":
         write_geneval_sheets(to, entries)

@@ -3,10 +3,9 @@
     python train.py config/shapes.py --batch_size=32
     torchrun --nproc_per_node=8 train.py config/t2i.py
     python train.py --out_dir=out/shapes --init_from=resume          # goes on, with the settings of the checkpoint
-    python train.py config/digits_fm.py                              # flow matching instead: the peer
+    python train.py config/digits_fm.py                              # flow matching instead: the baseline
     python train.py config/digits_tune.py                            # an NTM that starts from it
     python train.py config/sit.py --init_from=sit:SiT-XL-2-256.pt    # or from published weights
-    python train.py config/shapes_more.py                            # an NTM that goes on from another, on other terms
 
 Leaves in out_dir: ckpt.pt, log.jsonl, log.png and, from every validation, samples/ITERATION.png.
 """
@@ -68,7 +67,7 @@ steps: int | tuple = 4  # T; a tuple of several makes one model for all of them
 shift: float | None = 0.5  # e^m of the time grid, low for toy pictures; None: from the number of tokens
 max_t_min = 0.05  # training has t_0 uniform below this
 pairs = True  # train on one random step of each trajectory instead of all T
-aux_weight = 2.5  # of staying close to the flow-matching model one starts from; goes to 0 by a cosine
+aux_weight = 2.5  # weight of staying close to the flow-matching model it starts from; goes to 0 by a cosine
 
 # ---- optimisation
 batch_size = 64  # examples per update, over all ranks and accumulation passes

@@ -37,7 +37,7 @@ from plumbing.shards import write_shard
 def test_checkpoint_holds_what_a_resumption_needs(trained, name, kind, iterations):
     held = contents(trained / name)
     assert held.keys() == {"kind", "model_config", "settings", "model", "ema", "optimizers", "iter", "job", "counts",
-                           "vocabulary"}
+                           "vocabulary"} | ({"teacher"} if kind == "denoiser" else set())
     assert (held["kind"], held["iter"], held["settings"]["max_iters"]) == (kind, iterations, iterations)
     assert held["settings"]["out_dir"] == str(trained) and held["model_config"]["width"] == 16
     assert held["model"].keys() == held["ema"].keys()
@@ -309,10 +309,16 @@ def test_samples_from_python_are_those_of_the_script(copied):
 
 def test_mistakes_from_python_are_named(trained, tmp_path):
     model = load_model(trained, device="cpu")
-    with pytest.raises(ValueError, match="captions is the string 'a 3': give a list"):
+    with pytest.raises(ValueError, match="captions is 'a 3': give a list"):
         model.sample("a 3")
     with pytest.raises(checkpoint.CheckpointError, match="there is no checkpoint .*nowhere"):
         load_model(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="captions is \\[\\]: give a list of at least one"):
+        model.sample([])
+    with pytest.raises(ValueError, match="images reach 200, but are to be in"):
+        model.log_likelihood(torch.full((1, 1, 8, 8), 200.0), ["a 3"])
+    with pytest.raises(ValueError, match="trajectories is 1, but"):
+        model.log_likelihood(torch.zeros(1, 1, 8, 8), ["a 3"], trajectories=1)
     with pytest.raises(ValueError, match="2 images, but 1 captions"):
         model.log_likelihood(torch.zeros(2, 1, 8, 8), ["a 3"])
     with pytest.raises(ValueError, match=r"images are \(3, 8, 8\), but the model's are \(1, 8, 8\)"):
@@ -513,6 +519,13 @@ def test_mistake_in_sampling(copied, mistake):
     line = fails("sample.py", *SAMPLE, f"--out_dir={copied}", *mistake.format(out=copied).split())
     for part in SAMPLE_MISTAKES[mistake]:
         assert part in line
+
+
+def test_a_denoiser_of_an_earlier_iteration_is_refused(copied):
+    run("train.py", f"--out_dir={copied}", "--init_from=resume", "--max_iters=101")
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}")
+    assert "distilled from iteration 100, the model is at 101" in line and "--denoise=score" in line
+    sampled(copied, "--denoise=score")
 
 
 def test_samples_that_are_not_finite_are_an_error(copied):
