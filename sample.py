@@ -126,14 +126,14 @@ class TrainedModel:
         shape = len(ts) if self.kind == "ntm" else 1, network.config.num_tokens, network.config.token_dim
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
         stage = f"sampling in {len(ts) - 1} steps"
+        x = nll = None
         if self.kind == "fm":
             x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, noise=noise[:, 0])
-            return network.unpatchify(x[:, 0]), x, None
-        u = self.clock(stage, network.sample, text, ts, guidance, noise=noise)
-        x = nll = None
-        if self.denoise != "learned" or levels:
-            x = self.clock("inversion", network.invert, u, ts)
-            nll = network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)
+        else:
+            u = self.clock(stage, network.sample, text, ts, guidance, noise=noise)
+            if self.denoise != "learned" or levels:
+                x = self.clock("inversion", network.invert, u, ts)
+                nll = network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)
         if self.denoise == "learned":
             tokens = self.clock("learned denoising", self.denoiser, u[:, 0], text)
         elif self.denoise == "score":
@@ -150,7 +150,7 @@ class TrainedModel:
 
         All images see the same noise, so that captions can be compared: expand one image, and take the greatest. t_min:
         the noise level of the images that it is about; at 0, where a model trained from scratch has a density, images
-        of 8 bits want dequantising. Raises ValueError for a flow-matching model, which has no likelihood.
+        of 8 bits want dequantising. Raises ValueError for a flow-matching model, whose likelihood is not implemented.
         """
         if self.kind != "ntm":
             raise ValueError("the likelihood of a flow-matching model is not implemented: load an NTM")

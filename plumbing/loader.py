@@ -80,6 +80,7 @@ class Batches:
         per_rank = self.batch_size // world
         self.rows = slice(rank * per_rank, (rank + 1) * per_rank)
         self.dataset, self.tokenizer, self.text_len, self.config = dataset, tokenizer, text_len, config
+        self.null = tokenizer.encode([""], text_len).to(self.device)
         self.iteration, self.generator = start, torch.Generator(self.device)
         self.counts, self.faults, self.waited = {"unusable": 0, "cut": 0}, [], 0.0
 
@@ -105,7 +106,6 @@ class Batches:
         with one_line_errors():
             cut = self.tokenizer.cut
             text = self.tokenizer.encode(captions, self.text_len).to(self.device)
-            null = self.tokenizer.encode([""], self.text_len).to(self.device)
         self.counts["unusable"] += len(faults)
         self.counts["cut"] += self.tokenizer.cut - cut
         generator = self.generator.manual_seed(self.config["seed"] * 1_000_003 + self.iteration)
@@ -114,7 +114,7 @@ class Batches:
             whole = torch.zeros(self.batch_size, *images.shape[1:], device=self.device)
             images = images + dequantize(whole, generator)[self.rows]
         dropped = torch.rand(self.batch_size, 1, generator=generator, device=self.device)
-        text = torch.where(dropped[self.rows] < self.config["caption_dropout"], null, text)
+        text = torch.where(dropped[self.rows] < self.config["caption_dropout"], self.null, text)
         self.iteration += 1
         return images, text, generator
 

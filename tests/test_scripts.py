@@ -521,6 +521,14 @@ def test_mistake_in_sampling(copied, mistake):
         assert part in line
 
 
+def test_samples_of_flow_matching_that_are_not_finite_are_an_error(tmp_path):
+    run("train.py", *TRAIN, "--objective=fm", f"--out_dir={tmp_path}", "--max_iters=1")
+    held = contents(tmp_path / "ckpt.pt")
+    held["ema"]["head.bias"][0] = math.nan
+    torch.save(held, tmp_path / "ckpt.pt")
+    assert "samples are not finite" in fails("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--steps=2")
+
+
 def test_a_denoiser_of_an_earlier_iteration_is_refused(copied):
     run("train.py", f"--out_dir={copied}", "--init_from=resume", "--max_iters=101")
     line = fails("sample.py", *SAMPLE, f"--out_dir={copied}")
