@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from configurator import at_least_one, configure
+from configurator import configure
 from flow import forward_trajectory
 from fm import EULER_STEPS, FlowMatching
 from model import NTM, Denoiser, NTMConfig
@@ -196,7 +196,6 @@ def bench_cost(model, device):
 @one_line_errors()
 def main(config):
     where = find_device(config["device"])
-    at_least_one(config, "batch_size", "repeats")
     if out_dir:
         model, _ = checkpoint.load_network(Path(out_dir) / "ckpt.pt", {"ntm": NTM}, where)
     else:

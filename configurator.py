@@ -9,7 +9,8 @@ public names as overrides, and after them steps = 8. Arguments apply from left t
 wins; `--help` lists every setting with the comment beside it.
 
 A setting keeps the type of its default. Where that says too little (None, or an int that may also be a
-tuple) an annotation decides instead. A wrong key or value ends the program with one line that names it.
+tuple of ints) an annotation decides instead. RANGES holds what is sensible for a setting of a name, in whatever script.
+A wrong key or value ends the program with one line that names it.
 """
 
 import ast
@@ -17,6 +18,7 @@ import contextlib
 import difflib
 import io
 import math
+import operator
 import sys
 import tokenize
 import traceback
@@ -29,6 +31,25 @@ READERS = {
     "int": int, "float": float, "tuple": ast.literal_eval, "str": str,
 }
 PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in errors; the others are "a ..."
+
+# A number outside its range would train or sample wrongly and end as if nothing were. A script's own default is always
+# in range: a 0 may stand for "as trained". A tuple's numbers each have to be in it.
+RANGES = {
+    "at least 1": "batch_size grad_accum max_iters log_interval val_interval val_examples num_samples trajectories "
+                  "repeats panel image_size channels text_len patch_size width depth heads transporter_width "
+                  "transporter_layers transporter_heads steps",
+    "at least 0": "workers transporter_blocks warmup_iters min_lr weight_decay aux_weight guidance",
+    "above 0": "lr grad_clip latent_scale seconds",
+    "above 0 and at most 1000": "shift",  # beyond, the levels of a grid are no longer different numbers
+    "above 0 and below 1": "max_t_min",
+    "at least 0 and below 1": "t_min ema",
+    "at least 0 and at most 1": "caption_dropout bad_limit",
+    f"at least 0 and below {2**31}": "seed",
+}
+RANGE_OF = {name: extent for extent, names in RANGES.items() for name in names.split()}
+COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+OF_NANOGPT = {"n_embd": "width", "n_layer": "depth", "n_head": "heads", "learning_rate": "lr", "eval_interval":
+              "val_interval", "gradient_accumulation_steps": "grad_accum", "block_size": "text_len"}
 
 
 def kind(value):
@@ -46,12 +67,31 @@ def admitted(hint):
 
 
 def from_value(value, kinds):
-    """`value` as one of `kinds`, an int counting as a float; ValueError where it is none of them."""
+    """`value` as one of `kinds`, an int counting as a float; ValueError where it is none of them. Where a tuple stands
+    for several of a number, it has at least one, and no others."""
+    numbers = [name for name in kinds if name in ("int", "float")]
     if kind(value) == "int" and "int" not in kinds and "float" in kinds:
         value = float(value)
     if kind(value) not in kinds or (kind(value) == "float" and not math.isfinite(value)):
         raise ValueError
+    if kind(value) == "tuple" and numbers:
+        if not value:
+            raise ValueError
+        value = tuple(from_value(number, numbers) for number in value)
     return value
+
+
+def in_range(name, value):
+    """Whether a setting's value is in RANGES, where it has a range."""
+    numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+    limits = [limit.rsplit(" ", 1) for limit in RANGE_OF[name].split(" and ")] if name in RANGE_OF else []
+    return all(COMPARISONS[comparison](number, float(limit)) for comparison, limit in limits for number in numbers)
+
+
+def phrase(kinds):
+    """The types that are expected of a setting, in words."""
+    numbers = {"int": " of ints", "float": " of finite floats"}.get(kinds[0], "")
+    return " or ".join(PHRASES.get(kind, f"a {kind}") + (numbers if kind == "tuple" else "") for kind in kinds)
 
 
 def from_text(text, kinds):
@@ -59,7 +99,8 @@ def from_text(text, kinds):
     for name, read in READERS.items():
         if name in kinds:
             with contextlib.suppress(Exception):  # not of this type, whatever the reader calls that; the next may fit
-                return from_value(read(text), [name])
+                value = read(text)
+                return from_value(value, kinds if name == "tuple" else [name])
     raise ValueError
 
 
@@ -138,21 +179,15 @@ def configure(settings):
             raise SystemExit(f"argument {argument!r} is not understood; write --key=value, with '=' and no space")
         for key, value in overrides.items():
             if key not in config:
-                near = difflib.get_close_matches(key, config, n=1)
+                near = [OF_NANOGPT[key]] if key in OF_NANOGPT else difflib.get_close_matches(key, config, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "--help lists the known ones"
                 raise SystemExit(f"{origin}config key {key!r} is unknown; {hint}")
             try:
                 config[key] = convert(value, kinds[key])
             except (ValueError, OverflowError):
-                expected = " or ".join(PHRASES.get(name, f"a {name}") for name in kinds[key])
-                raise SystemExit(f"{origin}config key {key!r} is {value!r}, but {expected} is expected")
+                raise SystemExit(f"{origin}config key {key!r} is {value!r}, but {phrase(kinds[key])} is expected")
+            if config[key] != settings[key] and not in_range(key, config[key]):
+                raise SystemExit(f"{origin}config key {key!r} is {config[key]!r}, but must be {RANGE_OF[key]}")
         config.given |= overrides.keys()
     settings.update(config)
     return config
-
-
-def at_least_one(config, *names):
-    """Raises ValueError for a setting among `names` that counts something and is below 1."""
-    for name in names:
-        if config[name] < 1:
-            raise ValueError(f"{name} is {config[name]}, but must be at least 1")

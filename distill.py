@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from configurator import at_least_one, configure
+from configurator import configure
 from data import get_tokenizer, open_dataset
 from flow import forward_trajectory
 from model import NTM, Denoiser
@@ -104,8 +104,6 @@ def main(config):
         for name, value in trained["settings"].items():  # the data and the captions are the model's
             config.setdefault(name, value)
         config["data_dir"] = config["data_dir"] or trained["settings"]["data_dir"]
-        at_least_one(config, "batch_size", "grad_accum", "max_iters", "log_interval", "val_interval", "val_examples",
-                     "num_samples")
         config["optimizer"] = config["optimizer"] or default_optimizer()
         train_set, val_set = (open_dataset(config, split) for split in ("train", "val"))
         tokenizer = get_tokenizer(config["tokenizer"], trained.get("vocabulary"))

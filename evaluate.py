@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import at_least_one, configure
+from configurator import configure
 from data import dataset_class_captions, get_dataset, open_dataset
 from flow import forward_trajectory
 from model import gaussian_nll, null_caption
@@ -232,7 +232,6 @@ PARTS = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "classi
 @torch.no_grad()
 def main(config):
     where, rank, _ = start_ranks(config["device"])
-    at_least_one(config, "val_examples", "num_samples", "trajectories", "batch_size")
     counts, strengths = (value if isinstance(value, tuple) else (value,) for value in (steps, guidance))
     chosen = parts.split(",")
     if unknown := [part for part in chosen if part not in PARTS]:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from configurator import at_least_one, configure
+from configurator import configure
 from data import dataset_class_captions, get_tokenizer, open_dataset
 from flow import forward_trajectory
 from fm import EULER_STEPS, FlowMatching
@@ -263,7 +263,6 @@ def write_geneval_sheets(folder, entries):
 @torch.no_grad()
 def main(config):
     with one_line_errors():
-        at_least_one(config, "num_samples", "batch_size")
         if guidance < 0:
             raise ValueError(f"guidance is {guidance}, but must be at least 0")
         if layout not in ("sheet", "flat", "geneval"):

@@ -14,7 +14,6 @@ import copy
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,10 +21,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from configurator import at_least_one, configure
+from configurator import configure
 from flow import forward_kernel, forward_trajectory, reverse_posterior, time_grid
 from model import NTM, NTMConfig
-from plumbing.images import INK, PAPER, save_image
+from plumbing.images import INK, PAPER, check_writable, save_image
 from plumbing.optim import HIDDEN, make_optimizers, step, update_average
 from plumbing.runtime import one_line_errors
 
@@ -171,7 +170,7 @@ def train(name, model, ts):
             model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            step(optimizers, lr * min(1, (i + 1) / warmup_iters) * (1 + math.cos(math.pi * done)) / 2)
+            step(optimizers, lr * min(1, (i + 1) / max(1, warmup_iters)) * (1 + math.cos(math.pi * done)) / 2)
             update_average(average, model, ema, i)
             i += 1
             done = i / max_iters if max_iters > 0 else (time.thread_time() - start) / seconds
@@ -250,13 +249,10 @@ def main(config):
     """Returns the two averaged models and how many updates each took."""
     if dataset not in DATA_SETS:
         raise ValueError(f"dataset {dataset!r} is unknown: choose {', '.join(map(repr, DATA_SETS))}")
-    for name in ("t_min", "seconds"):
-        if config[name] <= 0:
-            raise ValueError(f"{name} is {config[name]}, but must be above 0")
-    at_least_one(config, "steps", "transporter_blocks", "batch_size", "panel")
-    if num_samples < 2:
-        raise ValueError(f"num_samples is {num_samples}, but must be at least 2")
-    Path(figure).parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is better known now than later
+    for name, least in {"t_min": 1e-4, "num_samples": 2, "transporter_blocks": 1}.items():
+        if config[name] < least:
+            raise ValueError(f"{name} is {config[name]}, but must be at least {least}")
+    check_writable(figure)  # better known now than after training
     torch.set_num_threads(1)  # of each model: tensors this small gain nothing from more
     ts = time_grid(steps, t_min, 2, shift)
     with ThreadPoolExecutor() as pool:  # torch lets go of Python's lock, so threads are enough for two cores

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from configurator import at_least_one, configure
+from configurator import configure
 from data import get_tokenizer, open_dataset
 from flow import forward_trajectory
 from fm import FlowMatching
@@ -204,8 +204,6 @@ def main(config):
         base, resumed, vocabulary = start(config, device)
         if config["objective"] not in NETWORKS:
             raise ValueError(f"objective {config['objective']!r} is unknown: choose 'ntm' or 'fm'")
-        at_least_one(config, "batch_size", "grad_accum", "max_iters", "log_interval", "val_interval", "val_examples",
-                     "num_samples")
         config["optimizer"] = config["optimizer"] or default_optimizer()
         train_set, val_set = (open_dataset(config, split) for split in ("train", "val"))
         tokenizer = get_tokenizer(config["tokenizer"], vocabulary)

@@ -1,10 +1,15 @@
 """The settings of a script: what counts as one, how it is overridden, and what each mistake is told."""
+import ast
+import importlib
+import inspect
 import os
 import runpy
 import subprocess
 import sys
 
 import pytest
+
+import configurator
 
 SCRIPT = '''\
 """
@@ -152,7 +157,7 @@ def test_an_annotation_no_text_can_satisfy_is_the_scripts_mistake(run, hint):
 
 @pytest.mark.parametrize("argument, value", [
     ("--batch_size=8", 8),
-    ("--batch_size=-8", -8),
+    ("--even=-8", -8),
     ("--lr=1e-4", 1e-4),
     ("--lr=2", 2.0),
     ("--compile=true", True),
@@ -219,8 +224,12 @@ def test_false_and_none_undo_an_earlier_override(run):
     ("--sizes=8,,", "a tuple"),
     ("--sizes=8,x", "a tuple"),
     ("--sizes={[]: 1}", "a tuple"),
-    ("--steps=few", "an int or a tuple"),
-    ("--steps=None", "an int or a tuple"),
+    ("--steps=few", "an int or a tuple of ints"),
+    ("--steps=None", "an int or a tuple of ints"),
+    ("--steps=(4.5,)", "an int or a tuple of ints"),
+    ("--steps=('a',)", "an int or a tuple of ints"),
+    ("--steps=4,True", "an int or a tuple of ints"),
+    ("--steps=()", "an int or a tuple of ints"),
     ("--shift=some", "a finite float or None"),
     ("--shift=none", "a finite float or None"),
     ("--flag=0", "a bool or None"),
@@ -228,6 +237,59 @@ def test_false_and_none_undo_an_earlier_override(run):
 def test_a_text_of_the_wrong_type_is_refused(fails, argument, expected):
     key, text = argument[2:].split("=")
     assert fails(argument) == f"config key {key!r} is {text!r}, but {expected} is expected"
+
+
+def test_a_tuple_of_floats_takes_ints(run):
+    script = "from configurator import configure\nguidance: float | tuple = 1.0\nconfig = configure(globals())\n"
+    assert [type(w) for w in run("--guidance=0,0.5,2", script=script)["guidance"]] == [float, float, float]
+
+
+# ---- ranges
+
+
+@pytest.mark.parametrize("argument, value, extent", [
+    ("--batch_size=0", "0", "at least 1"),
+    ("--lr=-5e-3", "-0.005", "above 0"),
+    ("--lr=0", "0.0", "above 0"),
+    ("--shift=0", "0.0", "above 0 and at most 1000"),
+    ("--shift=1e300", "1e+300", "above 0 and at most 1000"),
+    ("--steps=4,0", "(4, 0)", "at least 1"),
+])
+def test_a_number_out_of_its_range_is_refused(fails, write, argument, value, extent):
+    key, text = argument[2:].split("=")
+    assert fails(argument) == f"config key {key!r} is {value}, but must be {extent}"
+    write(f"{key} = {text}\n")
+    assert fails("x.py") == f"x.py: config key {key!r} is {value}, but must be {extent}"
+
+
+def test_every_number_of_every_script_has_a_range():
+    """One table for all: a setting that trains or samples wrongly and ends as if nothing were is the worst error."""
+    for script in ("train", "distill", "sample", "evaluate", "bench", "toy2d"):
+        module = importlib.import_module(script)
+        for node in ast.parse(inspect.getsource(module)).body:
+            name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [node])[0])
+            value = getattr(module, name, None) if name.islower() else None
+            if type(value) in (int, float):
+                assert name in configurator.RANGE_OF, f"{script}.{name}"
+
+
+@pytest.mark.parametrize("script, argument", [
+    ("train.py", "--grad_clip=-1"), ("train.py", "--grad_clip=0"), ("train.py", "--ema=2"), ("train.py", "--ema=-1"),
+    ("train.py", "--caption_dropout=5"), ("train.py", "--shift=-5"), ("distill.py", "--lr=0"),
+    ("train.py", "--max_iters=0"), ("train.py", "--image_size=0"), ("evaluate.py", "--guidance=-1"),
+    ("evaluate.py", "--guidance=1,-1"), ("sample.py", "--guidance=-1"), ("sample.py", f"--seed={2**31}"),
+    ("train.py", "--seed=-1"), ("bench.py", "--repeats=0"), ("toy2d.py", "--seconds=-1")])
+def test_scripts_refuse_what_would_train_or_sample_wrongly(script, argument, monkeypatch):
+    module = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [script, argument])
+    with pytest.raises(SystemExit, match=rf"config key '{argument[2:].split('=')[0]}' is .*, but must be "):
+        configurator.configure({**vars(module)})
+
+
+def test_the_default_is_in_range(run):
+    """0 may stand for "as trained"."""
+    script = "from configurator import configure\nsteps = 0\nconfig = configure(globals())\n"
+    assert [run(argument, script=script)["steps"] for argument in ("--steps=8", "--steps=0")] == [8, 0]
 
 
 # ---- config files
@@ -279,7 +341,7 @@ def test_later_arguments_win(run, write):
     ("compile = 'true'", "'true'", "a bool"),
     ("prompt = 7", "7", "a str"),
     ("sizes = [8, 16]", "[8, 16]", "a tuple"),
-    ("steps = 1.5", "1.5", "an int or a tuple"),
+    ("steps = 1.5", "1.5", "an int or a tuple of ints"),
     ("shift = 'None'", "'None'", "a finite float or None"),
 ])
 def test_a_value_of_the_wrong_type_is_refused(fails, write, line, shown, expected):
@@ -294,6 +356,7 @@ def test_a_value_of_the_wrong_type_is_refused(fails, write, line, shown, expecte
 def test_an_unknown_key_names_its_neighbour(fails, write):
     assert fails("--bacth_size=8") == "config key 'bacth_size' is unknown; did you mean 'batch_size'?"
     assert fails("--batch-size=8") == "config key 'batch-size' is unknown; did you mean 'batch_size'?"
+    assert fails("--learning_rate=8") == "config key 'learning_rate' is unknown; did you mean 'lr'?"  # nanoGPT's name
     write("bacth_size = 8\n")
     assert fails("x.py") == "x.py: config key 'bacth_size' is unknown; did you mean 'batch_size'?"
 

@@ -191,13 +191,13 @@ def test_importing_it_runs_nothing():
 
 @pytest.mark.parametrize("argument, message", [
     ("--dataset=spiral", "dataset 'spiral' is unknown: choose 'checkerboard', 'moons', 'gaussians'"),
-    ("--steps=0", "steps is 0, but must be at least 1"),
+    ("--steps=0", "config key 'steps' is 0, but must be at least 1"),
     ("--transporter_blocks=0", "transporter_blocks is 0, but must be at least 1"),
     ("--t_min=0.5", "t_min is 0.5, but the grid of 4 steps starts at 0.4000"),
-    ("--t_min=0", "t_min is 0.0, but must be above 0"),
-    ("--seconds=0", "seconds is 0.0, but must be above 0"),
-    ("--batch_size=0", "batch_size is 0, but must be at least 1"),
-    ("--panel=0", "panel is 0, but must be at least 1"),
+    ("--t_min=0", "t_min is 0.0, but must be at least 0.0001"),
+    ("--seconds=0", "config key 'seconds' is 0.0, but must be above 0"),
+    ("--batch_size=0", "config key 'batch_size' is 0, but must be at least 1"),
+    ("--panel=0", "config key 'panel' is 0, but must be at least 1"),
     ("--num_samples=1", "num_samples is 1, but must be at least 2")])
 def test_errors_are_one_line(argument, message):
     with pytest.raises(SystemExit) as error:
@@ -209,3 +209,12 @@ def test_a_figure_with_nowhere_to_go_is_one_line_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="Not a directory: '.*deeper'"):
         run("toy2d.py", f"--figure={tmp_path / 'file' / 'deeper' / 'toy2d.png'}")
+    with pytest.raises(SystemExit, match=f"{tmp_path} is a folder: name a file in it"):
+        run("toy2d.py", f"--figure={tmp_path}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_warm_up_of_nothing(tmp_path):
+    _, printed = run("toy2d.py", "--warmup_iters=0", "--max_iters=1", "--panel=20", "--num_samples=100",
+                     f"--figure={tmp_path / 'toy2d.png'}")
+    assert "NTM: 1 updates" in printed
