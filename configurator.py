@@ -38,11 +38,10 @@ RANGES = {
     "at least 1": "batch_size grad_accum max_iters log_interval val_interval val_examples num_samples trajectories "
                   "repeats panel image_size channels text_len patch_size width depth heads transporter_width "
                   "transporter_layers transporter_heads steps",
-    "at least 0": "workers transporter_blocks warmup_iters min_lr weight_decay aux_weight guidance",
-    "above 0": "lr grad_clip latent_scale seconds",
+    "at least 0": "workers transporter_blocks warmup_iters lr min_lr weight_decay aux_weight guidance chunk",
+    "above 0": "grad_clip latent_scale seconds",
     "above 0 and at most 1000": "shift",  # beyond, the levels of a grid are no longer different numbers
-    "above 0 and below 1": "max_t_min",
-    "at least 0 and below 1": "t_min ema",
+    "at least 0 and below 1": "t_min max_t_min ema",
     "at least 0 and at most 1": "caption_dropout bad_limit",
     f"at least 0 and below {2**31}": "seed",
 }
@@ -179,7 +178,7 @@ def configure(settings):
             raise SystemExit(f"argument {argument!r} is not understood; write --key=value, with '=' and no space")
         for key, value in overrides.items():
             if key not in config:
-                near = [OF_NANOGPT[key]] if key in OF_NANOGPT else difflib.get_close_matches(key, config, n=1)
+                near = difflib.get_close_matches(OF_NANOGPT.get(key, key), config, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "--help lists the known ones"
                 raise SystemExit(f"{origin}config key {key!r} is unknown; {hint}")
             try:

@@ -25,8 +25,8 @@ from plumbing.images import contact_sheet, save_image
 from plumbing.loader import Batches, validation_batches
 from plumbing.log import Progress
 from plumbing.optim import default_optimizer, learning_rate, make_optimizers, step, update_average
-from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, for_training, gradients_meet, job, leave_ranks,
-                              one_line_errors, start_ranks)
+from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, for_training, gradients_meet,
+                              job, leave_ranks, one_line_errors, start_ranks)
 
 # ---- run
 out_dir = "out/digits"  # holds the model's ckpt.pt, and gets denoiser.pt
@@ -64,29 +64,27 @@ log_interval = 50
 val_interval = 100  # iterations between validations, each with a sheet of samples and a checkpoint
 val_examples = 297
 num_samples = 25  # on the sheet
+chunk = 0  # examples that are score-denoised at once; 0: what fits into about 4 GB
 wandb_log = False  # the log to Weights & Biases as well
 wandb_project = "ntm"
 wandb_run_name = ""
 
 
-def lesson(teacher, images, text, ts, noise):
+def lesson(teacher, images, text, ts, noise, chunk=0):
     """The denoiser's input u_0 and its target, the score-denoised tokens of a real trajectory: Eq. (27) and (21)."""
-    with torch.autocast(ts.device.type, enabled=False):  # a score in bfloat16 would be mostly rounding
-        times = ts.expand(len(images), -1)
-        x = forward_trajectory(teacher.patchify(images), times, noise=noise)
-        steps = torch.full((len(x),), len(ts) - 1, device=x.device)
-        u0, _ = teacher.transporter(x[:, 0], times[:, 0], steps)
-        return u0, teacher.score_denoise(x, times, text)
+    with coarse_products(ts.device), torch.autocast(ts.device.type, enabled=False):  # bfloat16: mostly rounding
+        x = forward_trajectory(teacher.patchify(images), ts.expand(len(images), -1), noise=noise)
+        return teacher.distillation_pair(x, ts, text, chunk)
 
 
 @torch.no_grad()
-def validate(ema, teacher, batches, ts):
+def validate(ema, teacher, batches, ts, chunk=0):
     """Mean squared error and PSNR in dB against the score-denoised targets, on held-out data."""
     sums = torch.zeros(2, device=ts.device)  # of the squared error, and the numbers it is of
     for images, text, _, generator in batches:
         noise = torch.randn(len(images), len(ts), *teacher.patchify(images)[0].shape, generator=generator,
                             device=ts.device)
-        u0, target = lesson(teacher, images, text, ts, noise)
+        u0, target = lesson(teacher, images, text, ts, noise, chunk)
         error = (ema(u0, text) - target).square()
         sums += torch.tensor([error.sum(), error.numel()], device=ts.device)
     mse = (all_sum(sums)[0] / sums[1]).item()
@@ -98,7 +96,7 @@ def main(config):
         ranks = device, rank, world = start_ranks(config["device"])
         path = Path(config["out_dir"]) / "denoiser.pt"
         teacher, trained = checkpoint.load_network(path.with_name("ckpt.pt"), {"ntm": NTM}, device)
-        resumed = checkpoint.find_start(config["init_from"], path, "denoiser", device=device)
+        resumed = checkpoint.find_start(config["init_from"], path, "denoiser")
         if resumed:
             checkpoint.keep_settings(config, resumed)
         for name, value in trained["settings"].items():  # the data and the captions are the model's
@@ -116,9 +114,10 @@ def main(config):
         optimizers = make_optimizers(denoiser, config["optimizer"], config["weight_decay"], device)
         if resumed:
             checkpoint.resume(resumed, path, denoiser, ema, optimizers, config, "optimizer", "t_min", "steps")
-        first = resumed["iter"] if resumed else 0
+        first, counts = (resumed["iter"], resumed.get("counts", {})) if resumed else (0, {})
+        resumed = None  # whose weights would stay in memory as long as the run
         batches = Batches(train_set, tokenizer, model_config.text_len, config, first, ranks)
-        progress = Progress(path, "denoiser_log.jsonl", config, first, (resumed or {}).get("counts", {}), rank)
+        progress = Progress(path, "denoiser_log.jsonl", config, first, counts, rank)
 
     network = for_training(denoiser, config, device)
     if rank == 0:
@@ -135,12 +134,13 @@ def main(config):
         """Validates the averaged denoiser, and leaves samples for held-out captions."""
         held_out = val_set, tokenizer, model_config.text_len
         of_this_rank = validation_batches(*held_out, config["val_examples"], device, rank, world)
-        values = validate(ema, teacher, of_this_rank, ts)
+        values = validate(ema, teacher, of_this_rank, ts, config["chunk"])
         if rank == 0:
-            count = config["num_samples"]
-            _, text, captions, generator = next(validation_batches(*held_out, count, device, batch_size=count))
-            images = ema.unpatchify(ema(teacher.sample(text, ts, generator=generator)[:, 0], text))
-            save_image(contact_sheet(images, captions), path.parent / "samples" / f"denoiser_{i:06d}.png")
+            with progress.a_sheet(i):
+                count = config["num_samples"]
+                _, text, captions, generator = next(validation_batches(*held_out, count, device, batch_size=count))
+                images = ema.unpatchify(ema(teacher.sample(text, ts, generator=generator)[:, 0], text))
+                save_image(contact_sheet(images, captions), path.parent / "samples" / f"denoiser_{i:06d}.png")
         progress.validated(i, values)
 
     with Interrupt() as interrupt, batches, progress:
@@ -152,7 +152,7 @@ def main(config):
                                 generator=generator, device=device)[batches.rows]
             loss = 0
             for k, (images, text, noise) in enumerate(batches.chunks(images, text, noise), 1):
-                u0, target = lesson(teacher, images, text, ts, noise)
+                u0, target = lesson(teacher, images, text, ts, noise, config["chunk"])
                 with gradients_meet(network, k == batches.passes):
                     with autocast(config, device):
                         part = (network(u0, text) - target).square().mean() / batches.passes

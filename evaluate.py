@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from configurator import configure
 from data import dataset_class_captions, get_dataset, open_dataset
-from flow import forward_trajectory
-from model import gaussian_nll, null_caption
+from flow import forward_trajectory, gaussian_nll
+from model import null_caption
 from plumbing.detector import TASKS, follows, task_prompts
 from plumbing.images import contact_sheet, dequantize, plot, save_image
 from plumbing.loader import collate, validation_batches

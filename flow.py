@@ -77,6 +77,11 @@ def forward_log_prob(x, ts):
     return log_density.sum(dim=(1, 2, 3))
 
 
+def gaussian_nll(z):
+    """-log N(z; 0, I) in nats, a term of Eq. (11), over all but the first two dimensions: (B, K, N, D) to (B, K)."""
+    return (0.5 * z**2 + 0.5 * math.log(2 * math.pi)).sum(dim=(2, 3))
+
+
 def reverse_posterior(t, s):
     """A, B, C of q(x_s | x_t, x_0) = N(A x_t + B x_0, C^2 I), s < t, Eqs. (3) and (4); each shaped like t."""
     alpha, beta = forward_kernel(t, s)
@@ -158,9 +163,13 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(width, 6 * width)))
 
-    def forward(self, x, c, causal=False, cache=None, position=0):
+    def forward(self, x, c, causal=False):
         """x: (B, N, width); c: (B, width). Returns (B, N, width)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+        return self.modulated(x, self.modulation(c), causal)
+
+    def modulated(self, x, modulation, causal=False, cache=None, position=0):
+        """The same with self.modulation(c), (B, 6 width), computed before: it is the same for all tokens."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=-1)
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale1) + shift1
         x = x + gate1 * self.attention(h, causal, cache, position)
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2
@@ -215,11 +224,12 @@ class FlowBlock(nn.Module):
         batch, num_tokens, _ = u.shape
         heads = self.layers[0].attention.heads
         cache = u.new_empty(len(self.layers), 2, batch, heads, num_tokens, len(self.start) // heads)
+        modulations = [layer.modulation(c) for layer in self.layers]
         for n in range(num_tokens):
             h = self.start + c if n == 0 else self.proj_in(x[:, n - 1])
             h = (h + self.position[n])[:, None]
-            for layer, layer_cache in zip(self.layers, cache):
-                h = layer(h, c, cache=layer_cache, position=n)
+            for layer, modulation, layer_cache in zip(self.layers, modulations, cache):
+                h = layer.modulated(h, modulation, cache=layer_cache, position=n)
             shift, log_scale = self.shift_and_log_scale(h)
             x[:, n] = u[:, n] * torch.exp(log_scale[:, 0]) + shift[:, 0]
         return self.scan(x)

@@ -26,6 +26,18 @@ class FlowMatching(ImageModel):
         self.trunk = CaptionedTransformer(config, times=1)
         self.head = zeroed(nn.Linear(config.width, config.token_dim))
 
+    @torch.no_grad()
+    def hand_over(self, predictor):
+        """Gives its weights to the predictor of an NTM of the same size and parametrization "posterior".
+
+        What it does not have is zero there: the weights of the times s and 1/T, and the correction to the scale.
+        """
+        state, first = self.state_dict(), "trunk.time.mlp.0.weight"
+        state[first] = F.pad(state[first], (0, predictor.trunk.time.mlp[0].in_features - state[first].shape[1]))
+        for name in ("head.weight", "head.bias"):
+            state[name] = torch.cat([state[name], torch.zeros_like(state[name])])
+        predictor.load_state_dict(state)
+
     def velocity(self, x, t, text):
         """x (B, N, D), t (B,), text (B, L) to v of Eq. (22), an estimate of noise - data, (B, N, D)."""
         return full_precision(self.head, self.trunk(x, text, t[:, None]))

@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import nn
 
 from flow import (Layer, TimeEmbedding, Transporter, forward_log_prob, forward_trajectory, full_precision,
-                  reverse_posterior, time_grid, trajectory_covariance, zeroed)
+                  gaussian_nll, reverse_posterior, time_grid, trajectory_covariance, zeroed)
 
 
 @dataclass
@@ -56,10 +56,9 @@ class NTMConfig:
                 raise ValueError(f"{name} is {value}, but must be at least {least}")
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"image_size {height}x{width} is not divisible by patch_size {self.patch_size}")
-        if self.parametrization not in ("direct", "posterior"):
-            raise ValueError(f"parametrization {self.parametrization!r} is unknown: choose 'direct' or 'posterior'")
-        if self.predictor not in ("captions", "sit"):
-            raise ValueError(f"predictor {self.predictor!r} is unknown: choose 'captions' or 'sit'")
+        for name, known in {"parametrization": ("direct", "posterior"), "predictor": ("captions", "sit")}.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} {value!r} is unknown: choose {' or '.join(map(repr, known))}")
         for steps in self.steps:
             try:
                 self.time_grid(self.max_t_min, steps)
@@ -78,6 +77,14 @@ class NTMConfig:
     @property
     def token_dim(self):
         return self.channels * self.patch_size**2
+
+    def examples_at_once(self, steps, gradients=True):
+        """How many trajectories of so many steps fit into about 4 GB. A layer makes some 13 numbers of 4 bytes for a
+        token and unit of width; gradients, of a score for instance, need those of all layers at a time."""
+        depth, layers = (self.depth, self.transporter_blocks * self.transporter_layers) if gradients else (1, 1)
+        units = steps * depth * (self.text_len + self.num_tokens) * self.width
+        units += (steps + 1) * layers * self.num_tokens * self.transporter_width
+        return max(1, 4_000_000_000 // (4 * 13 * units))
 
     def time_grid(self, t_min, steps=0):
         """Eq. (6): the noise levels (T+1,) of a trajectory that ends at t_min; steps: T, 0 for the first trained with.
@@ -155,23 +162,6 @@ class Predictor(nn.Module):
         h = self.trunk(u, text, torch.stack([t, s, 1 / steps], dim=1))
         return full_precision(self.head, h).chunk(2, dim=-1)
 
-    @torch.no_grad()
-    def adopt(self, velocity):
-        """Takes over the weights of a flow-matching network of the same size (fm.py), for parametrization "posterior".
-
-        What it did not have enters with zero weights: the times s and 1/T, and the correction to the scale.
-        """
-        state, first = velocity.state_dict(), "trunk.time.mlp.0.weight"
-        state[first] = F.pad(state[first], (0, self.trunk.time.mlp[0].in_features - state[first].shape[1]))
-        for name in ("head.weight", "head.bias"):
-            state[name] = torch.cat([state[name], torch.zeros_like(state[name])])
-        self.load_state_dict(state)
-
-
-def gaussian_nll(z):
-    """-log N(z; 0, I) in nats, a term of Eq. (11), over all but the first two dimensions: (B, K, N, D) to (B, K)."""
-    return (0.5 * z**2 + 0.5 * math.log(2 * math.pi)).sum(dim=(2, 3))
-
 
 def guide(conditional, unconditional, weight):
     """Eq. (20): the Gaussian proportional to p_c^(1+w) / p_u^w; each a pair (mean, log_std).
@@ -216,20 +206,21 @@ class NTM(ImageModel):
         return nll if target is None else (nll, (mean - target).square().mean())
 
     def randomness(self, batch, device=None, generator=None):
-        """What is random about a batch: steps (B,), times ts (B, K) and noise (B, K, N, D).
-
-        K = T+1, the whole trajectory; or 2, one of its T steps at random, which has the same expected loss.
-        """
-        kwargs = dict(generator=generator, device=device)
-        choice = torch.randint(len(self.config.steps), (1,), generator=generator, device=device)
-        T = self.config.steps[choice.item() if len(self.config.steps) > 1 else 0]
-        t_min = self.config.max_t_min * (1 - torch.rand(batch, **kwargs))  # never 0, where a posterior has no density
-        ts = time_grid(T, t_min, self.config.num_tokens, self.config.shift)
-        if self.config.pairs:
-            k = torch.randint(T, (batch, 1), **kwargs)
-            ts = ts.gather(1, torch.cat([k, k + 1], dim=1))
-        noise = torch.randn(*ts.shape, self.config.num_tokens, self.config.token_dim, **kwargs)
-        return torch.full((batch,), T, device=device), ts, noise
+        """What is random about a batch: steps (B,), times ts (B, K) and noise (B, K, N, D). K = T+1, the whole
+        trajectory, with one T for the batch; or 2, one of its T steps at random, which has the same expected loss, and
+        a T for each example."""
+        config, several, kwargs = self.config, self.config.steps, dict(generator=generator, device=device)
+        choice = torch.randint(len(several), (batch if config.pairs else 1,), **kwargs)
+        T = torch.tensor(several, device=device)[choice].expand(batch)
+        t_min = config.max_t_min * (1 - torch.rand(batch, **kwargs))  # never 0, where a posterior has no density
+        grids = [time_grid(steps, t_min, config.num_tokens, config.shift) for steps in several]
+        if config.pairs:
+            padded = torch.stack([F.pad(grid, (0, max(several) + 1 - grid.shape[1])) for grid in grids])
+            k = torch.randint(math.lcm(*several), (batch, 1), **kwargs) % T[:, None]  # uniform below each T
+            ts = padded[choice, torch.arange(batch, device=device)].gather(1, torch.cat([k, k + 1], dim=1))
+        else:
+            ts = grids[choice.item() if len(several) > 1 else 0]
+        return T, ts, torch.randn(*ts.shape, config.num_tokens, config.token_dim, **kwargs)
 
     def transitions(self, x, ts, text, steps):
         """Eq. (11): -log p(x_{t_{k-1}} | x_{t_k}) in nats for all neighbouring levels of x, in one pass.
@@ -237,10 +228,13 @@ class NTM(ImageModel):
         x (B, K, N, D), ts (B, K) ascending, text (B, L), steps (B,): T, which ts need not cover. Returns it, (B, K-1),
         and the mean of each step's Gaussian in u-space, (B, K-1, N, D).
         """
+        return self.transitions_in_u(*self.transport(x, ts, steps), ts, text, steps)
+
+    def transport(self, x, ts, steps):
+        """Eq. (8) for all levels of x (B, K, N, D): u like x, and the log-determinants (B, K)."""
         K = x.shape[1]
         u, logdet = self.transporter(x.flatten(0, 1), ts.flatten(), steps.repeat_interleave(K))
-        u, logdet = u.unflatten(0, (-1, K)), logdet.unflatten(0, (-1, K))
-        return self.transitions_in_u(u, logdet, ts, text, steps)
+        return u.unflatten(0, (-1, K)), logdet.unflatten(0, (-1, K))
 
     def transitions_in_u(self, u, logdet, ts, text, steps):
         """The same, once the transporter has carried the levels to u (B, K, N, D), with its log-determinants (B, K)."""
@@ -320,18 +314,27 @@ class NTM(ImageModel):
         x = self.transporter.inverse(u.flatten(0, 1), ts.flatten(), steps, method, tol)
         return x.unflatten(0, (B, levels))
 
-    @torch.enable_grad()
-    def score_denoise(self, x, ts, text):
-        """Eq. (21): E[x_0 | x_{t_0}, ..., x_{t_T}] under the model, by Tweedie's formula for the whole trajectory.
+    def score_denoise(self, x, ts, text, chunk=0):
+        """Eq. (21): E[x_0 | x_{t_0}, ..., x_{t_T}] under the model, (B, N, D), Tweedie's formula for the trajectory.
 
-        x (B, T+1, N, D), ts (B, T+1) or (T+1,), text (B, L). Returns (B, N, D).
+        x (B, T+1, N, D), ts (B, T+1) or (T+1,), text (B, L); chunk: examples at once, 0 for what fits into some 4 GB.
         """
-        x = x.detach().requires_grad_()
-        ts = ts.expand(x.shape[:2])
-        g, = torch.autograd.grad(self.trajectory_nll(x, ts, text).sum(), x)
-        weights = trajectory_covariance(ts)[:, 0, :, None, None]
-        t0 = ts[:, 0, None, None]
-        return (x[:, 0].detach() - (weights * g).sum(dim=1)) / (1 - t0)
+        return self.distillation_pair(x, ts, text, chunk)[1]
+
+    @torch.enable_grad()
+    def distillation_pair(self, x, ts, text, chunk=0):
+        """Eq. (27): u_{t_0}, what the denoiser sees, and score_denoise, what it is to make of it, each (B, N, D)."""
+        pairs = []
+        chunk = chunk or self.config.examples_at_once(x.shape[1] - 1)
+        for x, ts, text in zip(x.detach().split(chunk), ts.expand(x.shape[:2]).split(chunk), text.split(chunk)):
+            x.requires_grad_()
+            steps = torch.full((len(x),), ts.shape[1] - 1, device=x.device)
+            u, logdet = self.transport(x, ts, steps)
+            nll = self.transitions_in_u(u, logdet, ts, text, steps)[0].sum() + gaussian_nll(x[:, -1:]).sum()
+            g, = torch.autograd.grad(nll, x)
+            weights, t0 = trajectory_covariance(ts)[:, 0, :, None, None], ts[:, 0, None, None]
+            pairs.append((u[:, 0].detach(), (x[:, 0].detach() - (weights * g).sum(dim=1)) / (1 - t0)))
+        return [torch.cat(tensors) for tensors in zip(*pairs)]
 
 
 class Denoiser(ImageModel):

@@ -28,8 +28,8 @@ from plumbing.images import contact_sheet, save_image
 from plumbing.loader import Batches, validation_batches
 from plumbing.log import Progress
 from plumbing.optim import default_optimizer, learning_rate, make_optimizers, step, update_average
-from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, for_training, gradients_meet, job, leave_ranks,
-                              one_line_errors, start_ranks)
+from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, for_training, gradients_meet,
+                              job, leave_ranks, one_line_errors, start_ranks)
 
 # ---- run
 out_dir = "out/digits"
@@ -87,6 +87,7 @@ val_interval = 500  # iterations between validations, each with a sheet of sampl
 val_examples = 297
 t_min = 0.02  # where validation's trajectories and its samples end
 num_samples = 25  # on the sheet
+chunk = 0  # examples that are validated or score-denoised at once; 0: what fits into about 4 GB
 wandb_log = False  # the log to Weights & Biases as well
 wandb_project = "ntm"
 wandb_run_name = ""
@@ -99,12 +100,13 @@ TRANSPORTER = ("transporter_width", "transporter_blocks", "transporter_layers", 
 # What a run starts from
 
 
-def starting_point(name, device):
+def starting_point(name, device, heads=None):
     """The trained network that init_from names, sit:PATH or the path of a checkpoint of flow matching or of an NTM;
-    what it decides about an NTM that starts from it, {setting: value}; and its vocabulary, if it holds one."""
+    what it decides about an NTM that starts from it, {setting: value}; and its vocabulary, if it holds one. heads: of
+    a SiT of another width than the published ones."""
     if name.startswith("sit:"):
         from plumbing.sit import load_sit
-        network = load_sit(name.removeprefix("sit:"))
+        network = load_sit(name.removeprefix("sit:"), heads)
         decided = {key: getattr(network, key) for key in NETWORK if hasattr(network, key)}
         decided |= {"predictor": "sit", "tokenizer": f"classes:{network.classes}", "text_len": 1}
         return network, decided | {"parametrization": "posterior"}, None
@@ -126,7 +128,7 @@ def start(config, device):
     """
     path, init_from = Path(config["out_dir"]) / "ckpt.pt", config["init_from"]
     other = init_from not in checkpoint.STARTS
-    resumed = checkpoint.find_start("scratch" if other else init_from, path, *NETWORKS, device=device)
+    resumed = checkpoint.find_start("scratch" if other else init_from, path, *NETWORKS)
     if resumed:
         checkpoint.keep_settings(config, resumed)
         config |= {name: resumed["model_config"][name] for name in ("parametrization", "predictor")}
@@ -135,7 +137,8 @@ def start(config, device):
         return None, None, None
     if config["objective"] == "fm":
         raise ValueError("only an NTM starts from another model: leave objective or init_from out")
-    base, decided, vocabulary = starting_point(init_from, device)
+    heads = config["heads"] if "heads" in config.given else None
+    base, decided, vocabulary = starting_point(init_from, device, heads)
     for key in config.given & decided.keys():
         if checkpoint.plain(config[key]) != checkpoint.plain(decided[key]):
             raise ValueError(f"{key} is {config[key]!r}, but {init_from} decides it, {decided[key]!r}: leave it out")
@@ -156,7 +159,7 @@ def training_losses(network, frozen, images, text, randomness, config, i):
     if not frozen:
         return {"loss": network(images, text, randomness)}
     steps, ts, noise = randomness
-    with torch.no_grad():
+    with torch.no_grad(), coarse_products(steps.device):
         target, _ = frozen.gaussians(forward_trajectory(frozen.patchify(images), ts, noise=noise), ts, text, steps)
     nll, aux = network(images, text, randomness, target)
     weight = config["aux_weight"] * 0.5 * (1 + math.cos(math.pi * i / config["max_iters"]))
@@ -174,7 +177,9 @@ def validate(ema, batches, ts, config):
             if isinstance(ema, NTM):
                 times = ts.expand(len(images), -1)
                 x = forward_trajectory(ema.patchify(images), times, generator)
-                nll, bound = ema.trajectory_bound(x, times, text)
+                chunk = config["chunk"] or ema.config.examples_at_once(len(ts) - 1, gradients=False)
+                nll, bound = map(torch.cat, zip(*(ema.trajectory_bound(*part) for part in zip(
+                    x.split(chunk), times.split(chunk), text.split(chunk)))))
                 values = torch.cat([nll[:, :-1], bound[:, None]], dim=1) / images[0].numel()
             else:
                 values = ema(images, text, ema.randomness(len(images), ts.device, generator)).expand(len(images), 1)
@@ -186,12 +191,12 @@ def validate(ema, batches, ts, config):
     return {"val_loss": sum(nll) / len(nll), "val_bound": bound, **{f"val_step_{k}": v for k, v in enumerate(nll)}}
 
 
-def sample_images(ema, text, ts, generator):
-    """Samples for captions, always from the same noise; an NTM's are score-denoised."""
+def sample_images(ema, text, ts, generator, chunk=0):
+    """Samples for captions, always from the same noise; an NTM's are score-denoised, `chunk` of them at once."""
     if not isinstance(ema, NTM):
         return ema.unpatchify(ema.sample(text, generator=generator)[:, 0])
     x = ema.invert(ema.sample(text, ts, generator=generator), ts)
-    return ema.unpatchify(ema.score_denoise(x, ts, text))
+    return ema.unpatchify(ema.score_denoise(x, ts, text, chunk))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -223,20 +228,21 @@ def main(config):
         if isinstance(base, NTM):
             model.load_state_dict(base.state_dict())
         elif base:
-            model.predictor.adopt(base)
+            base.hand_over(model.predictor)
         if frozen:
             frozen.predictor.load_state_dict(resumed["frozen"] if resumed else model.predictor.state_dict())
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         optimizers = make_optimizers(model, config["optimizer"], config["weight_decay"], device)
         if resumed:
             checkpoint.resume(resumed, path, model, ema, optimizers, config, "objective", "optimizer", "tokenizer")
-        first = resumed["iter"] if resumed else 0
+        first, counts = (resumed["iter"], resumed.get("counts", {})) if resumed else (0, {})
+        base = resumed = None  # whose weights would stay in memory as long as the run
         batches = Batches(train_set, tokenizer, model_config.text_len, config, first, ranks)
-        progress = Progress(path, "log.jsonl", config, first, (resumed or {}).get("counts", {}), rank)
+        progress = Progress(path, "log.jsonl", config, first, counts, rank)
 
     network = for_training(model, config, device)
     if rank == 0:
-        describe(model, base, config, train_set, f"{world} x {device.type}")
+        describe(model, config, train_set, f"{world} x {device.type}")
 
     def save(i):
         if rank == 0:
@@ -248,10 +254,11 @@ def main(config):
         """Validates the averaged model, and leaves samples for held-out captions."""
         held_out = val_set, tokenizer, model_config.text_len
         if rank == 0:
-            count = config["num_samples"]
-            _, text, captions, generator = next(validation_batches(*held_out, count, device, batch_size=count))
-            sheet = contact_sheet(sample_images(ema, text, ts, generator), captions)
-            save_image(sheet, path.parent / "samples" / f"{i:06d}.png")
+            with progress.a_sheet(i):
+                count = config["num_samples"]
+                _, text, captions, generator = next(validation_batches(*held_out, count, device, batch_size=count))
+                sheet = contact_sheet(sample_images(ema, text, ts, generator, config["chunk"]), captions)
+                save_image(sheet, path.parent / "samples" / f"{i:06d}.png")
         of_this_rank = validation_batches(*held_out, config["val_examples"], device, rank, world)
         progress.validated(i, validate(ema, of_this_rank, ts, config))
 
@@ -301,14 +308,14 @@ def main(config):
         leave_ranks()
 
 
-def describe(model, base, config, train_set, where):
+def describe(model, config, train_set, where):
     """Says what is about to be trained, on what."""
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     parts = ", ".join(f"{name} {size:.2f}M" for name, size in sizes.items())
     print(f"{sum(sizes.values()):.2f}M parameters ({parts}); {len(train_set):,} examples; on {where}")
     for name, fault in list(train_set.header["faults"].items())[:10] if config["dataset"] == "shards" else ():
         print(f"{name} is damaged: {fault}")
-    if base:
+    if config["init_from"] not in checkpoint.STARTS:
         decided = ", ".join(f"{key} {config[key]}" for key in (*NETWORK, *TRANSPORTER))
         print(f"starts from {config['init_from']}: {decided}")
 

@@ -7,6 +7,7 @@ NTMConfig), `settings` (those of the script that wrote it), `vocabulary`, `model
 """
 
 import contextlib
+import copy
 import os
 import sys
 from dataclasses import asdict
@@ -54,10 +55,11 @@ def state_of(value):
     return value.state_dict() if hasattr(value, "state_dict") else dict(value) if isinstance(value, dict) else value
 
 
-def load(path, *kinds, device="cpu"):
-    """The contents of a checkpoint. Raises CheckpointError if it is missing, damaged, or of none of the `kinds`."""
+def load(path, *kinds):
+    """The contents of a checkpoint, its tensors mapped from the file: they take no memory until they are read. Raises
+    CheckpointError if it is missing, damaged, or of none of the `kinds`."""
     try:
-        contents = torch.load(path, map_location=device, weights_only=True)
+        contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         script = "distill.py" if "denoiser" in kinds else "train.py"
         raise CheckpointError(f"there is no checkpoint {path}: make it with {script}, or set out_dir") from None
@@ -84,32 +86,37 @@ def restore(module, state, path):
 
 
 def load_network(path, networks, device="cpu"):
-    """The network that a checkpoint holds, with its averaged weights in evaluation mode, and the checkpoint's contents.
-    networks: {kind: class with from_fields}, the kinds that it may be of."""
-    contents = load(path, *networks, device=device)
+    """The network that a checkpoint holds, with its averaged weights in evaluation mode, and what else the checkpoint
+    holds. networks: {kind: class with from_fields}, the kinds that it may be of."""
+    contents = load(path, *networks)
     try:
         network = networks[contents["kind"]].from_fields(contents["model_config"]).to(device)
     except ValueError as error:
         raise CheckpointError(f"{path} was made by another version: {error}") from error
     restore(network, contents["ema"], path)
+    for weights in "model", "ema", "optimizers", "frozen":
+        contents.pop(weights, None)
     return network.eval().requires_grad_(False), contents
 
 
-def find_start(init_from, path, *kinds, device="cpu"):
+def find_start(init_from, path, *kinds):
     """The checkpoint to continue from, or None to start anew, by init_from: "resume" continues, "auto" does so if there
     is something to continue, and so does what torchrun has restarted, if it wrote that itself. No checkpoint that is
     there is overwritten by a run that starts anew."""
     if init_from not in STARTS:
         raise ValueError(f"init_from {init_from!r} is unknown: choose {', '.join(map(repr, STARTS))}")
-    if init_from == "resume" or (path.exists() and (init_from == "auto" or max(gathered(restarts())))):
-        contents = load(path, *kinds, device=device)
+    seen, restarted = zip(*gathered((path.exists(), restarts())))
+    if len(set(seen)) > 1:
+        raise ValueError(f"{path} is seen by some ranks only: out_dir has to be where all of them reach it")
+    if init_from == "resume" or (seen[0] and (init_from == "auto" or max(restarted))):
+        contents = load(path, *kinds)
         if init_from == "scratch" and contents.get("job") != job():
             raise ValueError(f"{path} is of another job: continue it with --init_from=resume, or choose another "
                              "--out_dir")
         if "optimizers" not in contents:
             raise ValueError(f"{path} holds what sampling needs and no more: it cannot be resumed")
         return contents
-    if path.exists():
+    if seen[0]:
         raise ValueError(f"{path} is there already: continue it with --init_from=resume, or choose another --out_dir")
     return None
 
@@ -136,7 +143,7 @@ def resume(contents, path, model, ema, optimizers, config, *fixed):
     restore(model, contents["model"], path)
     restore(ema, contents["ema"], path)
     for optimizer, state in zip(optimizers, contents["optimizers"]):
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(copy.deepcopy(state))  # not the file's own memory, which is about to be replaced
 
 
 def slim(path, out):
@@ -151,5 +158,7 @@ def slim(path, out):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m plumbing.checkpoint OUT_DIR NEW_DIR")
+    if Path(sys.argv[1]).resolve() == Path(sys.argv[2]).resolve():
+        sys.exit(f"{sys.argv[2]} would lose what resuming needs: name another folder to write to")
     for name in ("ckpt.pt", "denoiser.pt"):
         slim(Path(sys.argv[1]) / name, Path(sys.argv[2]) / name)

@@ -1,5 +1,6 @@
 """What a run reports and records: log.jsonl, log.png, the progress bar, and when it has to give up."""
 
+import contextlib
 import json
 import math
 import time
@@ -63,8 +64,10 @@ class Progress:
 
     def __enter__(self):
         self.since, self.logged, self.waited = time.perf_counter(), self.start, 0.0
-        self.bar = tqdm(total=self.config["max_iters"], initial=self.start, disable=self.log is None, unit="it",
-                        dynamic_ncols=True)
+        stop = self.config["max_iters"]
+        self.bar = tqdm(total=stop, initial=self.start, disable=self.log is None, unit="it", dynamic_ncols=True)
+        if self.log and self.start >= stop:
+            self.bar.write(f"nothing to do: {self.path} holds iteration {self.start}, and max_iters is {stop}")
         return self
 
     def __exit__(self, *error):
@@ -118,6 +121,15 @@ class Progress:
             self.log.plot()
             self.bar.write(f"iteration {i}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
         self.since = time.perf_counter()  # the rate is that of training
+
+    @contextlib.contextmanager
+    def a_sheet(self, i):
+        """A sheet of samples is worth a warning, not a run: not even memory that runs out here ends training."""
+        try:
+            yield
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.bar.write(f"warning: there is no sheet of samples of iteration {i}: {reason}")
 
     def interrupted(self, i):
         if self.log:

@@ -48,5 +48,4 @@ def step(optimizers, lr):
 @torch.no_grad()
 def update_average(ema, model, decay, i):
     """Eq. (18): exponential moving average of the weights; the first iterations are forgotten faster."""
-    for average, parameter in zip(ema.parameters(), model.parameters()):
-        average.lerp_(parameter, 1 - min(decay, (1 + i) / (10 + i)))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + i) / (10 + i)))

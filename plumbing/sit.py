@@ -13,11 +13,7 @@ from einops import rearrange
 from torch import nn
 
 FREQUENCIES = 128
-
-
-def heads_of(width):
-    """The number of heads, which tensors do not tell: the published 6, 12, 16 or 16, or heads of 64, or else 4."""
-    return 16 if width == 1152 else width // 64 if width % 64 == 0 else 4
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths, S, B, L and XL: tensors do not tell
 
 
 def modulated_norm(x, shift, scale):
@@ -74,6 +70,10 @@ class SiT(nn.Module):
         self.final_layer = nn.ModuleDict({"linear": nn.Linear(width, token_dim),
                                           "adaLN_modulation": modulation(width, 2)})
 
+    def hand_over(self, predictor):
+        """Gives its weights to a SiTPredictor of the same size."""
+        predictor.sit.load_state_dict(self.state_dict())
+
     def condition(self, t, y):
         """The conditioning (B, width) of every block by time t (B,), in [0, 1] with 1 noise, and class y (B,)."""
         angles = (1 - t)[:, None] * self.frequencies
@@ -125,14 +125,11 @@ class SiTPredictor(nn.Module):
         h = self.sit.hidden(u, c)
         return self.sit.velocity(h, c), full_precision(self.head, F.layer_norm(h, h.shape[-1:]))
 
-    def adopt(self, sit):
-        """Loads the weights of a SiT of the same size."""
-        self.sit.load_state_dict(sit.state_dict())
 
-
-def load_sit(path):
-    """The SiT of a published checkpoint: a state dict, or a dict that holds one under "ema". Raises FileNotFoundError,
-    or ValueError in one line that names the file and all tensors that are unknown, missing or of another shape."""
+def load_sit(path, heads=None):
+    """The SiT of a published checkpoint: a state dict, or a dict that holds one under "ema". heads: of attention, which
+    a width that is none of the published needs. Raises FileNotFoundError, or ValueError in one line that names the file
+    and all tensors that are unknown, missing or of another shape."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -148,7 +145,8 @@ def load_sit(path):
 
     width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     tokens, classes = state["pos_embed"].shape[1], len(state["y_embedder.embedding_table.weight"]) - 1
-    sit = SiT(round(tokens**0.5) * patch_size, channels, patch_size, width, depth, heads_of(width), classes)
+    heads = heads or HEADS.get(width)
+    sit = SiT(round(tokens**0.5) * patch_size, channels, patch_size, width, depth, heads, classes)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         if len(state[name]) == 2 * channels * patch_size**2:  # learn_sigma: the other half of the channels is unused
             state[name] = rearrange(state[name], "(patch two c) ... -> two (patch c) ...", two=2, c=channels)[0]
@@ -156,4 +154,7 @@ def load_sit(path):
         sit.load_state_dict(state)
     except RuntimeError as error:  # in which torch names every tensor of another shape
         raise ValueError(f"{path} is not a SiT checkpoint: {' '.join(str(error).split())}") from error
+    if not heads or width % heads:
+        raise ValueError(f"{path} has width {width}, and how many heads of attention share it no tensor tells: set "
+                         f"heads (it is {heads}), such as --heads={max(1, width // 64)}")
     return sit

@@ -359,3 +359,13 @@ def test_trained_weights_invert(dtype, atol):
     for method in ("cache", "jacobi"):
         back = transporter.inverse(u, t, steps, method, tol=0)
         torch.testing.assert_close(back, walk[:3], atol=atol, rtol=0)
+
+
+def test_inversion_computes_a_modulation_once(monkeypatch):
+    """It is the same for every token."""
+    transporter, calls = randomize(Transporter(6, 4, 16, blocks=2, layers=3, heads=2)), []
+    for block in transporter.blocks:
+        for layer in block.layers:
+            layer.modulation.register_forward_hook(lambda *_: calls.append(1))
+    transporter.inverse(torch.randn(2, 6, 4), torch.full((2,), 0.3), torch.full((2,), 4))
+    assert len(calls) == 2 * 3

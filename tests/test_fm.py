@@ -28,7 +28,7 @@ def network():
 def model(network):
     """The NTM that starts from it."""
     model = NTM(NTMConfig(**TINY, parametrization="posterior")).double()
-    model.predictor.adopt(network)
+    network.hand_over(model.predictor)
     return model
 
 

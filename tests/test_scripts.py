@@ -389,6 +389,7 @@ TRAIN_MISTAKES = {
     "--optimizer=sgd": ["optimizer 'sgd'", "adamw", "muon"],
     "--batch_size=9 --grad_accum=2": ["batch_size 9", "2"],
     "--device=nonsense": ["device 'nonsense'", "cpu"],
+    "--device=meta": ["device 'meta'", "cpu"],  # it has shapes, and no values
     "--patch_size=3": ["8x8", "patch_size 3"],
     "--image_size=9": ["digits has no 9x9", "8x8"],
     "--image_size=(8,16)": ["digits has no 8x16", "8x8"],
@@ -683,6 +684,10 @@ def test_checkpoint_for_sampling_only(copied, tmp_path):
         run("sample.py", *SAMPLE, f"--out_dir={folder}", "--seed=3")
     difference = pixels(copied / "images" / "0000.png") - pixels(tmp_path / "slim" / "images" / "0000.png")
     assert np.abs(difference).max() <= 3  # half precision
+    command = [sys.executable, "-m", "plumbing.checkpoint", copied, copied / ".." / copied.name]
+    refused = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    assert refused.returncode == 1 and "would lose what resuming needs" in refused.stderr
+    assert "optimizers" in contents(copied / "ckpt.pt")
     line = fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'slim'}", "--init_from=resume")
     assert "cannot be resumed" in line
 

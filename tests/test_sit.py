@@ -11,12 +11,12 @@ import data
 from flow import time_grid
 from model import NTM, NTMConfig
 from plumbing import checkpoint
-from plumbing.sit import heads_of, load_sit
+from plumbing.sit import SiT, load_sit
 
 # SHORT of test_scripts, for latents of 4x8x8 and the transporter alone: the rest is the published network's
 TRAIN = ["--device=cpu", "--dataset=shards", "--latent_scale=0.5", "--batch_size=4", "--max_iters=4",
          "--val_interval=2", "--val_examples=4", "--num_samples=4", "--log_interval=1", "--warmup_iters=2",
-         "--optimizer=adamw", "--lr=2e-3",
+         "--optimizer=adamw", "--lr=2e-3", "--heads=4",
          "--transporter_width=16", "--transporter_blocks=2", "--transporter_layers=1", "--shift=None"]
 
 
@@ -52,7 +52,7 @@ def latents(tmp_path_factory):
 def test_velocity_is_the_reference_with_time_and_sign_reversed(reference, tmp_path, wrapped):
     state = reference["state_dict"]
     torch.save({"ema": state} if wrapped else state, tmp_path / "sit.pt")
-    sit = load_sit(tmp_path / "sit.pt")
+    sit = load_sit(tmp_path / "sit.pt", heads=4)
     with torch.no_grad():
         velocity = sit(reference["x"], 1 - reference["t"], reference["y"])
     assert velocity.shape == (3, 4, 8, 8)
@@ -62,9 +62,18 @@ def test_velocity_is_the_reference_with_time_and_sign_reversed(reference, tmp_pa
     assert (sit.width, sit.depth, sit.heads) == (size["hidden_size"], size["depth"], size["num_heads"])
 
 
-def test_heads_of_the_published_sizes():
-    assert [heads_of(width) for width in (384, 768, 1024, 1152)] == [6, 12, 16, 16]
-    assert heads_of(256) == 4 and heads_of(48) == 4
+@pytest.mark.parametrize("width, heads", [(384, 6), (768, 12), (1024, 16), (1152, 16)])
+def test_heads_of_the_published_sizes(width, heads, tmp_path):
+    torch.save(SiT(4, 1, 2, width, 1, heads, 3).state_dict(), tmp_path / "sit.pt")
+    assert load_sit(tmp_path / "sit.pt").heads == heads
+    assert load_sit(tmp_path / "sit.pt", heads=2).blocks[0].heads == 2
+
+
+@pytest.mark.parametrize("heads", [None, 5])
+def test_heads_are_not_guessed(published, heads):
+    """The tensors are the same for any number of heads, the velocities are not."""
+    with pytest.raises(ValueError, match=rf"sit.pt has width 48, .* set heads \(it is {heads}\), such as --heads="):
+        load_sit(published, heads=heads)
 
 
 def test_every_unknown_or_missing_tensor_is_named(reference, tmp_path):
@@ -107,10 +116,10 @@ def test_damaged_file_is_named(reference, tmp_path, content):
 
 @pytest.fixture
 def model(published):
-    sit = load_sit(published)
+    sit = load_sit(published, heads=4)
     model = NTM(NTMConfig(image_size=8, channels=4, width=48, depth=2, heads=4, vocab_size=12, text_len=1,
                           parametrization="posterior", predictor="sit"))
-    model.predictor.adopt(sit)
+    sit.hand_over(model.predictor)
     return sit, model
 
 
@@ -169,7 +178,7 @@ def test_training_starts_from_published_weights(published, latents, tmp_path):
     held = contents(tmp_path / "ckpt.pt")
     assert held["iter"] == 5 and held["model_config"]["predictor"] == "sit"
     trained, _ = checkpoint.load_network(tmp_path / "ckpt.pt", {"ntm": NTM})
-    before = load_sit(published)
+    before = load_sit(published, heads=4)
     assert not torch.equal(trained.predictor.sit.blocks[0].attn.qkv.weight, before.blocks[0].attn.qkv.weight)
 
     run("distill.py", *DISTILL, f"--out_dir={tmp_path}")
@@ -181,6 +190,12 @@ def test_training_starts_from_published_weights(published, latents, tmp_path):
     assert latent.shape == (4, 8, 8) and latent.dtype == np.float16
     preview = (0.5 * latent[:3].astype(float) / 3 + 1) * 128  # three of the channels, once more times latent_scale
     assert np.abs(pixels(tmp_path / "images" / "0009.png") - preview.transpose(1, 2, 0).clip(0, 255)).max() <= 1.1
+
+
+def test_the_heads_of_a_width_of_its_own_are_a_setting(published, latents, tmp_path):
+    settings = [name for name in TRAIN if not name.startswith("--heads")]
+    line = fails("train.py", *settings, f"--data_dir={latents}", f"--out_dir={tmp_path}", f"--init_from=sit:{published}")
+    assert "width 48" in line and "--heads" in line
 
 
 def test_captions_that_are_no_classes_are_named(published, latents, tmp_path):

@@ -18,7 +18,7 @@ import data
 import train
 from configurator import Settings
 from model import NTM, Denoiser, ImageModel, NTMConfig
-from plumbing import checkpoint, optim
+from plumbing import checkpoint, optim, runtime
 from plumbing.images import to_pixels
 from plumbing.loader import Order, validation_batches
 from plumbing.log import Log
@@ -72,6 +72,10 @@ def squares(network, images, text, draws):
     return (network(images) - draws[0]).square().mean()
 
 
+def sample_sheet(ema, text, ts, generator, chunk):
+    return torch.rand(len(text), 1, 2, 2)
+
+
 def fit(out_dir, objective=squares, validate=lambda ema, i: {"val_loss": 0.0}, **settings):
     """Trains a Toy by train.py; returns it with the path of its checkpoint."""
     config = Settings(SETTINGS | settings | {"out_dir": str(out_dir)})
@@ -86,7 +90,7 @@ def fit(out_dir, objective=squares, validate=lambda ema, i: {"val_loss": 0.0}, *
         patch.setattr(train, "NETWORKS", {"ntm": build, "fm": build})
         patch.setattr(train, "open_dataset", lambda config, split: DATA)
         patch.setattr(train, "get_tokenizer", lambda name, vocabulary: Numbers())
-        patch.setattr(train, "sample_images", lambda ema, text, ts, generator: torch.rand(len(text), 1, 2, 2))
+        patch.setattr(train, "sample_images", sample_sheet)
         patch.setattr(train, "training_losses", lambda network, frozen, images, text, randomness, config, i: {
             "loss": objective(network, images, text, randomness)})
         # called once the checkpoint of that iteration is written
@@ -456,6 +460,35 @@ def test_finished_run_is_left_alone(tmp_path):
     assert (path.read_bytes(), path.with_name("log.jsonl").read_bytes()) == before
 
 
+def test_a_run_that_has_nothing_to_do_says_so(tmp_path, capsys):
+    fit(tmp_path)
+    assert "nothing to do" not in "".join(capsys.readouterr())
+    _, path = fit(tmp_path, init_from="auto", max_iters=5)
+    assert f"nothing to do: {path} holds iteration 6, and max_iters is 5" in "".join(capsys.readouterr())
+
+
+def test_a_sheet_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
+    """Whatever it was: the run goes on, validates, and leaves its checkpoint."""
+    _, whole = fit(tmp_path / "whole")
+    monkeypatch.setitem(globals(), "sample_sheet", lambda *_: torch.empty(1).view(7))
+    _, path = fit(tmp_path / "run")
+    printed = "".join(capsys.readouterr())
+    assert "warning: there is no sheet of samples of iteration 6: shape '[7]' is invalid" in printed
+    assert same_training(path, whole)
+    assert "val_loss" in read_log(path.with_name("log.jsonl"))[-1]
+
+
+@pytest.mark.parametrize("seen", [[True, False], [False, True]])
+@pytest.mark.parametrize("init_from", checkpoint.STARTS)
+def test_a_checkpoint_that_not_all_ranks_see(tmp_path, monkeypatch, seen, init_from):
+    """Else some would go on and others start anew; and all of them are asked, or those that ask would wait for ever."""
+    asked = []
+    monkeypatch.setattr(checkpoint, "gathered", lambda mine: asked.append(mine) or [(here, 0) for here in seen])
+    with pytest.raises(ValueError, match="ckpt.pt is seen by some ranks only"):
+        checkpoint.find_start(init_from, tmp_path / "ckpt.pt", "ntm")
+    assert asked == [(False, 0)]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -586,3 +619,24 @@ def test_out_dir_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="file"):
         fit(tmp_path / "file" / "out")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def test_gradients_are_in_memory_once(monkeypatch):
+    """DDP's buckets are the gradients, and no buffers are sent round before every pass."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    settings = {}
+    monkeypatch.setattr(runtime, "DistributedDataParallel", lambda network, **given: settings.update(given))
+    runtime.for_training(Toy(), {"compile": False}, torch.device("cpu"))
+    assert settings == {"device_ids": None, "gradient_as_bucket_view": True, "broadcast_buffers": False}
+
+
+@pytest.mark.parametrize("device, precision", [("cuda", "high"), ("cpu", "highest")])
+def test_products_are_coarse_for_a_while_on_cuda(device, precision):
+    with pytest.raises(KeyError), runtime.coarse_products(torch.device(device)):
+        assert torch.get_float32_matmul_precision() == precision
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -1,0 +1,161 @@
+"""What must fit does: validation and score denoising at the size of real models, and no copy of the weights too many."""
+import gc
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize
+from helpers import DISTILL, TRAIN, load, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import distill
+import train
+from flow import forward_trajectory
+from model import NTM, Denoiser, NTMConfig
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 4e9  # bytes, beside the weights
+
+
+def of_config(name):
+    """The NTMConfig of a file in config/, of GPT-2's vocabulary."""
+    settings = {"shift": 0.5, **runpy.run_path(str(ROOT / "config" / f"{name}.py"))}
+    return NTMConfig(vocab_size=50259, **{key: settings[key] for key in NTMConfig.__dataclass_fields__
+                                          if key in settings})
+
+
+class Kept:
+    """Counts the bytes that back-propagation keeps, weights aside: `peak`, the most at a time. A context."""
+
+    def __init__(self, model):
+        self.weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self.users, self.now, self.peak = {}, 0, 0
+
+    def __enter__(self):
+        counter = self
+
+        class Saved:
+            def __init__(self, tensor):
+                self.tensor, self.storage = tensor, tensor.untyped_storage()
+                self.key = self.storage._cdata
+                counter.users[self.key] = counter.users.get(self.key, 0) + 1
+                if counter.users[self.key] == 1 and self.key not in counter.weights:
+                    counter.now += self.storage.nbytes()
+                    counter.peak = max(counter.peak, counter.now)
+
+            def __del__(self):
+                counter.users[self.key] -= 1
+                if counter.users[self.key] == 0 and self.key not in counter.weights:
+                    counter.now -= self.storage.nbytes()
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor)
+        return self.hooks.__enter__() or self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
+def test_score_denoising_fits_beside_the_weights():
+    """Tensors of the real size, without their numbers: samples of a sheet, and as many of the denoiser's targets. All
+    of them at once would take more than the limit."""
+    with FakeTensorMode():
+        model = NTM(of_config("t2i")).requires_grad_(False)
+        ts = model.config.time_grid(0.02)
+        count = model.config.examples_at_once(4) + 1
+        images, text = torch.zeros(count, 4, 32, 32), torch.ones(count, 77, dtype=torch.long)
+        model.invert = lambda u, ts: u  # token by token, without a gradient: it would take minutes here
+        with Kept(model) as sheet:
+            assert train.sample_images(model, text, ts, None).shape == (count, 4, 32, 32)
+        with Kept(model) as lesson:
+            distill.lesson(model, images, text, ts, torch.zeros(count, 5, 256, 16))
+        assert 0.5 * LIMIT < sheet.peak == lesson.peak < LIMIT
+
+
+def test_what_an_example_takes_is_estimated_well():
+    with FakeTensorMode():
+        for config, T in ((of_config("t2i_small"), 8), (NTMConfig(transporter_blocks=0, width=256), 4),
+                          (NTMConfig(image_size=16, depth=1), 16)):
+            count, model = config.examples_at_once(T), NTM(config).requires_grad_(False)
+            x, text = torch.zeros(1, T + 1, config.num_tokens, config.token_dim), torch.ones(1, config.text_len).long()
+            with Kept(model) as kept:
+                model.score_denoise(x, config.time_grid(0.02, T), text)
+            assert 0.7 * LIMIT < count * kept.peak < 1.1 * LIMIT
+
+
+def test_validation_passes_as_many_examples_at_once_as_fit(monkeypatch):
+    """At the size of t2i a layer of 100 trajectories would take 17 GB."""
+    config, seen = of_config("t2i"), []
+    assert 10 < config.examples_at_once(4, gradients=False) < 30
+    model = randomize(NTM(NTMConfig()))
+    bound = model.trajectory_bound
+    monkeypatch.setattr(model, "trajectory_bound", lambda x, *args: seen.append(len(x)) or bound(x, *args))
+    batch = torch.rand(7, 1, 8, 8), torch.ones(7, 8).long(), ["a"] * 7
+    settings, ts = {"bfloat16": False, "chunk": 3}, model.config.time_grid(0.02)
+    batches = [(*batch, torch.Generator().manual_seed(0))]
+    parts = train.validate(model, batches, ts, settings)
+    assert seen == [3, 3, 1]
+    monkeypatch.setattr(NTMConfig, "examples_at_once", lambda self, steps, gradients=True: 5)
+    whole = train.validate(model, [(*batch, torch.Generator().manual_seed(0))], ts, settings | {"chunk": 0})
+    assert seen[3:] == [5, 2] and parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_parts_make_the_same_scores():
+    model = randomize(NTM(NTMConfig(text_len=2))).double()
+    ts = model.config.time_grid(0.02).double().repeat(5, 1) + torch.linspace(0, 0.01, 5)[:, None] * torch.eye(5)[0]
+    x, text = forward_trajectory(torch.rand(5, 16, 4).double(), ts), torch.arange(10).reshape(5, 2)
+    u0, denoised = model.distillation_pair(x, ts, text, chunk=2)
+    torch.testing.assert_close(denoised, model.score_denoise(x, ts, text, chunk=5))
+    torch.testing.assert_close(u0, model.transporter(x[:, 0], ts[:, 0], torch.full((5,), 4))[0])
+
+
+def test_a_lesson_transports_every_level_once(monkeypatch):
+    model, levels = randomize(NTM(NTMConfig())), []
+    forward = model.transporter.forward
+    monkeypatch.setattr(model.transporter, "forward", lambda x, *args: levels.append(len(x)) or forward(x, *args))
+    distill.lesson(model, torch.rand(3, 1, 8, 8), torch.ones(3, 8).long(), model.config.time_grid(0.02),
+                   torch.randn(3, 5, 16, 4))
+    assert levels == [3 * 5]
+
+
+class Stop(Exception):
+    pass
+
+
+def copies_at_first_pass(monkeypatch, network, script, *settings):
+    """How many times the weights of the network are in memory when training is about to begin."""
+    def count(self, *args):
+        gc.collect()
+        tensors = [tensor for tensor in gc.get_objects() if issubclass(type(tensor), torch.Tensor)]
+        tensors = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor.numel()}
+        raise Stop(sum(tensors.values()) / sum(4 * parameter.numel() for parameter in self.parameters()))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "forward", count)
+        with pytest.raises(Stop) as stop:
+            run(script, *settings)
+    return stop.value.args[0]
+
+
+def test_no_copy_of_the_weights_too_many(trained, tmp_path, monkeypatch):
+    """At the first pass there are model and average, and of a resumed run AdamW's two; gradients are the fifth. Of what
+    a run starts from, or the denoiser learns from, there is no more than it computes with."""
+    big = ["--width=64", "--depth=4", "--heads=4"]  # beside which data and activations are small
+    settings = [*TRAIN, *big, f"--out_dir={tmp_path / 'run'}", "--batch_size=1", "--grad_accum=1"]
+    before = copies_at_first_pass(monkeypatch, NTM, "train.py", *settings)
+    assert before < 2.6
+    run("train.py", *settings, "--max_iters=1", "--val_examples=1", "--num_samples=1")
+    resumed = copies_at_first_pass(monkeypatch, NTM, "train.py", *settings, "--init_from=resume")
+    assert resumed - before == pytest.approx(2, abs=0.3)
+    settings = [argument for argument in TRAIN if "width" not in argument and "depth" not in argument
+                and "heads" not in argument and "transporter" not in argument]
+    other = [*settings, f"--out_dir={tmp_path / 'other'}", "--batch_size=1", f"--init_from={tmp_path / 'run' / 'ckpt.pt'}"]
+    assert copies_at_first_pass(monkeypatch, NTM, "train.py", *other) - before == pytest.approx(0, abs=0.3)
+    teacher, weights = load(tmp_path / "run", "ntm"), {}
+    for network in teacher, Denoiser(replace(teacher.config, width=64, depth=2, heads=4)):
+        weights[type(network)] = sum(parameter.numel() for parameter in network.parameters())
+    del teacher, network
+    copies = copies_at_first_pass(monkeypatch, Denoiser, "distill.py", *DISTILL, f"--out_dir={tmp_path / 'run'}",
+                                  "--width=64", "--depth=2", "--heads=4", "--batch_size=1")
+    assert copies == pytest.approx(2 + weights[NTM] / weights[Denoiser], abs=0.3)
