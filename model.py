@@ -41,7 +41,7 @@ class NTMConfig:
     transporter_heads: int = 2
     parametrization: str = "direct"  # or "posterior": the head emits a velocity, to start from flow matching
     predictor: str = "captions"  # the network below; or "sit": a published one, of classes
-    steps: int | tuple = 4  # T; with several, every batch of training has one
+    steps: int | tuple = 4  # T; with several, each example of training has one of them
     shift: float | None = None  # e^m of the time grid; None: from the number of tokens
     max_t_min: float = 0.05  # training has t_0 uniform below this
     pairs: bool = False  # train on one random step of a trajectory per example instead of all T

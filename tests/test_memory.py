@@ -73,6 +73,20 @@ def test_score_denoising_fits_beside_the_weights():
         assert 0.5 * LIMIT < sheet.peak == lesson.peak < LIMIT
 
 
+@pytest.mark.parametrize("name, of_weights, of_an_image", [("t2i", 2.35, 0.906), ("t2i_small", 0.33, 0.287)])
+def test_what_training_keeps_is_what_its_config_says(name, of_weights, of_an_image):
+    """In bfloat16, GB: copies of the weights, and what each image adds."""
+    with FakeTensorMode():
+        model, peaks = NTM(replace(of_config(name), pairs=True)), []
+        for batch in 1, 2:
+            randomness = torch.full((batch,), 4), torch.full((batch, 2), 0.3), torch.zeros(batch, 2, 256, 16)
+            with Kept(model) as kept, torch.autocast("cpu", dtype=torch.bfloat16):
+                model(torch.zeros(batch, 4, 32, 32), torch.ones(batch, 77, dtype=torch.long), randomness)
+            peaks.append(kept.peak / 1e9)
+    assert peaks[1] - peaks[0] == pytest.approx(of_an_image, rel=0.01)
+    assert 2 * peaks[0] - peaks[1] == pytest.approx(of_weights, rel=0.02)
+
+
 def test_what_an_example_takes_is_estimated_well():
     with FakeTensorMode():
         for config, T in ((of_config("t2i_small"), 8), (NTMConfig(transporter_blocks=0, width=256), 4),
@@ -123,13 +137,20 @@ class Stop(Exception):
     pass
 
 
+def tensors():
+    """Bytes of every tensor in memory, by its address."""
+    gc.collect()
+    found = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter) and item.numel()]
+    return {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
+
+
 def copies_at_first_pass(monkeypatch, network, script, *settings):
     """How many times the weights of the network are in memory when training is about to begin."""
+    before = tensors()
+
     def count(self, *args):
-        gc.collect()
-        tensors = [tensor for tensor in gc.get_objects() if issubclass(type(tensor), torch.Tensor)]
-        tensors = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor.numel()}
-        raise Stop(sum(tensors.values()) / sum(4 * parameter.numel() for parameter in self.parameters()))
+        held = sum(size for address, size in tensors().items() if address not in before)
+        raise Stop(held / sum(4 * parameter.numel() for parameter in self.parameters()))
 
     with monkeypatch.context() as patch:
         patch.setattr(network, "forward", count)

@@ -146,6 +146,14 @@ def test_a_resumed_run_reads_its_settings_from_the_checkpoint(trained, copied, s
     assert "width is 16, the settings say 24" in line and "depth" not in line
 
 
+def test_a_denoiser_does_not_go_on_with_another_teacher(copied):
+    before = (copied / "denoiser.pt").read_bytes()
+    run("train.py", f"--out_dir={copied}", "--init_from=resume", "--max_iters=101")
+    line = fails("distill.py", f"--out_dir={copied}", "--init_from=auto", "--max_iters=50")
+    assert "denoiser.pt learns from iteration 100, but the model is at 101: remove it" in line
+    assert (copied / "denoiser.pt").read_bytes() == before
+
+
 def test_a_checkpoint_carries_its_vocabulary(tmp_path, monkeypatch):
     """Trained with a vocabulary at a relative path, it resumes, distils and samples elsewhere, the file being gone."""
     for folder in ("here", "there"):
