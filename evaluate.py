@@ -15,6 +15,8 @@ several step counts or guidances, quality.png. Flow matching has samples only, a
 """
 
 import contextlib
+import copy
+import functools
 import itertools
 import json
 import math
@@ -32,8 +34,9 @@ from flow import forward_trajectory
 from model import gaussian_nll, null_caption
 from plumbing.detector import TASKS, follows, task_prompts
 from plumbing.images import contact_sheet, dequantize, plot, save_image
+from plumbing.layouts import make_folder
 from plumbing.loader import collate, validation_batches
-from plumbing.runtime import gathered, leave_ranks, one_line_errors, rank_and_world, start_ranks
+from plumbing.runtime import gathered, leave_ranks, note, one_line_errors, rank_and_world, start_ranks
 from sample import TrainedModel, bits_per_dim
 
 out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
@@ -50,16 +53,28 @@ seed = 0
 batch_size = 100
 device = ""  # cuda, mps or cpu; empty: the best there is
 
+FEW = 10  # images for a Frechet distance; it is smaller the more there are, so compare equal numbers
+
+
+def finite(nats):
+    """The tensor itself. Raises ValueError where a number of it is not finite."""
+    if not nats.isfinite().all():
+        raise ValueError("the likelihood of some images is not finite: the model is spoilt")
+    return nats
+
 
 def mean_and_error(values):
-    """The mean of a tensor (n,) and its standard error."""
-    return {"mean": values.mean().item(), "standard_error": (values.std() / math.sqrt(len(values))).item()}
+    """The mean of a tensor (n,) and, of more than one value, its standard error."""
+    error = {"standard_error": (values.std() / math.sqrt(len(values))).item()} if len(values) > 1 else {}
+    return {"mean": values.mean().item()} | error
 
 
 def proportion(hits):
-    """The proportion of true ones in a list of booleans and its standard error."""
-    mean = sum(hits) / len(hits)
-    return {"mean": mean, "standard_error": math.sqrt(mean * (1 - mean) / len(hits))}
+    """The proportion of true ones in a list of booleans, or fractions, and its standard error. Of none or all of n that
+    would be 0: there it is Agresti and Coull's, the error with half a hit and half a miss more."""
+    n, mean = len(hits), sum(hits) / len(hits)
+    p, n = (mean, n) if 0 < mean < 1 else ((n * mean + 0.5) / (n + 1), n + 1)
+    return {"mean": mean, "standard_error": math.sqrt(p * (1 - p) / n)}
 
 
 def auroc(inside, outside):
@@ -68,13 +83,13 @@ def auroc(inside, outside):
 
 
 def frechet_distance(a, b):
-    """Between Gaussians fitted to the pixels of two sets of images, (n, C, H, W) and (m, C, H, W):
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). Blur shows in it as missing variance."""
-    (mean_a, S_a), (mean_b, S_b) = ((x.mean(0), x.T.cov()) for x in (a.flatten(1).double(), b.flatten(1).double()))
-    values, vectors = torch.linalg.eigh(S_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()  # S_a S_b has the same eigenvalues
-    return ((mean_a - mean_b).square().sum() + S_a.trace() + S_b.trace() - 2 * cross).item()
+    """Between Gaussians fitted to the pixels of two sets of images, (n, C, H, W) and (m, C, H, W), n and m at least 2:
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). Blur shows in it as missing variance, and so do few images."""
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    # S_a = A^T A and S_b = B^T B, and so the root of S_a S_b has the singular values of A B^T as its eigenvalues
+    A, B = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R for x in (a, b))
+    cross = torch.linalg.svdvals(A @ B.T).sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * cross).item()
 
 
 def nearest_labels(images, examples, labels):
@@ -82,9 +97,17 @@ def nearest_labels(images, examples, labels):
     return labels[torch.cdist(images.flatten(1), examples.flatten(1)).argmin(dim=1)]
 
 
+def shrunk(images):
+    """Images (n, C, H, W), the mean of their pixels where they are larger than 32x32."""
+    return F.interpolate(images, [min(size, 32) for size in images.shape[2:]], mode="area")
+
+
+@functools.lru_cache(2)
 def first_images(dataset, count):
-    """The first images of a data set, (count, C, H, W), or all if there are fewer."""
-    return collate(dataset.__getitems__(list(range(min(count, len(dataset))))))[0]
+    """The first images of a data set, or all if there are fewer, shrunk: (count, C, H, W)."""
+    numbers = range(min(count, len(dataset)))
+    return torch.cat([shrunk(collate(dataset.__getitems__(list(numbers[start:start + 100])))[0])
+                      for start in numbers[::100]])
 
 
 def held_out(model, dataset):
@@ -106,7 +129,7 @@ def nats_of(model, batches, ts, captioned=True):
         times = ts.expand(len(x0), -1)
         nll, bound = model.network.trajectory_bound(forward_trajectory(x0, times, generator), times, text)
         nats.append(torch.cat([nll, bound[:, None]], dim=1).cpu())
-    nats = torch.cat(sum(gathered(nats), []))
+    nats = finite(torch.cat(sum(gathered(nats), [])))
     by_step = {f"step {k}": nats[:, k] for k in range(len(ts) - 1)}
     return {**by_step, "trajectory": nats[:, :-1].sum(dim=1), "bound": nats[:, -1]}
 
@@ -134,10 +157,21 @@ def caption_log_likelihoods(network, x, ts, candidates):
     return -torch.stack(nll, dim=1) - gaussian_nll(x[:, -1:])
 
 
+def credits(log_p, text, truth):
+    """A list of B: 1 where the true one, truth (B,), of candidates text (B, K, L) alone has the greatest log_p (B, K),
+    1/k if k have, else 0. Candidates of equal ids, captions that are cut alike, have equal log_p but for rounding."""
+    alike = (text[:, :, None] == text[:, None]).all(dim=-1)
+    greatest = (alike & (log_p == log_p.amax(dim=1, keepdim=True))[:, None]).any(dim=-1)
+    return (greatest.gather(1, truth[:, None])[:, 0] / greatest.sum(dim=1)).tolist()
+
+
 def evaluate_classifier(model, dataset):
     """How often the true caption is the likeliest of ten: one for each class, or those of ten held-out images."""
     classes, (rank, world) = dataset_class_captions(model.settings["dataset"]), rank_and_world()
-    pool = sorted({dataset[i][1] for i in range(min(max(1000, val_examples), len(dataset)))})
+    pool = classes or sorted({dataset[i][1] for i in range(min(max(1000, val_examples), len(dataset)))})
+    if len(pool) < 10:
+        note(f"there are only {len(pool)} held-out captions: the classifier chooses among these")
+    model.remark(pool)
     hits = []
     for batch, (x0, _, captions, generator) in enumerate(held_out(model, dataset)):
         first = (rank + batch * world) * batch_size
@@ -145,13 +179,13 @@ def evaluate_classifier(model, dataset):
             candidates = [classes] * len(x0)
             truth = torch.tensor([dataset.label(first + i) for i in range(len(x0))])
         else:
-            rng, truth = np.random.default_rng([seed, first]), torch.zeros(len(x0))
+            rng, truth = np.random.default_rng([seed, first]), torch.zeros(len(x0), dtype=torch.long)
             candidates = [[caption, *rng.permutation([other for other in pool if other != caption])[:9].tolist()]
                           for caption in captions]
         text, ts = torch.stack([model.encode(ten) for ten in candidates]), model.ts.expand(len(x0), -1)
         log_p = sum(caption_log_likelihoods(model.network, forward_trajectory(x0, ts, generator), ts, text)
                     for _ in range(trajectories))
-        hits += (log_p.argmax(dim=1).cpu() == truth).tolist()
+        hits += credits(finite(log_p), text, truth.to(text.device))
     return {"accuracy": proportion(sum(gathered(hits), []))}
 
 
@@ -176,7 +210,7 @@ def evaluate_outliers(model, dataset):
 
 def evaluate_samples(model, dataset, guidance):
     """Images/s; of shapes, the proportions that show exactly what they should and that pass each GenEval task, and the
-    tasks' mean; of labelled images, how near the samples are to the data and whether they are of their class."""
+    tasks' mean; of others how near the samples are to the data and, if labelled, whether they are of their class."""
     classes, tasks = dataset_class_captions(model.settings["dataset"]), ()
     if model.settings["dataset"] == "shapes":
         tasks, captions = zip(*task_prompts(-(-num_samples // len(TASKS))))
@@ -201,11 +235,16 @@ def evaluate_samples(model, dataset, guidance):
         results |= {name: proportion(found) for name, found in hits.items()}
         means, errors = zip(*(results[task].values() for task in TASKS))
         results["overall"] = {"mean": sum(means) / len(TASKS), "standard_error": math.hypot(*errors) / len(TASKS)}
-    elif classes:
+        return results
+    truth = first_images(dataset, 5000)
+    if min(len(images), len(truth)) < FEW:
+        note(f"{len(images)} samples and {len(truth)} held-out images: a Frechet distance needs {FEW} of each")
+    else:
+        results["frechet_distance"] = frechet_distance(shrunk(images), truth)
+    if classes:
         train_set = open_dataset(model.settings, "train", data_dir)
         examples, labels = first_images(train_set, len(train_set)), torch.tensor(train_set.labels)
         nearest = nearest_labels(images, examples, labels).tolist()
-        results["frechet_distance"] = frechet_distance(images, first_images(dataset, 5000))
         results["nearest_is_of_the_class"] = proportion([label == i % len(classes) for i, label in enumerate(nearest)])
     return results
 
@@ -234,17 +273,36 @@ def main(config):
     where, rank, _ = start_ranks(config["device"])
     at_least_one(config, "val_examples", "num_samples", "trajectories", "batch_size")
     counts, strengths = (value if isinstance(value, tuple) else (value,) for value in (steps, guidance))
-    chosen = parts.split(",")
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise ValueError(f"part {unknown[0]!r} is unknown: choose among {', '.join(PARTS)}")
-    model = TrainedModel(out_dir, where, counts[0], "none", t_min)
-    chosen = ["samples"] if model.kind == "fm" else chosen
-    if model.latents and not (chosen := [part for part in chosen if part == "likelihood"]):
-        raise ValueError(f"{out_dir} holds a model of latents: only an NTM's likelihood can be measured")
-    dataset = open_dataset(model.settings, "val", data_dir)
-    ways = [way for way in denoise.split(",") if way != "learned" or (Path(out_dir) / "denoiser.pt").exists()]
+    if not counts or not strengths:
+        raise ValueError(f"steps is {steps} and guidance {guidance}: give at least one of each")
     if len(counts) > 1 and len(strengths) > 1:
         raise ValueError(f"there are several steps, {steps}, and several guidances, {guidance}: vary one at a time")
+    asked = parts.split(",")
+    if unknown := [part for part in asked if part not in PARTS]:
+        raise ValueError(f"part {unknown[0]!r} is unknown: choose among {', '.join(PARTS)}")
+    model = TrainedModel(out_dir, where, counts[0], "none", t_min)
+    possible = [part for part in PARTS if (model.kind == "ntm" or part == "samples")
+                and (not model.latents or part == "likelihood")]
+    if left_out := [part for part in asked if part not in possible]:
+        limits = (f"{out_dir} holds a model of kind {model.kind!r}{', of latents' if model.latents else ''}: "
+                  f"{' and '.join(left_out)} cannot be measured of it, {' and '.join(possible) or 'nothing'} can")
+        if left_out == asked:
+            raise ValueError(limits)
+        note(limits)
+    chosen = [part for part in asked if part in possible]
+    dataset = open_dataset(model.settings, "val", data_dir)
+    make_folder(Path(out_dir) / "evaluate")
+    runs, m = [], model
+    ways = denoise.split(",") if model.kind == "ntm" else ["none"]
+    for count, way, w in itertools.product(counts, ways, strengths) if "samples" in chosen else ():
+        if way == "learned" and (obstacle := m.obstacle(count)):
+            note(f"{obstacle}: its samples are left out")
+            continue
+        m = copy.copy(m)  # which shares the networks
+        m.choose(count, way, t_min)
+        runs.append((m, w))
+    if "samples" in chosen and not runs:
+        raise ValueError(f"denoise is {denoise!r}, and there are no samples to measure: add 'score' or 'none'")
     results, measured = {"config": config, "iteration": model.iteration}, []
 
     def report(title, found):
@@ -255,22 +313,21 @@ def main(config):
                 value = value if isinstance(value, dict) else {"mean": value}
                 error = f" ± {value['standard_error']:.4f}" if "standard_error" in value else ""
                 per_dimension = f"  ({value['per_dimension']:.4f} per dimension)" if "per_dimension" in value else ""
-                print(f"  {name:28} {value['mean']:12.4f}{error}{per_dimension}")
+                print(f"  {name:28} {value['mean']:12.4f}{error}{per_dimension}", flush=True)
 
     for part in chosen:
         if part != "samples":
             report(part, PARTS[part](model, dataset))
             continue
-        for count, way, w in itertools.product(counts, ways if model.kind == "ntm" else ["none"], strengths):
-            m = TrainedModel(out_dir, where, count, way, t_min)
+        for m, w in runs:
             measured.append((m, w, evaluate_samples(m, dataset, w)))
-            report(f"samples, {len(m.ts) - 1} steps" + (f", {way}" if m.kind == "ntm" else "")
+            report(f"samples, {len(m.ts) - 1} steps" + (f", {m.denoise}" if m.kind == "ntm" else "")
                    + (f", guidance {w:g}" if len(strengths) > 1 else ""), measured[-1][2])
     if rank == 0:
         if figure := plot_quality(measured):
             save_image(figure, Path(out_dir) / "evaluate" / "quality.png")
         path = Path(out_dir) / "evaluate.json"
-        path.write_text(json.dumps(results, indent=1))
+        path.write_text(json.dumps(results, indent=1, allow_nan=False))
         print(f"wrote {path}")
     leave_ranks()
 
