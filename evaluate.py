@@ -40,7 +40,7 @@ from plumbing.runtime import gathered, leave_ranks, note, one_line_errors, rank_
 from sample import TrainedModel, bits_per_dim
 
 out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
-parts = "likelihood,samples,classifier,outliers"
+parts = ""  # some of likelihood,samples,classifier,outliers; empty: all that the model has
 val_examples = 500  # held-out images for the likelihood, and for what it is good for
 num_samples = 1000  # for each step count and way to denoise
 steps: int | tuple = 0  # T, or for samples several; 0: as trained, or 50 for flow matching
@@ -52,15 +52,6 @@ data_dir = ""  # where fashion's files are; empty: as for the model
 seed = 0
 batch_size = 100
 device = ""  # cuda, mps or cpu; empty: the best there is
-
-FEW = 10  # images for a Frechet distance; it is smaller the more there are, so compare equal numbers
-
-
-def finite(nats):
-    """The tensor itself. Raises ValueError where a number of it is not finite."""
-    if not nats.isfinite().all():
-        raise ValueError("the likelihood of some images is not finite: the model is spoilt")
-    return nats
 
 
 def mean_and_error(values):
@@ -84,7 +75,8 @@ def auroc(inside, outside):
 
 def frechet_distance(a, b):
     """Between Gaussians fitted to the pixels of two sets of images, (n, C, H, W) and (m, C, H, W), n and m at least 2:
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). Blur shows in it as missing variance, and so do few images."""
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). Blur shows in it as missing variance, and so do few images:
+    compare equal numbers."""
     a, b = a.flatten(1).double(), b.flatten(1).double()
     # S_a = A^T A and S_b = B^T B, and so the root of S_a S_b has the singular values of A B^T as its eigenvalues
     A, B = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R for x in (a, b))
@@ -129,7 +121,9 @@ def nats_of(model, batches, ts, captioned=True):
         times = ts.expand(len(x0), -1)
         nll, bound = model.network.trajectory_bound(forward_trajectory(x0, times, generator), times, text)
         nats.append(torch.cat([nll, bound[:, None]], dim=1).cpu())
-    nats = finite(torch.cat(sum(gathered(nats), [])))
+    nats = torch.cat(sum(gathered(nats), []))
+    if not nats.isfinite().all():
+        raise ValueError("the likelihood of some images is not finite: the model is spoilt")
     by_step = {f"step {k}": nats[:, k] for k in range(len(ts) - 1)}
     return {**by_step, "trajectory": nats[:, :-1].sum(dim=1), "bound": nats[:, -1]}
 
@@ -185,7 +179,9 @@ def evaluate_classifier(model, dataset):
         text, ts = torch.stack([model.encode(ten) for ten in candidates]), model.ts.expand(len(x0), -1)
         log_p = sum(caption_log_likelihoods(model.network, forward_trajectory(x0, ts, generator), ts, text)
                     for _ in range(trajectories))
-        hits += credits(finite(log_p), text, truth.to(text.device))
+        if not log_p.isfinite().all():
+            raise ValueError("the likelihood of some captions is not finite: the model is spoilt")
+        hits += credits(log_p, text, truth.to(text.device))
     return {"accuracy": proportion(sum(gathered(hits), []))}
 
 
@@ -237,10 +233,10 @@ def evaluate_samples(model, dataset, guidance):
         results["overall"] = {"mean": sum(means) / len(TASKS), "standard_error": math.hypot(*errors) / len(TASKS)}
         return results
     truth = first_images(dataset, 5000)
-    if min(len(images), len(truth)) < FEW:
-        note(f"{len(images)} samples and {len(truth)} held-out images: a Frechet distance needs {FEW} of each")
-    else:
+    if min(len(images), len(truth)) >= 10:
         results["frechet_distance"] = frechet_distance(shrunk(images), truth)
+    else:
+        note(f"a Frechet distance needs 10 samples and held-out images, but there are {len(images)} and {len(truth)}")
     if classes:
         train_set = open_dataset(model.settings, "train", data_dir)
         examples, labels = first_images(train_set, len(train_set)), torch.tensor(train_set.labels)
@@ -277,19 +273,13 @@ def main(config):
         raise ValueError(f"steps is {steps} and guidance {guidance}: give at least one of each")
     if len(counts) > 1 and len(strengths) > 1:
         raise ValueError(f"there are several steps, {steps}, and several guidances, {guidance}: vary one at a time")
-    asked = parts.split(",")
-    if unknown := [part for part in asked if part not in PARTS]:
-        raise ValueError(f"part {unknown[0]!r} is unknown: choose among {', '.join(PARTS)}")
     model = TrainedModel(out_dir, where, counts[0], "none", t_min)
     possible = [part for part in PARTS if (model.kind == "ntm" or part == "samples")
                 and (not model.latents or part == "likelihood")]
-    if left_out := [part for part in asked if part not in possible]:
-        limits = (f"{out_dir} holds a model of kind {model.kind!r}{', of latents' if model.latents else ''}: "
-                  f"{' and '.join(left_out)} cannot be measured of it, {' and '.join(possible) or 'nothing'} can")
-        if left_out == asked:
-            raise ValueError(limits)
-        note(limits)
-    chosen = [part for part in asked if part in possible]
+    chosen = parts.split(",") if parts else possible or ["samples"]
+    if wrong := [part for part in chosen if part not in possible]:
+        what = ("flow matching" if model.kind == "fm" else "an NTM") + (" on latents" if model.latents else "")
+        raise ValueError(f"part {wrong[0]!r} is unknown of {what}: choose among {', '.join(possible) or 'none'}")
     dataset = open_dataset(model.settings, "val", data_dir)
     make_folder(Path(out_dir) / "evaluate")
     runs, m = [], model

@@ -120,8 +120,6 @@ def test_credits_of_ties():
 
 def test_standard_errors_of_one_value_and_of_none_or_all():
     assert evaluate.mean_and_error(torch.tensor([2.0])) == {"mean": 2.0}
-    with pytest.raises(ValueError, match="not finite"):
-        evaluate.finite(torch.tensor([1.0, math.nan]))
     for hits, mean in ([True] * 9, 1), ([False] * 9, 0):
         found = evaluate.proportion(hits)
         assert found == {"mean": mean, "standard_error": pytest.approx(math.sqrt(0.05 * 0.95 / 10))}
@@ -264,7 +262,7 @@ def test_what_is_left_out_is_said(copied, tmp_path):
                                        "--num_samples=9")
     assert "samples, 4 steps, score" in printed and "learned" not in printed
     assert "there is no" in notes[0] and "denoiser.pt" in notes[0] and "left out" in notes[0]
-    assert "9 samples" in notes[1] and "needs 10" in notes[1]
+    assert "needs 10" in notes[1] and "there are 9 and 297" in notes[1]
     assert "no samples to measure" in fails("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--denoise=learned")
 
 
@@ -307,11 +305,16 @@ def test_flow_matching_has_samples_only(tmp_path):
     results, _ = evaluated(f"--out_dir={tmp_path}", "--num_samples=10", "--steps=2,5")
     assert set(results) == {"config", "iteration", "samples, 2 steps", "samples, 5 steps"}
     assert pixels(tmp_path / "evaluate" / "quality.png").shape[1] > 900
-    settings = ["evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", "--num_samples=10", "--steps=2"]
-    _, _, notes = run_with_notes(*settings)
-    assert len(notes) == 1 and "'fm'" in notes[0] and "likelihood and classifier and outliers cannot" in notes[0]
-    line = fails(*settings, "--parts=likelihood,classifier")
-    assert "'fm'" in line and "likelihood and classifier cannot be measured of it, samples can" in line
+    line = fails("evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", "--parts=samples,likelihood")
+    assert "'likelihood' is unknown of flow matching: choose among samples" in line
+
+
+def test_a_likelihood_that_is_not_finite_is_an_error(copied):
+    held = contents(copied / "ckpt.pt")
+    held["ema"]["predictor.head.bias"][0] = math.inf
+    torch.save(held, copied / "ckpt.pt")
+    for part in ("likelihood", "outliers", "classifier"):
+        assert "not finite" in fails("evaluate.py", "--device=cpu", f"--out_dir={copied}", f"--parts={part}")
 
 
 @pytest.mark.parametrize("settings, parts", [(["--parts=likelihood,fid"], ["'fid'", "classifier"]),
