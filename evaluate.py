@@ -15,6 +15,8 @@ several step counts or guidances, quality.png. Flow matching has samples only, a
 """
 
 import contextlib
+import copy
+import functools
 import itertools
 import json
 import math
@@ -32,12 +34,13 @@ from flow import forward_trajectory, gaussian_nll
 from model import null_caption
 from plumbing.detector import TASKS, follows, task_prompts
 from plumbing.images import contact_sheet, dequantize, plot, save_image
+from plumbing.layouts import make_folder
 from plumbing.loader import collate, validation_batches
-from plumbing.runtime import gathered, leave_ranks, one_line_errors, rank_and_world, start_ranks
+from plumbing.runtime import gathered, leave_ranks, note, one_line_errors, rank_and_world, start_ranks
 from sample import TrainedModel, bits_per_dim
 
 out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
-parts = "likelihood,samples,classifier,outliers"
+parts = ""  # some of likelihood,samples,classifier,outliers; empty: all that the model has
 val_examples = 500  # held-out images for the likelihood, and for what it is good for
 num_samples = 1000  # for each step count and way to denoise
 steps: int | tuple = 0  # T, or for samples several; 0: as trained, or 50 for flow matching
@@ -52,14 +55,17 @@ device = ""  # cuda, mps or cpu; empty: the best there is
 
 
 def mean_and_error(values):
-    """The mean of a tensor (n,) and its standard error."""
-    return {"mean": values.mean().item(), "standard_error": (values.std() / math.sqrt(len(values))).item()}
+    """The mean of a tensor (n,) and, of more than one value, its standard error."""
+    error = {"standard_error": (values.std() / math.sqrt(len(values))).item()} if len(values) > 1 else {}
+    return {"mean": values.mean().item()} | error
 
 
 def proportion(hits):
-    """The proportion of true ones in a list of booleans and its standard error."""
-    mean = sum(hits) / len(hits)
-    return {"mean": mean, "standard_error": math.sqrt(mean * (1 - mean) / len(hits))}
+    """The proportion of true ones in a list of booleans, or fractions, and its standard error. Of none or all of n that
+    would be 0: there it is Agresti and Coull's, the error with half a hit and half a miss more."""
+    n, mean = len(hits), sum(hits) / len(hits)
+    p, n = (mean, n) if 0 < mean < 1 else ((n * mean + 0.5) / (n + 1), n + 1)
+    return {"mean": mean, "standard_error": math.sqrt(p * (1 - p) / n)}
 
 
 def auroc(inside, outside):
@@ -68,13 +74,14 @@ def auroc(inside, outside):
 
 
 def frechet_distance(a, b):
-    """Between Gaussians fitted to the pixels of two sets of images, (n, C, H, W) and (m, C, H, W):
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). Blur shows in it as missing variance."""
-    (mean_a, S_a), (mean_b, S_b) = ((x.mean(0), x.T.cov()) for x in (a.flatten(1).double(), b.flatten(1).double()))
-    values, vectors = torch.linalg.eigh(S_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()  # S_a S_b has the same eigenvalues
-    return ((mean_a - mean_b).square().sum() + S_a.trace() + S_b.trace() - 2 * cross).item()
+    """Between Gaussians fitted to the pixels of two sets of images, (n, C, H, W) and (m, C, H, W), n and m at least 2:
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). Blur shows in it as missing variance, and so do few images:
+    compare equal numbers."""
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    # S_a = A^T A and S_b = B^T B, and so the root of S_a S_b has the singular values of A B^T as its eigenvalues
+    A, B = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R for x in (a, b))
+    cross = torch.linalg.svdvals(A @ B.T).sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * cross).item()
 
 
 def nearest_labels(images, examples, labels):
@@ -82,9 +89,17 @@ def nearest_labels(images, examples, labels):
     return labels[torch.cdist(images.flatten(1), examples.flatten(1)).argmin(dim=1)]
 
 
+def shrunk(images):
+    """Images (n, C, H, W), the mean of their pixels where they are larger than 32x32."""
+    return F.interpolate(images, [min(size, 32) for size in images.shape[2:]], mode="area")
+
+
+@functools.lru_cache(2)
 def first_images(dataset, count):
-    """The first images of a data set, (count, C, H, W), or all if there are fewer."""
-    return collate(dataset.__getitems__(list(range(min(count, len(dataset))))))[0]
+    """The first images of a data set, or all if there are fewer, shrunk: (count, C, H, W)."""
+    numbers = range(min(count, len(dataset)))
+    return torch.cat([shrunk(collate(dataset.__getitems__(list(numbers[start:start + 100])))[0])
+                      for start in numbers[::100]])
 
 
 def held_out(model, dataset):
@@ -107,6 +122,8 @@ def nats_of(model, batches, ts, captioned=True):
         nll, bound = model.network.trajectory_bound(forward_trajectory(x0, times, generator), times, text)
         nats.append(torch.cat([nll, bound[:, None]], dim=1).cpu())
     nats = torch.cat(sum(gathered(nats), []))
+    if not nats.isfinite().all():
+        raise ValueError("the likelihood of some images is not finite: the model is spoilt")
     by_step = {f"step {k}": nats[:, k] for k in range(len(ts) - 1)}
     return {**by_step, "trajectory": nats[:, :-1].sum(dim=1), "bound": nats[:, -1]}
 
@@ -134,10 +151,21 @@ def caption_log_likelihoods(network, x, ts, candidates):
     return -torch.stack(nll, dim=1) - gaussian_nll(x[:, -1:])
 
 
+def credits(log_p, text, truth):
+    """A list of B: 1 where the true one, truth (B,), of candidates text (B, K, L) alone has the greatest log_p (B, K),
+    1/k if k have, else 0. Candidates of equal ids, captions that are cut alike, have equal log_p but for rounding."""
+    alike = (text[:, :, None] == text[:, None]).all(dim=-1)
+    greatest = (alike & (log_p == log_p.amax(dim=1, keepdim=True))[:, None]).any(dim=-1)
+    return (greatest.gather(1, truth[:, None])[:, 0] / greatest.sum(dim=1)).tolist()
+
+
 def evaluate_classifier(model, dataset):
     """How often the true caption is the likeliest of ten: one for each class, or those of ten held-out images."""
     classes, (rank, world) = dataset_class_captions(model.settings["dataset"]), rank_and_world()
-    pool = sorted({dataset[i][1] for i in range(min(max(1000, val_examples), len(dataset)))})
+    pool = classes or sorted({dataset[i][1] for i in range(min(max(1000, val_examples), len(dataset)))})
+    if len(pool) < 10:
+        note(f"there are only {len(pool)} held-out captions: the classifier chooses among these")
+    model.remark(pool)
     hits = []
     for batch, (x0, _, captions, generator) in enumerate(held_out(model, dataset)):
         first = (rank + batch * world) * batch_size
@@ -145,13 +173,15 @@ def evaluate_classifier(model, dataset):
             candidates = [classes] * len(x0)
             truth = torch.tensor([dataset.label(first + i) for i in range(len(x0))])
         else:
-            rng, truth = np.random.default_rng([seed, first]), torch.zeros(len(x0))
+            rng, truth = np.random.default_rng([seed, first]), torch.zeros(len(x0), dtype=torch.long)
             candidates = [[caption, *rng.permutation([other for other in pool if other != caption])[:9].tolist()]
                           for caption in captions]
         text, ts = torch.stack([model.encode(ten) for ten in candidates]), model.ts.expand(len(x0), -1)
         log_p = sum(caption_log_likelihoods(model.network, forward_trajectory(x0, ts, generator), ts, text)
                     for _ in range(trajectories))
-        hits += (log_p.argmax(dim=1).cpu() == truth).tolist()
+        if not log_p.isfinite().all():
+            raise ValueError("the likelihood of some captions is not finite: the model is spoilt")
+        hits += credits(log_p, text, truth.to(text.device))
     return {"accuracy": proportion(sum(gathered(hits), []))}
 
 
@@ -176,7 +206,7 @@ def evaluate_outliers(model, dataset):
 
 def evaluate_samples(model, dataset, guidance):
     """Images/s; of shapes, the proportions that show exactly what they should and that pass each GenEval task, and the
-    tasks' mean; of labelled images, how near the samples are to the data and whether they are of their class."""
+    tasks' mean; of others how near the samples are to the data and, if labelled, whether they are of their class."""
     classes, tasks = dataset_class_captions(model.settings["dataset"]), ()
     if model.settings["dataset"] == "shapes":
         tasks, captions = zip(*task_prompts(-(-num_samples // len(TASKS))))
@@ -201,11 +231,16 @@ def evaluate_samples(model, dataset, guidance):
         results |= {name: proportion(found) for name, found in hits.items()}
         means, errors = zip(*(results[task].values() for task in TASKS))
         results["overall"] = {"mean": sum(means) / len(TASKS), "standard_error": math.hypot(*errors) / len(TASKS)}
-    elif classes:
+        return results
+    truth = first_images(dataset, 5000)
+    if min(len(images), len(truth)) >= 10:
+        results["frechet_distance"] = frechet_distance(shrunk(images), truth)
+    else:
+        note(f"a Frechet distance needs 10 samples and held-out images, but there are {len(images)} and {len(truth)}")
+    if classes:
         train_set = open_dataset(model.settings, "train", data_dir)
         examples, labels = first_images(train_set, len(train_set)), torch.tensor(train_set.labels)
         nearest = nearest_labels(images, examples, labels).tolist()
-        results["frechet_distance"] = frechet_distance(images, first_images(dataset, 5000))
         results["nearest_is_of_the_class"] = proportion([label == i % len(classes) for i, label in enumerate(nearest)])
     return results
 
@@ -233,17 +268,30 @@ PARTS = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "classi
 def main(config):
     where, rank, _ = start_ranks(config["device"])
     counts, strengths = (value if isinstance(value, tuple) else (value,) for value in (steps, guidance))
-    chosen = parts.split(",")
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise ValueError(f"part {unknown[0]!r} is unknown: choose among {', '.join(PARTS)}")
-    model = TrainedModel(out_dir, where, counts[0], "none", t_min)
-    chosen = ["samples"] if model.kind == "fm" else chosen
-    if model.latents and not (chosen := [part for part in chosen if part == "likelihood"]):
-        raise ValueError(f"{out_dir} holds a model of latents: only an NTM's likelihood can be measured")
-    dataset = open_dataset(model.settings, "val", data_dir)
-    ways = [way for way in denoise.split(",") if way != "learned" or (Path(out_dir) / "denoiser.pt").exists()]
+    if not counts or not strengths:
+        raise ValueError(f"steps is {steps} and guidance {guidance}: give at least one of each")
     if len(counts) > 1 and len(strengths) > 1:
         raise ValueError(f"there are several steps, {steps}, and several guidances, {guidance}: vary one at a time")
+    model = TrainedModel(out_dir, where, counts[0], "none", t_min)
+    possible = [part for part in PARTS if (model.kind == "ntm" or part == "samples")
+                and (not model.latents or part == "likelihood")]
+    chosen = parts.split(",") if parts else possible or ["samples"]
+    if wrong := [part for part in chosen if part not in possible]:
+        what = ("flow matching" if model.kind == "fm" else "an NTM") + (" on latents" if model.latents else "")
+        raise ValueError(f"part {wrong[0]!r} is unknown of {what}: choose among {', '.join(possible) or 'none'}")
+    dataset = open_dataset(model.settings, "val", data_dir)
+    make_folder(Path(out_dir) / "evaluate")
+    runs, m = [], model
+    ways = denoise.split(",") if model.kind == "ntm" else ["none"]
+    for count, way, w in itertools.product(counts, ways, strengths) if "samples" in chosen else ():
+        if way == "learned" and (obstacle := m.obstacle(count)):
+            note(f"{obstacle}: its samples are left out")
+            continue
+        m = copy.copy(m)  # which shares the networks
+        m.choose(count, way, t_min)
+        runs.append((m, w))
+    if "samples" in chosen and not runs:
+        raise ValueError(f"denoise is {denoise!r}, and there are no samples to measure: add 'score' or 'none'")
     results, measured = {"config": config, "iteration": model.iteration}, []
 
     def report(title, found):
@@ -254,22 +302,21 @@ def main(config):
                 value = value if isinstance(value, dict) else {"mean": value}
                 error = f" ± {value['standard_error']:.4f}" if "standard_error" in value else ""
                 per_dimension = f"  ({value['per_dimension']:.4f} per dimension)" if "per_dimension" in value else ""
-                print(f"  {name:28} {value['mean']:12.4f}{error}{per_dimension}")
+                print(f"  {name:28} {value['mean']:12.4f}{error}{per_dimension}", flush=True)
 
     for part in chosen:
         if part != "samples":
             report(part, PARTS[part](model, dataset))
             continue
-        for count, way, w in itertools.product(counts, ways if model.kind == "ntm" else ["none"], strengths):
-            m = TrainedModel(out_dir, where, count, way, t_min)
+        for m, w in runs:
             measured.append((m, w, evaluate_samples(m, dataset, w)))
-            report(f"samples, {len(m.ts) - 1} steps" + (f", {way}" if m.kind == "ntm" else "")
+            report(f"samples, {len(m.ts) - 1} steps" + (f", {m.denoise}" if m.kind == "ntm" else "")
                    + (f", guidance {w:g}" if len(strengths) > 1 else ""), measured[-1][2])
     if rank == 0:
         if figure := plot_quality(measured):
             save_image(figure, Path(out_dir) / "evaluate" / "quality.png")
         path = Path(out_dir) / "evaluate.json"
-        path.write_text(json.dumps(results, indent=1))
+        path.write_text(json.dumps(results, indent=1, allow_nan=False))
         print(f"wrote {path}")
     leave_ranks()
 

@@ -10,22 +10,20 @@ with --show_trajectory=True, a strip of levels from noise to image for each, 000
 trajectory was carried back to x-space, for the strips or for --denoise=score|none, its -log p stands beside the prompt.
 A model of latents leaves them as 0000.npy, ... and makes images with --decoder; without, the PNGs are a first look.
 
-For judges of many images there are two other layouts, which an interrupted run continues: "flat", a folder of nothing
-but PNGs (for FID); and "geneval", 00000/metadata.jsonl, 00000/samples/0000.png, ..., 00000/grid.png for each prompt.
+For judges of many images there are two other layouts (plumbing/layouts.py), which an interrupted run continues.
 
 A flow-matching checkpoint is sampled by Euler's method, without a denoiser or a likelihood. From Python: load().
 """
 
 import hashlib
-import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from configurator import configure
 from data import dataset_class_captions, get_tokenizer, open_dataset
@@ -33,8 +31,10 @@ from flow import forward_trajectory
 from fm import EULER_STEPS, FlowMatching
 from model import NTM, Denoiser
 from plumbing import checkpoint
-from plumbing.images import contact_sheet, save_image, to_pil, to_pixels
-from plumbing.runtime import claim, find_device, one_line_errors
+from plumbing.images import contact_sheet, save_image, to_pil
+from plumbing.layouts import LAYOUTS, make_folder, path_of, read_prompts, write_geneval_sheets
+from plumbing.runtime import claim, find_device, note, one_line_errors
+from plumbing.tokenizer import WORD
 
 out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: the model in assets/, images go to out/
 prompt = ""  # one caption; empty, and without `prompts`: captions of the data the model was trained on
@@ -71,46 +71,74 @@ class TrainedModel:
     """
 
     def __init__(self, out_dir, device, steps=0, denoise="learned", t_min=0.02):
-        if denoise not in ("learned", "score", "none"):
-            raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
-        if steps < 0:
-            raise ValueError(f"steps is {steps}, but must be at least 1, or 0 for the default")
-        path = Path(out_dir) / "ckpt.pt"
-        self.network, trained = checkpoint.load_network(path, {"ntm": NTM, "fm": FlowMatching}, device)
+        self.path = Path(out_dir) / "ckpt.pt"
+        self.network, trained = checkpoint.load_network(self.path, {"ntm": NTM, "fm": FlowMatching}, device)
         self.kind, self.settings, self.iteration = trained["kind"], trained["settings"], trained["iter"]
         self.tokenizer = get_tokenizer(self.settings["tokenizer"], trained.get("vocabulary"))
-        self.device, self.latents, self.seconds = device, self.settings.get("latents"), {}
-        self.denoise = denoise if self.kind == "ntm" else "none"
-        if self.denoise == "learned":
-            self.denoiser, t_min = self.load_denoiser(path.with_name("denoiser.pt"))
-        if self.kind == "ntm":
-            self.ts = self.network.config.time_grid(t_min, steps).to(device)
-        else:
-            self.ts = torch.linspace(0, 1, (steps or EULER_STEPS) + 1).to(device)
+        self.words = set(trained.get("words", ()))  # of its training captions; older checkpoints do not have them
+        self.device, self.latents, self.denoiser = device, self.settings.get("latents"), None
+        self.choose(steps, denoise, t_min)
 
-    def load_denoiser(self, path):
-        """The denoiser, and the noise level that it was trained for."""
+    def choose(self, steps=0, denoise="learned", t_min=0.02):
+        """Sets noise levels and way to denoise, as in load(), and the clock to zero."""
+        if denoise not in ("learned", "score", "none"):
+            raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"steps is {steps}, but must be an int of at least 1, or 0 for the default")
+        config, self.seconds = self.network.config, {}
+        if self.kind == "fm":
+            self.denoise, self.ts = "none", torch.linspace(0, 1, (steps or EULER_STEPS) + 1).to(self.device)
+            return
+        if steps and steps not in config.steps:
+            note(f"the model was trained for {' or '.join(map(str, config.steps))} steps: in {steps}, samples and "
+                 "likelihoods are worse")
+        if denoise == "learned" and (obstacle := self.obstacle(steps)):
+            note(f"{obstacle}: denoising by the model's own score instead, which is slower")
+            denoise = "score"
+        self.denoise = denoise
+        t_min = self.distilled["t_min"] if denoise == "learned" else t_min
+        self.ts = config.time_grid(t_min, steps).to(self.device)
+
+    def obstacle(self, steps=0):
+        """Why trajectories of so many steps have no learned denoiser, or "" if they have: it is then loaded. Raises
+        ValueError for the denoiser of another model."""
+        path, steps = self.path.with_name("denoiser.pt"), steps or self.network.config.steps[0]
         if not path.exists():
-            raise ValueError(f"there is no {path}: make it with distill.py, or choose --denoise=score")
-        denoiser, distilled = checkpoint.load_network(path, {"denoiser": Denoiser}, self.device)
-        for name in ("image_size", "channels", "patch_size", "vocab_size", "text_len"):
-            theirs, ours = getattr(denoiser.config, name), getattr(self.network.config, name)
-            if theirs != ours:
-                raise ValueError(f"{path} is of another model: its {name} is {theirs}, the model's {ours}; "
-                                 "distil it anew, or choose --denoise=score")
-        if distilled.get("teacher", self.iteration) != self.iteration:
-            raise ValueError(f"{path} was distilled from iteration {distilled['teacher']}, the model is at "
-                             f"{self.iteration}: remove it and distil anew, or choose --denoise=score")
-        return denoiser, distilled["settings"]["t_min"]
+            return f"there is no {path}, which distill.py makes"
+        if self.denoiser is None:
+            denoiser, distilled = checkpoint.load_network(path, {"denoiser": Denoiser}, self.device)
+            for name in ("image_size", "channels", "patch_size", "vocab_size", "text_len"):
+                theirs, ours = getattr(denoiser.config, name), getattr(self.network.config, name)
+                if theirs != ours:
+                    raise ValueError(f"{path} is of another model: its {name} is {theirs}, the model's {ours}; "
+                                     "distil it anew, or choose --denoise=score")
+            if distilled.get("teacher", self.iteration) != self.iteration:
+                raise ValueError(f"{path} was distilled from iteration {distilled['teacher']}, the model is at "
+                                 f"{self.iteration}: remove it and distil anew, or choose --denoise=score")
+            self.denoiser, self.distilled = denoiser, distilled["settings"]
+        learned = self.distilled["steps"] or self.denoiser.config.steps[0]
+        return f"{path} was distilled for {learned} steps, not {steps}" if steps != learned else ""
+
+    def remark(self, captions):
+        """Notes what of the captions is lost on the model: words it was never shown, and what it has no room for.
+        Raises ValueError for what is no list of captions."""
+        self.encode(captions)
+        if self.words and (unknown := sorted(words(captions) - self.words)):
+            note(f"the model was trained without the words {', '.join(unknown)[:200]}")
+        room = self.network.config.text_len
+        if cut := [caption for caption in dict.fromkeys(captions) if len(self.tokenizer.tokens(caption)) > room]:
+            kept = self.tokenizer.decode(self.tokenizer.tokens(cut[0])[:room])
+            note(f"captions are cut to {room} tokens, {len(cut)} of these: of {cut[0]!r} it reads {kept!r}")
 
     def encode(self, captions):
         """Token ids (B, L) on the model's device."""
-        if isinstance(captions, str) or not captions:
-            raise ValueError(f"captions is {captions!r}: give a list of at least one")
+        if isinstance(captions, str) or not captions or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"captions is {captions!r}: give a list of at least one string")
         return self.tokenizer.encode(captions, self.network.config.text_len).to(self.device)
 
     def sample(self, captions, guidance=1.0, seed=0):
         """An image for each of B captions: (B, C, H, W), in [-1, 1] but for what a pixel or two overshoots."""
+        self.remark(captions)
         return self.sample_trajectories(captions, range(len(captions)), guidance, seed)[0]
 
     @torch.no_grad()
@@ -120,6 +148,8 @@ class TrainedModel:
         levels: carry the trajectory back to x-space even if the denoiser does not need it. Returns images (B, C, H, W);
         the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), each None if there is none.
         """
+        if not 0 <= guidance < math.inf:
+            raise ValueError(f"guidance is {guidance}, but must be at least 0")
         # each image has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
         network, ts, text = self.network, self.ts, self.encode(captions)
@@ -156,15 +186,16 @@ class TrainedModel:
             raise ValueError("the likelihood of a flow-matching model is not implemented: load an NTM")
         if trajectories < 2:
             raise ValueError(f"trajectories is {trajectories}, but the standard error needs at least 2")
-        network, text = self.network, self.encode(captions)
+        self.remark(captions)
+        network, text, images = self.network, self.encode(captions), torch.as_tensor(images)
         expected = network.config.channels, *network.config.image_size
         if images.shape[1:] != expected:
             raise ValueError(f"images are {tuple(images.shape[1:])}, but the model's are {expected}")
-        if not self.latents and images.abs().max() > 1.5:
-            raise ValueError(f"images reach {images.abs().max():g}, but are to be in [-1, 1]")
         if len(images) != len(captions):
             raise ValueError(f"there are {len(images)} images, but {len(captions)} captions: one caption for each")
-        x0 = network.patchify(images.to(self.device))
+        if not images.abs().max() <= (math.inf if self.latents else 1.5):  # nor if some are NaN
+            raise ValueError(f"images reach {images.abs().max():g}, but are to be in [-1, 1]")
+        x0 = network.patchify(images.to(self.device, torch.float32))
         ts = network.config.time_grid(t_min, len(self.ts) - 1).to(self.device).expand(len(x0), -1)
         generator, nats = torch.Generator().manual_seed(seed), []
         for _ in range(trajectories):
@@ -181,10 +212,11 @@ class TrainedModel:
 
     def clock(self, stage, function, *args, **kwargs):
         """The function's result; its seconds, an accelerator waited for, are added to the stage's."""
+        wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(self.device.type, lambda: None)
+        wait()
         start = time.perf_counter()
         result = function(*args, **kwargs)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
         return result
 
@@ -192,6 +224,11 @@ class TrainedModel:
 def bits_per_dim(nats, dims):
     """Eq. (15) of docs/method.md: nats of dequantised 8-bit data in [-1, 1], bins 2^-7 wide, to bits per number."""
     return nats / dims / math.log(2) + 7
+
+
+def words(captions):
+    """The words of captions, in lower case, a set."""
+    return {word.strip().lower() for caption in captions for word in re.findall(WORD, caption)} - {"", ","}
 
 
 def load(out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02):
@@ -203,38 +240,18 @@ def load(out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02):
     return TrainedModel(out_dir, find_device(device), steps, denoise, t_min)
 
 
-def read_prompts(settings):
-    """The captions to sample, one for each image, and what a .jsonl file says about each prompt, a dict a line."""
-    if prompts:
-        try:
-            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"prompts file {prompts!r} cannot be read: {error}") from error
-        if not lines:
-            raise ValueError(f"{prompts} holds no prompts: write one a line")
-        entries = [{"prompt": line} for line in lines]
-        if prompts.endswith(".jsonl"):
-            entries = [read_entry(i, line) for i, line in enumerate(lines, 1)]
-    elif prompt:
-        entries = [{"prompt": prompt}]
-    else:
-        captions = dataset_class_captions(settings["dataset"])
-        if captions is None:
-            dataset = open_dataset(settings, "val")
-            captions = [dataset[i % len(dataset)][1] for i in range(num_samples)]
-        return [captions[i % len(captions)] for i in range(num_samples)], []
-    return [entry["prompt"] for entry in entries for _ in range(num_samples)], entries
-
-
-def read_entry(number, line):
-    """A line of a .jsonl file of prompts."""
-    try:
-        entry = json.loads(line)
-        if isinstance(entry["prompt"], str):
-            return entry
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f'{prompts}, line {number}: {line[:60]!r} is no JSON object with a "prompt"')
+def captions_to_sample(settings):
+    """A caption for each image, and what a file of prompts says about each, a dict a prompt."""
+    if prompt and prompts:
+        raise ValueError(f"there are both prompt, {prompt!r}, and prompts, {prompts!r}: leave one out")
+    entries = read_prompts(prompts) if prompts else [{"prompt": prompt}] if prompt else []
+    if entries:
+        return [entry["prompt"] for entry in entries for _ in range(num_samples)], entries
+    captions = dataset_class_captions(settings["dataset"])
+    if captions is None:
+        dataset = open_dataset(settings, "val")
+        captions = [dataset[i][1] for i in range(min(num_samples, len(dataset)))]
+    return [captions[i % len(captions)] for i in range(num_samples)], []
 
 
 def strip(levels, image, model):
@@ -244,66 +261,51 @@ def strip(levels, image, model):
     return contact_sheet(torch.cat([levels.flip(0)[shown], image[None]]), names, columns=len(names))
 
 
-def path_of(folder, i):
-    """Where image i goes."""
-    if layout == "geneval":
-        return folder / f"{i // num_samples:05d}" / "samples" / f"{i % num_samples:04d}.png"
-    return folder / f"{i:04d}.png"
-
-
-def write_geneval_sheets(folder, entries):
-    """What GenEval's scorer expects beside the samples of each prompt."""
-    for number, entry in enumerate(entries):
-        home = folder / f"{number:05d}"
-        (home / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
-        samples = [np.asarray(Image.open(home / "samples" / f"{k:04d}.png")) for k in range(num_samples)]
-        save_image(contact_sheet(to_pixels(np.stack(samples)).permute(0, 3, 1, 2), scale=1), home / "grid.png")
-
-
+@one_line_errors()
 @torch.no_grad()
 def main(config):
-    with one_line_errors():
-        if guidance < 0:
-            raise ValueError(f"guidance is {guidance}, but must be at least 0")
-        if layout not in ("sheet", "flat", "geneval"):
-            raise ValueError(f"layout {layout!r} is unknown: choose 'sheet', 'flat' or 'geneval'")
-        model = load(out_dir or SHIPPED, device, steps, denoise, t_min)
-        captions, entries = read_prompts(model.settings)
-        if layout == "geneval" and not entries:
-            raise ValueError("layout 'geneval' makes a folder for each prompt: name a file of them in --prompts")
-        if layout != "sheet" and show_trajectory:
-            raise ValueError(f"layout {layout!r} has no place for strips: leave show_trajectory out")
-        if decoder and not model.latents:
-            raise ValueError(f"decoder is {decoder!r}, but this model makes images, not latents: leave it out")
-        decode = None
-        if decoder:
-            from plumbing.latents import load_exported  # and with it what encodes data sets
-            decode = load_exported(decoder, model.device)
-        model.encode(captions)  # a caption that cannot be encoded is told before anything is sampled
-        to = Path(folder or Path(out_dir or "out") / "images")
-        if layout != "sheet":
-            ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
-            ours |= {"iteration": model.iteration, "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
-            claim(to / ".settings.json", ours,
-                  f"{to} holds images of other settings: choose another --folder, or remove it")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown: choose 'sheet', 'flat' or 'geneval'")
+    model = load(out_dir or SHIPPED, device, steps, denoise, t_min)
+    if "t_min" in config.given and model.denoise == "learned":
+        note(f"t_min is {model.ts[0]:g}, the noise level that the denoiser was distilled for, whatever is given")
+    captions, entries = captions_to_sample(model.settings)
+    if layout == "geneval" and not entries:
+        raise ValueError("layout 'geneval' makes a folder for each prompt: name a file of them in --prompts")
+    if layout != "sheet" and show_trajectory:
+        raise ValueError(f"layout {layout!r} has no place for strips: leave show_trajectory out")
+    if decoder and not model.latents:
+        raise ValueError(f"decoder is {decoder!r}, but this model makes images, not latents: leave it out")
+    decode = None
+    if decoder:
+        from plumbing.latents import load_exported  # and with it what encodes data sets
+        decode = load_exported(decoder, model.device)
+    # what is wrong with captions or folder is told before anything is sampled
+    model.remark(captions)
+    to = Path(folder or Path(out_dir or "out") / "images")
+    make_folder(to)
+    if layout != "sheet":
+        ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
+        ours |= {"iteration": model.iteration, "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
+        ours["denoise"] = model.denoise  # "score" until there is a denoiser
+        claim(to / ".settings.json", ours,
+              f"{to} holds images of other settings: choose another --folder, or remove it")
 
     def decoded(images):
         """What to look at: the images that the decoder makes of normalised latents; without one, the samples."""
-        with one_line_errors():
-            return decode(model.plain_latents(images)).clamp(-1, 1) if decode else images
+        return decode(model.plain_latents(images)).clamp(-1, 1) if decode else images
 
     shown, nlls = [], []
-    wanted = [i for i in range(len(captions)) if layout == "sheet" or not path_of(to, i).exists()]
+    wanted = [i for i in range(len(captions)) if layout == "sheet" or not path_of(to, layout, i, num_samples).exists()]
     for start in range(0, len(wanted), batch_size):
         numbers = wanted[start:start + batch_size]
-        with one_line_errors():
-            samples, x, nll = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
-                                                        levels=show_trajectory)
+        samples, x, nll = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
+                                                    levels=show_trajectory)
         images = decoded(samples)
         nlls += [] if nll is None else nll.tolist()
         shown += [images] if layout == "sheet" else []
         for j, i in enumerate(numbers):
-            path = path_of(to, i)
+            path = path_of(to, layout, i, num_samples)
             if model.latents:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 np.save(path.with_suffix(".npy"), model.plain_latents(samples[j]).half().cpu().numpy())
@@ -315,7 +317,7 @@ def main(config):
         labels = [f"{caption}\n-log p = {nll:.1f}" for caption, nll in zip(captions, nlls)] or captions
         save_image(contact_sheet(torch.cat(shown), labels), to / "sheet.png")
     elif layout == "geneval":
-        write_geneval_sheets(to, entries)
+        write_geneval_sheets(to, entries, num_samples)
 
     for stage, seconds in model.seconds.items():
         print(f"{stage}: {len(wanted) / seconds:.1f} images/s")
@@ -323,7 +325,8 @@ def main(config):
         print(f"all together: {len(wanted) / sum(model.seconds.values()):.1f} images/s on {model.device.type}")
     if nlls:
         mean, numbers = sum(nlls) / len(nlls), x[0].numel()
-        print(f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers")
+        print(f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers"
+              + (", under the model without guidance" if guidance else ""))
     print(f"wrote {to / 'sheet.png'}" if layout == "sheet" else
           f"wrote {len(wanted)} of {len(captions)} images into {to}")
 

@@ -149,7 +149,8 @@ def resume(contents, path, model, ema, optimizers, config, *fixed):
 def slim(path, out):
     """Writes what sampling needs of the checkpoint `path`, its averaged weights in float16, to `out`."""
     contents = load(path, "ntm", "fm", "denoiser")
-    kept = {key: contents[key] for key in ("kind", "model_config", "iter", "vocabulary") if key in contents}
+    names = "kind", "model_config", "iter", "vocabulary", "words", "teacher"
+    kept = {name: contents[name] for name in names if name in contents}
     settings = contents["settings"] | {"out_dir": "", "init_from": "", "data_dir": ""}  # paths are of no use elsewhere
     ema = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in contents["ema"].items()}
     save(out, **kept, settings=settings, ema=ema)

@@ -69,10 +69,12 @@ def components(mask):
 
 def detect(image):
     """The objects in an image (3, S, S), array or tensor, a list of Object. Values outside [-1, 1] are clipped.
-    Raises ValueError for another shape: a grey image has no colours."""
+    Raises ValueError for another shape, a grey image has no colours, and for integers, which are not in [-1, 1]."""
+    integers = "int" in str(getattr(image, "dtype", ""))
     image = image.detach().cpu().double().numpy() if torch.is_tensor(image) else np.asarray(image, dtype=float)
-    if image.ndim != 3 or image.shape[0] != 3 or image.shape[1] != image.shape[2]:
-        raise ValueError(f"the detector needs square images (3, S, S) in colour, but this one is {image.shape}")
+    if image.ndim != 3 or image.shape[0] != 3 or image.shape[1] != image.shape[2] or integers:
+        raise ValueError("the detector needs square images (3, S, S) in colour, floats in [-1, 1], but this one is "
+                         f"{image.shape}{', of integers' if integers else ''}")
     size = image.shape[1]
     away = np.moveaxis((image.clip(-1, 1) + 1) * 128 - 0.5, 0, -1) - GROUND  # (S, S, 3)
 

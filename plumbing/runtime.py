@@ -1,9 +1,11 @@
 """What a script needs of the machine: its device, the other ranks under torchrun, signals, errors in one line."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
+import sys
 import uuid
 from datetime import timedelta
 
@@ -21,6 +23,13 @@ def one_line_errors():
         yield
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
+
+
+@functools.cache
+def note(text):
+    """Tells the user, in one line, what is not an error but may surprise; once in a program, from the first rank."""
+    if rank_and_world()[0] == 0:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def claim(path, settings, message):

@@ -11,6 +11,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from helpers import DISTILL, TRAIN, run  # noqa: E402, once the root is on the path
+from plumbing.runtime import note  # noqa: E402
 
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for one another
 
@@ -18,6 +19,12 @@ torch.set_num_threads(1)  # the models here are tiny: more threads only wait for
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def forget_notes():
+    """Notes are given once in a process; each test is one."""
+    note.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from PIL import Image
 from fm import FlowMatching
 from model import NTM, Denoiser
 from plumbing import checkpoint
+from plumbing.runtime import note
 from plumbing.shards import write_shard
 
 NETWORKS = {"ntm": NTM, "fm": FlowMatching, "denoiser": Denoiser}
@@ -33,12 +35,19 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def run(script, *settings):
     """Runs `python script settings`, but in this process. Returns the script's globals and what it printed."""
-    printed = io.StringIO()
+    return run_with_notes(script, *settings)[:2]
+
+
+def run_with_notes(script, *settings):
+    """The same, and the notes that it gave, a list of lines."""
+    printed, errors = io.StringIO(), io.StringIO()
+    note.cache_clear()  # as in a fresh process
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *settings])
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
             names = runpy.run_path(str(ROOT / script), run_name="__main__")
-    return names, printed.getvalue()
+    notes = [line.removeprefix("note: ") for line in re.split("[\r\n]", errors.getvalue()) if line.startswith("note: ")]
+    return names, printed.getvalue(), notes
 
 
 def interrupted_run(network, iteration, *command):

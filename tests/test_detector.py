@@ -204,3 +204,10 @@ def test_tasks_refuse_captions_of_other_kinds():
     for task in ("counting", "colour"):
         with pytest.raises(ValueError, match=f"task '{task}' is not for 'a red circle'.*counting .several."):
             follows(image, "a red circle", task)
+
+
+def test_images_of_integers_are_refused():
+    """Clipped to [-1, 1], all of 0 to 255 but 0 would be white."""
+    for image in np.zeros((3, 16, 16), dtype=np.uint8), torch.zeros(3, 16, 16, dtype=torch.uint8):
+        with pytest.raises(ValueError, match="of integers"):
+            detect(image)

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DISTILL, TRAIN, fails, on_ranks, pixels, run
+from helpers import DISTILL, TRAIN, contents, fails, on_ranks, pixels, png, run, run_with_notes
 from torch.distributions import MultivariateNormal
 
 import evaluate
 from flow import forward_trajectory, reverse_posterior, time_grid
 from model import NTM, NTMConfig
+from plumbing.shards import write_shard
 
 MEAN, STD = 0.4, 0.5  # of Gaussian data, every number on its own
 TINY = dict(image_size=(4, 6), channels=1, patch_size=2, vocab_size=20, text_len=3, width=16, depth=1, heads=2,
@@ -94,6 +95,37 @@ def test_nearest_labels():
     assert found.tolist() == [8, 9, 7]
 
 
+def test_frechet_distance_of_few_images_of_many_pixels_is_that_of_their_covariances():
+    a, b = torch.randn(6, 1, 4, 4).double(), torch.randn(9, 1, 4, 4).double() + 1
+    (mean_a, S_a), (mean_b, S_b) = ((x.mean(0), x.T.cov()) for x in (a.flatten(1), b.flatten(1)))
+    root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()
+    expected = (mean_a - mean_b).square().sum() + S_a.trace() + S_b.trace() - 2 * root
+    assert evaluate.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_large_images_are_shrunk_before_their_distance_is_measured():
+    images = torch.randn(3, 1, 16, 64)
+    torch.testing.assert_close(evaluate.shrunk(images), images.unflatten(3, (32, 2)).mean(dim=4))
+    assert torch.equal(evaluate.shrunk(images[..., :28]), images[..., :28])
+
+
+def test_credits_of_ties():
+    """The true caption first: alone at the top, one of two there, cut to the ids of the best, and beaten."""
+    text = torch.arange(4)[None, :, None].repeat(5, 1, 2)
+    text[2, 1] = text[2, 0]
+    text[4, 2] = text[4, 3]
+    log_p = torch.tensor([[5.0, 1, 2, 3], [5, 5, 2, 3], [4.9999, 5, 2, 3], [4, 5, 5, 5], [5, 1, 5, 4.9999]])
+    assert evaluate.credits(log_p, text, torch.zeros(5, dtype=torch.long)) == pytest.approx([1, 1 / 2, 1 / 2, 0, 1 / 3])
+
+
+def test_standard_errors_of_one_value_and_of_none_or_all():
+    assert evaluate.mean_and_error(torch.tensor([2.0])) == {"mean": 2.0}
+    for hits, mean in ([True] * 9, 1), ([False] * 9, 0):
+        found = evaluate.proportion(hits)
+        assert found == {"mean": mean, "standard_error": pytest.approx(math.sqrt(0.05 * 0.95 / 10))}
+    assert evaluate.proportion([True])["standard_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 2))
+
+
 def test_standard_errors():
     assert evaluate.proportion([True] * 3 + [False]) == {"mean": 0.75, "standard_error": math.sqrt(0.75 * 0.25 / 4)}
     values = torch.tensor([1.0, 2.0, 3.0])
@@ -119,7 +151,8 @@ def test_digits_in_all_parts(copied):
         assert likelihood[name]["per_dimension"] == pytest.approx(likelihood[name]["mean"] / 64)
     assert 0 < likelihood["bits per dimension"]["mean"] < 12
     assert {name for name in results if name.startswith("samples")} == {
-        f"samples, {count} steps, {way}" for count in (4, 3) for way in ("none", "score", "learned")}
+        f"samples, {count} steps, {way}" for count in (4, 3) for way in ("none", "score", "learned")
+        if (count, way) != (3, "learned")}  # for which nothing was distilled
     learned = results["samples, 4 steps, learned"]
     assert learned["frechet_distance"] > 0 and learned["images_per_s"] > 0
     assert 0 <= learned["nearest_is_of_the_class"]["mean"] <= 1
@@ -198,6 +231,63 @@ def test_classifier_counts_the_true_class(trained, monkeypatch):
     assert found["accuracy"]["mean"] == sum(dataset.label(i) == 3 for i in range(60)) / 60 > 0
 
 
+def test_a_model_that_ignores_captions_scores_one_in_ten(tmp_path):
+    """One whose words all have the same embedding; the true caption stands first of ten."""
+    run("train.py", *TRAIN, "--dataset=shapes", "--image_size=16", "--channels=3", "--text_len=8", "--max_iters=1",
+        f"--out_dir={tmp_path}")
+    held = contents(tmp_path / "ckpt.pt")
+    held["ema"]["predictor.trunk.embed.weight"].zero_()
+    torch.save(held, tmp_path / "ckpt.pt")
+    results, _ = evaluated(f"--out_dir={tmp_path}", "--parts=classifier", "--val_examples=20", "--trajectories=1")
+    assert results["classifier"]["accuracy"]["mean"] == pytest.approx(0.1)
+
+
+def test_one_example_and_one_sample(copied, recwarn):
+    results, printed = evaluated(f"--out_dir={copied}", "--val_examples=1", "--num_samples=1", "--denoise=learned")
+    text = (copied / "evaluate.json").read_text()
+    assert "NaN" not in text and "null" not in text and "± nan" not in printed
+    assert [str(warning.message) for warning in recwarn if "degrees of freedom" in str(warning.message)] == []
+    assert results["likelihood"]["bound"].keys() == {"mean", "per_dimension"}
+    assert "frechet_distance" not in results["samples, 4 steps, learned"]
+    assert results["classifier"]["accuracy"]["standard_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 2))
+
+
+def test_what_is_left_out_is_said(copied, tmp_path):
+    _, _, notes = run_with_notes("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--parts=samples", "--steps=4,3",
+                                 "--num_samples=10")
+    assert len(notes) == 2 and all(part in notes[0] for part in ("trained for 4 steps", "in 3"))
+    assert all(part in notes[1] for part in ("denoiser.pt", "for 4 steps, not 3", "left out"))
+    (copied / "denoiser.pt").unlink()
+    _, printed, notes = run_with_notes("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--parts=samples",
+                                       "--num_samples=9")
+    assert "samples, 4 steps, score" in printed and "learned" not in printed
+    assert "there is no" in notes[0] and "denoiser.pt" in notes[0] and "left out" in notes[0]
+    assert "needs 10" in notes[1] and "there are 9 and 297" in notes[1]
+    assert "no samples to measure" in fails("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--denoise=learned")
+
+
+def test_networks_are_loaded_once(copied, monkeypatch):
+    loaded, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **kwargs: loaded.append(path.name) or load(path, **kwargs))
+    evaluated(f"--out_dir={copied}", "--parts=samples", "--guidance=0,1,2", "--num_samples=10", "--denoise=learned,none")
+    assert sorted(loaded) == ["ckpt.pt", "denoiser.pt"]
+
+
+def test_shards_have_a_distance_and_captions_that_are_cut_are_told(tmp_path):
+    for split in ("train", "val"):
+        write_shard(tmp_path / split / "0.tar", [
+            (f"{i:02d}", {"png": png((10 * i, 100, 50), (40, 40)), "txt": f"a very, very fine apple {i % 3}".encode()})
+            for i in range(12)])
+    run("train.py", *TRAIN, "--dataset=shards", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}", "--image_size=40",
+        "--patch_size=8", "--channels=3", "--max_iters=1")
+    _, _, notes = run_with_notes("evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", "--parts=samples,classifier",
+                                 "--num_samples=12", "--denoise=none", "--trajectories=1")
+    results = json.loads((tmp_path / "evaluate.json").read_text())
+    assert results["samples, 4 steps, none"]["frechet_distance"] > 0
+    assert results["classifier"]["accuracy"]["mean"] == pytest.approx(1 / 3)  # cut to 4 tokens, they are all the same
+    assert len(notes) == 2 and "only 3 held-out captions" in notes[0] and "cut to 4 tokens" in notes[1]
+
+
 def test_shapes_follow_prompts_or_not(tmp_path):
     settings = [*TRAIN, "--dataset=shapes", "--image_size=16", "--channels=3", "--text_len=8", "--max_iters=2"]
     run("train.py", *settings, f"--out_dir={tmp_path}")
@@ -215,11 +305,25 @@ def test_flow_matching_has_samples_only(tmp_path):
     results, _ = evaluated(f"--out_dir={tmp_path}", "--num_samples=10", "--steps=2,5")
     assert set(results) == {"config", "iteration", "samples, 2 steps", "samples, 5 steps"}
     assert pixels(tmp_path / "evaluate" / "quality.png").shape[1] > 900
+    line = fails("evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", "--parts=samples,likelihood")
+    assert "'likelihood' is unknown of flow matching: choose among samples" in line
+
+
+def test_a_likelihood_that_is_not_finite_is_an_error(copied):
+    held = contents(copied / "ckpt.pt")
+    held["ema"]["predictor.head.bias"][0] = math.inf
+    torch.save(held, copied / "ckpt.pt")
+    for part in ("likelihood", "outliers", "classifier"):
+        assert "not finite" in fails("evaluate.py", "--device=cpu", f"--out_dir={copied}", f"--parts={part}")
 
 
 @pytest.mark.parametrize("settings, parts", [(["--parts=likelihood,fid"], ["'fid'", "classifier"]),
                                              (["--denoise=blur"], ["'blur'", "'score'"]),
                                              (["--trajectories=0"], ["trajectories is 0"]),
+                                             (["--steps=()"], ["steps is ()"]),
+                                             (["--guidance=()"], ["guidance ()"]),
+                                             (["--guidance=1e38", "--parts=samples", "--num_samples=4"],
+                                              ["not finite", "1e+38"]),
                                              (["--out_dir=nowhere"], ["nowhere/ckpt.pt", "train.py"])])
 def test_wrong_settings_are_named(trained, settings, parts):
     line = fails("evaluate.py", f"--out_dir={trained}", *settings)

@@ -1,0 +1,186 @@
+"""sample.py where something is not as the user may think: what it says then, and what it refuses."""
+import json
+import os
+import shutil
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SAMPLE, TRAIN, contents, fails, pixels, run, run_with_notes
+
+from plumbing import checkpoint, shapes
+from plumbing.layouts import read_prompts
+from sample import TrainedModel, load, words
+
+SHIPPED = ROOT / "assets" / "shapes"
+
+
+def noted(out, *settings):
+    """What sample.py prints, and its notes."""
+    return run_with_notes("sample.py", *SAMPLE, f"--out_dir={out}", *settings)[1:]
+
+
+def with_contents(path, **changed):
+    torch.save(contents(path) | changed, path)
+
+
+def test_nothing_is_noted_where_all_is_as_asked(copied):
+    assert noted(copied)[1] == [] and noted(copied, "--prompt=the digit one", "--steps=4")[1] == []
+
+
+@pytest.mark.parametrize("settings", [[], ["--denoise=learned"]])
+def test_without_a_denoiser_the_score_denoises(copied, settings):
+    os.remove(copied / "denoiser.pt")
+    printed, notes = noted(copied, *settings)
+    assert "score denoising" in printed and "learned" not in printed
+    note, = notes
+    assert all(part in note for part in (str(copied / "denoiser.pt"), "distill.py", "own score"))
+    before = pixels(copied / "images" / "0000.png")
+    assert noted(copied, "--denoise=score")[1] == [] and np.array_equal(before, pixels(copied / "images" / "0000.png"))
+
+
+def test_without_a_denoiser_the_score_denoises_from_python_too(copied, capsys):
+    os.remove(copied / "denoiser.pt")
+    model = load(copied, device="cpu")
+    assert model.denoise == "score" and model.sample(["the digit one"]).shape == (1, 1, 8, 8)
+    note, = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: ") and "denoiser.pt" in note
+    load(copied, device="cpu")
+    assert capsys.readouterr().err == ""  # said once
+
+
+@pytest.mark.parametrize("distilled_for", [0, 3])
+def test_a_denoiser_serves_the_steps_that_it_was_distilled_for(copied, distilled_for):
+    """0: those of the model, 4. The model was trained for 3 and for 4."""
+    for name in ("ckpt.pt", "denoiser.pt"):
+        held = contents(copied / name)
+        with_contents(copied / name, model_config=held["model_config"] | {"steps": (4, 3)},
+                      settings=held["settings"] | {"steps": distilled_for})
+    for steps in (4, 3):
+        printed, notes = noted(copied, f"--steps={steps}")
+        if steps == (distilled_for or 4):
+            assert "learned denoising" in printed and notes == []
+        else:
+            assert "score denoising" in printed and len(notes) == 1
+            assert f"distilled for {distilled_for or 4} steps, not {steps}" in notes[0]
+
+
+def test_steps_that_the_model_was_not_trained_for_are_told(copied):
+    _, notes = noted(copied, "--steps=2", "--denoise=none", "--batch_size=2")
+    note, = notes
+    assert "trained for 4 steps" in note and "in 2" in note
+    run("train.py", *TRAIN, "--objective=fm", f"--out_dir={copied / 'fm'}", "--max_iters=1")
+    assert noted(copied / "fm", "--steps=2")[1] == []  # flow matching takes any
+
+
+def test_a_t_min_that_the_denoiser_overrides_is_told(copied):
+    note, = noted(copied, "--t_min=0.1")[1]
+    assert "t_min is 0.03" in note
+    assert noted(copied, "--t_min=0.1", "--denoise=none")[1] == []
+
+
+def test_likelihoods_beside_guided_samples_are_the_unguided_models(copied):
+    assert "under the model without guidance" in noted(copied, "--denoise=score")[0]
+    assert "without guidance" not in noted(copied, "--denoise=score", "--guidance=0")[0]
+
+
+def test_words_that_the_model_has_never_seen_are_named(copied):
+    prompt = "--prompt=The digit giraffe, a moon"
+    assert not any("giraffe" in note and "words" in note for note in noted(copied, prompt)[1])  # an older checkpoint
+    with_contents(copied / "ckpt.pt", words=sorted(words(["the digit one"])))
+    _, notes = noted(copied, prompt)
+    assert sum("words a, giraffe, moon" in note for note in notes) == 1
+    assert pixels(copied / "images" / "0004.png").shape == (8, 8, 3)
+
+
+def test_the_shipped_model_knows_its_words(tmp_path, capsys):
+    held = contents(SHIPPED / "ckpt.pt")
+    assert held["words"] == sorted(words(shapes.captions(shapes.scenes(0, range(10_000)))))
+    model = load(device="cpu")
+    model.sample(["a giraffe on the moon"])
+    first, second = capsys.readouterr().err.splitlines()
+    assert "words giraffe, moon, on, the" in first and "'a giraffe" in second
+    model.sample(["a red circle left of a blue square"])
+    assert capsys.readouterr().err == ""
+
+
+def test_checkpoints_for_sampling_keep_words_and_teacher(copied, tmp_path):
+    with_contents(copied / "ckpt.pt", words=["digit", "one"])
+    for name in ("ckpt.pt", "denoiser.pt"):
+        checkpoint.slim(copied / name, tmp_path / "slim" / name)
+    assert contents(tmp_path / "slim" / "ckpt.pt")["words"] == ["digit", "one"]
+    assert contents(tmp_path / "slim" / "denoiser.pt")["teacher"] == 100
+
+
+def test_captions_that_are_cut_are_named_with_what_is_kept(copied):
+    note, = noted(copied, "--prompt=the digit one above the digit two")[1]
+    assert "cut to 4 tokens" in note and "'the digit one above the digit two'" in note and "'the digit one above'" in note
+    images = torch.zeros(1, 1, 8, 8)
+    assert load(copied, device="cpu").log_likelihood(images, ["the digit one above"]).nats.isfinite()
+
+
+@pytest.mark.parametrize("folder", ["prompts.txt", "prompts.txt/images", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_sampling(copied, monkeypatch, folder):
+    (copied / "prompts.txt").write_text("the digit one")
+    monkeypatch.setattr("model.NTM.sample", lambda *_, **__: pytest.fail("sampled"))
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}", f"--folder={copied / folder}")
+    assert str(copied / folder) in line and "cannot be written to" in line
+
+
+def test_prompts_are_lines_and_a_mark_is_no_prompt(tmp_path):
+    """A byte-order mark, Windows' line ends, and characters at which str.splitlines() would end a line."""
+    odd = "a\u2028b\x0bc\x85d"
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf" + f"one\r\n\r\n{odd}\r\n".encode())
+    assert [entry["prompt"] for entry in read_prompts(str(tmp_path / "p.txt"))] == ["one", "", odd]
+    entries = [{"prompt": "one\r"}, {"prompt": odd, "tag": "\u2029"}]
+    text = "\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_prompts(str(tmp_path / "p.jsonl")) == entries
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ValueError, match="bom.txt holds no prompts"):
+        read_prompts(str(tmp_path / "bom.txt"))
+
+
+def test_prompt_and_prompts_exclude_each_other(copied):
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--prompt=the digit one", "--prompts=some.txt")
+    assert "'the digit one'" in line and "'some.txt'" in line and "leave one out" in line
+
+
+def test_a_folder_of_images_is_not_continued_by_another_way_to_denoise(copied, tmp_path):
+    """Without a denoiser the first run takes the score; distilled since, the second would take the denoiser."""
+    denoiser = shutil.move(copied / "denoiser.pt", tmp_path)
+    settings = ["--layout=flat", f"--folder={tmp_path / 'flat'}"]
+    noted(copied, *settings)
+    shutil.copy(denoiser, copied)
+    assert "images of other settings" in fails("sample.py", *SAMPLE, f"--out_dir={copied}", *settings)
+
+
+@pytest.mark.parametrize("arguments, part", [
+    (dict(captions=[3]), "list of at least one string"), (dict(guidance=-1.0), "guidance is -1"),
+    (dict(guidance=float("nan")), "guidance is nan")])
+def test_mistakes_in_sampling_from_python(trained, arguments, part):
+    with pytest.raises(ValueError, match=part):
+        load(trained, device="cpu").sample(**{"captions": ["a 3"]} | arguments)
+
+
+def test_likelihoods_from_python(trained):
+    model = load(trained, device="cpu")
+    with pytest.raises(ValueError, match="steps is 2.5, but must be an int"):
+        load(trained, device="cpu", steps=2.5)
+    with pytest.raises(ValueError, match="images reach nan"):
+        model.log_likelihood(torch.full((1, 1, 8, 8), float("nan")), ["a 3"])
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 1, 8, 8))  # float64, and no tensor
+    found = model.log_likelihood(images, ["a 3"] * 2).nats
+    assert torch.equal(found, model.log_likelihood(torch.tensor(images).float(), ["a 3"] * 2).nats)
+
+
+def test_the_clock_waits_for_the_device_before_and_after(trained, monkeypatch):
+    """What was queued before is not this stage's."""
+    model, events = TrainedModel(trained, torch.device("cpu")), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(time, "perf_counter", lambda: events.append("look") or float(len(events)))
+    model.device = SimpleNamespace(type="cuda")
+    model.clock("stage", events.append, "work")
+    assert events == ["wait", "look", "work", "wait", "look"] and model.seconds == {"stage": 3.0}
