@@ -144,8 +144,8 @@ def bench_training(model, device):
 
 @torch.no_grad()
 def bench_inversion(model, device):
-    """Images/s of inverting trajectories by cache and by Jacobi, the sweeps a block takes, and the largest error against
-    Jacobi's sweeps without a tolerance, which are exact."""
+    """Images/s of inverting trajectories by cache and by Jacobi, the sweeps a block takes, and the largest error
+    against Jacobi's sweeps without a tolerance, which are exact."""
     ways, results = {"cache": ("cache",)} | {f"Jacobi, tolerance {tol:g}": ("jacobi", tol) for tol in tolerances}, {}
     ts = model.config.time_grid(0.02).to(device).expand(batch_size, -1)
     x = forward_trajectory(model.patchify(inputs(model.config, device)[0]), ts)

@@ -38,7 +38,8 @@ RANGES = {
     "at least 1": "batch_size grad_accum max_iters log_interval val_interval val_examples num_samples trajectories "
                   "repeats panel image_size channels text_len patch_size width depth heads transporter_width "
                   "transporter_layers transporter_heads steps",
-    "at least 0": "workers transporter_blocks warmup_iters lr min_lr weight_decay aux_weight guidance chunk",
+    "at least 0 and at most 256": "workers",
+    "at least 0": "transporter_blocks warmup_iters lr min_lr weight_decay aux_weight guidance chunk",
     "above 0": "grad_clip latent_scale seconds",
     "above 0 and at most 1000": "shift",  # beyond, the levels of a grid are no longer different numbers
     "at least 0 and below 1": "t_min max_t_min ema",
@@ -186,7 +187,7 @@ def configure(settings):
             except (ValueError, OverflowError):
                 raise SystemExit(f"{origin}config key {key!r} is {value!r}, but {phrase(kinds[key])} is expected")
             if config[key] != settings[key] and not in_range(key, config[key]):
-                raise SystemExit(f"{origin}config key {key!r} is {config[key]!r}, but must be {RANGE_OF[key]}")
+                raise SystemExit(f"{origin}config key {key} is {config[key]!r}, but must be {RANGE_OF[key]}")
         config.given |= overrides.keys()
     settings.update(config)
     return config

@@ -100,8 +100,8 @@ def main(config):
         if resumed:
             checkpoint.keep_settings(config, resumed)
             if (theirs := resumed.get("teacher", trained["iter"])) != trained["iter"]:
-                raise ValueError(f"{path} learns from iteration {theirs}, but the model is at {trained['iter']}: remove "
-                                 "it, to distil anew")
+                raise ValueError(f"{path} learns from iteration {theirs}, but the model is at {trained['iter']}: "
+                                 "remove it, to distil anew")
         for name, value in trained["settings"].items():  # the data and the captions are the model's
             config.setdefault(name, value)
         config["data_dir"] = config["data_dir"] or trained["settings"]["data_dir"]

@@ -145,8 +145,7 @@ def caption_log_likelihoods(network, x, ts, candidates):
     """log p(x_{t_0:T} | caption) in nats, Eq. (12), (B, K), of trajectories x (B, T+1, N, D) at ts (B, T+1) under K
     captions each, (B, K, L). The transporter sees no caption, so it runs once."""
     T = torch.full((len(x),), x.shape[1] - 1, device=x.device)
-    outputs = network.transporter(x.flatten(0, 1), ts.flatten(), T.repeat_interleave(x.shape[1]))
-    u, logdet = (output.unflatten(0, ts.shape) for output in outputs)
+    u, logdet = network.transport(x, ts, T)
     nll = [network.transitions_in_u(u, logdet, ts, text, T)[0].sum(dim=1) for text in candidates.unbind(dim=1)]
     return -torch.stack(nll, dim=1) - gaussian_nll(x[:, -1:])
 
@@ -268,8 +267,6 @@ PARTS = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "classi
 def main(config):
     where, rank, _ = start_ranks(config["device"])
     counts, strengths = (value if isinstance(value, tuple) else (value,) for value in (steps, guidance))
-    if not counts or not strengths:
-        raise ValueError(f"steps is {steps} and guidance {guidance}: give at least one of each")
     if len(counts) > 1 and len(strengths) > 1:
         raise ValueError(f"there are several steps, {steps}, and several guidances, {guidance}: vary one at a time")
     model = TrainedModel(out_dir, where, counts[0], "none", t_min)

@@ -206,11 +206,10 @@ class NTM(ImageModel):
         return nll if target is None else (nll, (mean - target).square().mean())
 
     def randomness(self, batch, device=None, generator=None):
-        """What is random about a batch: steps (B,), times ts (B, K) and noise (B, K, N, D). K = T+1, the whole
-        trajectory, with one T for the batch; or 2, one of its T steps at random, which has the same expected loss, and
-        a T for each example."""
+        """What is random about a batch: steps (B,), times ts (B, K) and noise (B, K, N, D). K = T+1: whole trajectories
+        of one T; or 2: a step of one at random, which has the same expected loss, each example with its own T."""
         config, several, kwargs = self.config, self.config.steps, dict(generator=generator, device=device)
-        choice = torch.randint(len(several), (batch if config.pairs else 1,), **kwargs)
+        choice = torch.randint(len(several), (batch if config.pairs and len(several) > 1 else 1,), **kwargs)
         T = torch.tensor(several, device=device)[choice].expand(batch)
         t_min = config.max_t_min * (1 - torch.rand(batch, **kwargs))  # never 0, where a posterior has no density
         grids = [time_grid(steps, t_min, config.num_tokens, config.shift) for steps in several]

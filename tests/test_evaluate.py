@@ -320,8 +320,8 @@ def test_a_likelihood_that_is_not_finite_is_an_error(copied):
 @pytest.mark.parametrize("settings, parts", [(["--parts=likelihood,fid"], ["'fid'", "classifier"]),
                                              (["--denoise=blur"], ["'blur'", "'score'"]),
                                              (["--trajectories=0"], ["trajectories is 0"]),
-                                             (["--steps=()"], ["steps is ()"]),
-                                             (["--guidance=()"], ["guidance ()"]),
+                                             (["--steps=()"], ["'steps' is '()'"]),
+                                             (["--guidance=()"], ["'guidance' is '()'"]),
                                              (["--guidance=1e38", "--parts=samples", "--num_samples=4"],
                                               ["not finite", "1e+38"]),
                                              (["--out_dir=nowhere"], ["nowhere/ckpt.pt", "train.py"])])

@@ -404,7 +404,7 @@ TRAIN_MISTAKES = {
     "--channels=2": ["2 channels", "1 or 3"],
     "--dataset=imagenet": ["'imagenet'", "shapes", "fashion", "digits"],
     "--tokenizer=bpe": ["'bpe'", "captions", "gpt2"],
-    "--steps=0": ["'steps' is 0", "at least 1"],
+    "--steps=0": ["steps is 0", "at least 1"],
     "--heads=3": ["width 16", "3 heads"],
     "--transporter_heads=3": ["width 16", "3 heads"],
     "--max_t_min=0.5": ["t_min is 0.5", "0.3454"],
@@ -589,7 +589,7 @@ def test_config_runs(tmp_path, config):
         small += ["--tokenizer=captions"]
     if config == "sit.py":
         torch.save(contents(ROOT / "tests" / "sit_tiny.pt")["state_dict"], tmp_path / "sit.pt")
-        small = [setting for setting in small if setting not in SMALL] + [f"--init_from=sit:{tmp_path / 'sit.pt'}"]
+        small = [setting for setting in small if setting not in SMALL] + ["--heads=4", f"--init_from=sit:{tmp_path / 'sit.pt'}"]
     if config.endswith("_tune.py"):
         run("train.py", str(ROOT / "config" / config.replace("_tune", "_fm")), *small, f"--out_dir={tmp_path / 'fm'}")
         small += [f"--init_from={tmp_path / 'fm' / 'ckpt.pt'}"]

@@ -191,13 +191,13 @@ def test_importing_it_runs_nothing():
 
 @pytest.mark.parametrize("argument, message", [
     ("--dataset=spiral", "dataset 'spiral' is unknown: choose 'checkerboard', 'moons', 'gaussians'"),
-    ("--steps=0", "config key 'steps' is 0, but must be at least 1"),
+    ("--steps=0", "config key steps is 0, but must be at least 1"),
     ("--transporter_blocks=0", "transporter_blocks is 0, but must be at least 1"),
     ("--t_min=0.5", "t_min is 0.5, but the grid of 4 steps starts at 0.4000"),
     ("--t_min=0", "t_min is 0.0, but must be at least 0.0001"),
-    ("--seconds=0", "config key 'seconds' is 0.0, but must be above 0"),
-    ("--batch_size=0", "config key 'batch_size' is 0, but must be at least 1"),
-    ("--panel=0", "config key 'panel' is 0, but must be at least 1"),
+    ("--seconds=0", "config key seconds is 0.0, but must be above 0"),
+    ("--batch_size=0", "config key batch_size is 0, but must be at least 1"),
+    ("--panel=0", "config key panel is 0, but must be at least 1"),
     ("--num_samples=1", "num_samples is 1, but must be at least 2")])
 def test_errors_are_one_line(argument, message):
     with pytest.raises(SystemExit) as error:
