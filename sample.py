@@ -128,7 +128,7 @@ class TrainedModel:
         room = self.network.config.text_len
         if cut := [caption for caption in dict.fromkeys(captions) if len(self.tokenizer.tokens(caption)) > room]:
             kept = self.tokenizer.decode(self.tokenizer.tokens(cut[0])[:room])
-            note(f"captions are cut to {room} tokens, {len(cut)} of these: of {cut[0]!r} it reads {kept!r}")
+            note(f"captions are cut to {room} tokens, {len(cut)} of these: of {cut[0][:200]!r} it reads {kept!r}")
 
     def encode(self, captions):
         """Token ids (B, L) on the model's device."""
@@ -249,7 +249,10 @@ def captions_to_sample(settings):
         return [entry["prompt"] for entry in entries for _ in range(num_samples)], entries
     captions = dataset_class_captions(settings["dataset"])
     if captions is None:
-        dataset = open_dataset(settings, "val")
+        try:
+            dataset = open_dataset(settings, "val")
+        except (ValueError, OSError) as error:
+            raise ValueError(f"without --prompt, captions are of the model's data set: {error}") from error
         captions = [dataset[i][1] for i in range(min(num_samples, len(dataset)))]
     return [captions[i % len(captions)] for i in range(num_samples)], []
 

@@ -143,6 +143,15 @@ def test_prompts_are_lines_and_a_mark_is_no_prompt(tmp_path):
         read_prompts(str(tmp_path / "bom.txt"))
 
 
+def test_captions_of_a_data_set_that_is_gone(copied):
+    held = contents(copied / "ckpt.pt")
+    with_contents(copied / "ckpt.pt", settings=held["settings"] | {
+        "dataset": "shards", "data_dir": str(copied / "gone"), "latent_scale": 0.0, "crop": "center", "flip": False})
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}")
+    assert "without --prompt" in line and "gone" in line
+    assert "wrote" in noted(copied, "--prompt=the digit one")[0]
+
+
 def test_prompt_and_prompts_exclude_each_other(copied):
     line = fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--prompt=the digit one", "--prompts=some.txt")
     assert "'the digit one'" in line and "'some.txt'" in line and "leave one out" in line
