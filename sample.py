@@ -33,7 +33,7 @@ from model import NTM, Denoiser
 from plumbing import checkpoint
 from plumbing.images import contact_sheet, save_image, to_pil
 from plumbing.layouts import LAYOUTS, make_folder, path_of, read_prompts, write_geneval_sheets
-from plumbing.runtime import claim, find_device, note, one_line_errors
+from plumbing.runtime import claim, coarse_products, find_device, note, one_line_errors
 from plumbing.tokenizer import WORD
 
 out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: the model in assets/, images go to out/
@@ -157,13 +157,14 @@ class TrainedModel:
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
         stage = f"sampling in {len(ts) - 1} steps"
         x = nll = None
-        if self.kind == "fm":
-            x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, noise=noise[:, 0])
-        else:
-            u = self.clock(stage, network.sample, text, ts, guidance, noise=noise)
-            if self.denoise != "learned" or levels:
-                x = self.clock("inversion", network.invert, u, ts)
-                nll = network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)
+        with coarse_products(self.device):
+            if self.kind == "fm":
+                x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, noise=noise[:, 0])
+            else:
+                u = self.clock(stage, network.sample, text, ts, guidance, noise=noise)
+        if self.kind == "ntm" and (self.denoise != "learned" or levels):
+            x = self.clock("inversion", network.invert, u, ts)
+            nll = network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)
         if self.denoise == "learned":
             tokens = self.clock("learned denoising", self.denoiser, u[:, 0], text)
         elif self.denoise == "score":

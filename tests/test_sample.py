@@ -10,8 +10,10 @@ import pytest
 import torch
 from helpers import ROOT, SAMPLE, TRAIN, contents, fails, pixels, run, run_with_notes
 
+import sample
 from plumbing import checkpoint, shapes
 from plumbing.layouts import read_prompts
+from plumbing.runtime import coarse_products
 from sample import TrainedModel, load, words
 
 SHIPPED = ROOT / "assets" / "shapes"
@@ -193,3 +195,17 @@ def test_the_clock_waits_for_the_device_before_and_after(trained, monkeypatch):
     model.device = SimpleNamespace(type="cuda")
     model.clock("stage", events.append, "work")
     assert events == ["wait", "look", "work", "wait", "look"] and model.seconds == {"stage": 3.0}
+
+
+def test_only_steps_are_coarse(trained, monkeypatch):
+    """On CUDA: the inverse of a flow and a likelihood need all digits, the samples' Gaussians do not."""
+    model, precision = TrainedModel(trained, torch.device("cpu"), denoise="score"), {}
+    for name in ("predict", "invert", "trajectory_nll", "score_denoise"):
+        def recorded(*args, name=name, function=getattr(model.network, name), **kwargs):
+            precision.setdefault(name, torch.get_float32_matmul_precision())
+            return function(*args, **kwargs)
+        monkeypatch.setattr(model.network, name, recorded)
+    monkeypatch.setattr(sample, "coarse_products", lambda device: coarse_products(torch.device("cuda")))
+    model.sample(["the digit one"])
+    assert precision == {"predict": "high", "invert": "highest", "trajectory_nll": "highest",
+                         "score_denoise": "highest"}
