@@ -65,22 +65,26 @@ class LogLikelihood(NamedTuple):
 class TrainedModel:
     """Captions in, images out: an NTM with a way to denoise, or a flow-matching model.
 
+    out_dir: holds ckpt.pt and, for denoise "learned", denoiser.pt, which knows its own t_min. device: cuda, mps or cpu;
+    empty: the best there is. steps: T, or Euler's; 0: as trained, or 50. denoise: "learned", "score" or "none", for an
+    NTM. Raises ValueError for a wrong setting and CheckpointError for a wrong file.
+
     network, kind ("ntm" or "fm"), settings (of its training), tokenizer, ts (T+1,): its noise levels, cleanest first.
     latents: {"mean", "scale"} of each channel, where it samples normalised latents, else None.
     seconds: of each stage of sampling so far, {stage: seconds}.
     """
 
-    def __init__(self, out_dir, device, steps=0, denoise="learned", t_min=0.02):
-        self.path = Path(out_dir) / "ckpt.pt"
-        self.network, trained = checkpoint.load_network(self.path, {"ntm": NTM, "fm": FlowMatching}, device)
+    def __init__(self, out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02):
+        self.path, self.device = Path(out_dir) / "ckpt.pt", find_device(device)
+        self.network, trained = checkpoint.load_network(self.path, {"ntm": NTM, "fm": FlowMatching}, self.device)
         self.kind, self.settings, self.iteration = trained["kind"], trained["settings"], trained["iter"]
         self.tokenizer = get_tokenizer(self.settings["tokenizer"], trained.get("vocabulary"))
         self.words = set(trained.get("words", ()))  # of its training captions; older checkpoints do not have them
-        self.device, self.latents, self.denoiser = device, self.settings.get("latents"), None
+        self.latents, self.denoiser = self.settings.get("latents"), None
         self.choose(steps, denoise, t_min)
 
     def choose(self, steps=0, denoise="learned", t_min=0.02):
-        """Sets noise levels and way to denoise, as in load(), and the clock to zero."""
+        """Sets noise levels and way to denoise, as at the start, and the clock to zero."""
         if denoise not in ("learned", "score", "none"):
             raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
         if type(steps) is not int or steps < 0:
@@ -232,13 +236,7 @@ def words(captions):
     return {word.strip().lower() for caption in captions for word in re.findall(WORD, caption)} - {"", ","}
 
 
-def load(out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02):
-    """The TrainedModel in a folder, ckpt.pt and, for denoise "learned", denoiser.pt, which knows its own t_min.
-
-    device: cuda, mps or cpu; empty: the best there is. steps: T, or Euler's; 0: as trained, or 50. denoise: "learned",
-    "score" or "none", for an NTM. Raises ValueError for a wrong setting and CheckpointError for a wrong file.
-    """
-    return TrainedModel(out_dir, find_device(device), steps, denoise, t_min)
+load = TrainedModel  # as programs of one's own call it
 
 
 def captions_to_sample(settings):

@@ -5,8 +5,6 @@ published checkpoints. Its time runs from noise (0) to data (1) and its velocity
 reversed, v(x, t) = -v_SiT(x, 1 - t), as section 11 of docs/method.md says.
 """
 
-import re
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -138,7 +136,7 @@ def load_sit(path, heads=None):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read {path}: it is truncated or not a checkpoint ({reason})") from error
     state = state.get("ema", state) if isinstance(state, dict) else {}
-    depth = 1 + max((int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))), default=0)
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     if wrong := state.keys() ^ SiT(1, 1, 1, 1, depth, 1, 1).state_dict().keys():
         faults = (f"{name} is {'unknown' if name in state else 'missing'}" for name in sorted(wrong))
         raise ValueError(f"{path} is not a SiT checkpoint: {', '.join(faults)}")
