@@ -31,7 +31,6 @@ from tqdm import tqdm
 from configurator import configure
 from data import dataset_class_captions, get_dataset, open_dataset
 from flow import forward_trajectory, gaussian_nll
-from model import null_caption
 from plumbing.detector import TASKS, follows, task_prompts
 from plumbing.images import contact_sheet, dequantize, plot, save_image
 from plumbing.layouts import make_folder
@@ -116,8 +115,7 @@ def nats_of(model, batches, ts, captioned=True):
     (12), and the bound, Eq. (14). batches: as held_out's; captioned: False for the null caption instead of theirs."""
     nats = []
     for x0, text, _, generator in batches:
-        if not captioned:
-            text = null_caption(x0.new_zeros(len(x0), model.network.config.text_len).long())
+        text = text if captioned else model.encode([""] * len(x0))
         times = ts.expand(len(x0), -1)
         nll, bound = model.network.trajectory_bound(forward_trajectory(x0, times, generator), times, text)
         nats.append(torch.cat([nll, bound[:, None]], dim=1).cpu())
@@ -214,7 +212,7 @@ def evaluate_samples(model, dataset, guidance):
     samples, (rank, world) = {}, rank_and_world()
     starts = range(0, len(captions), batch_size)[rank::world]
     for start in tqdm(starts, "samples", leave=False, unit="batch", disable=rank > 0):
-        numbers = range(start, min(start + batch_size, len(captions)))
+        numbers = range(len(captions))[start:start + batch_size]
         samples[start] = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed)[0].cpu()
     samples = ChainMap(*gathered(samples))
     images, seconds = torch.cat([samples[start] for start in sorted(samples)]), gathered(sum(model.seconds.values()))

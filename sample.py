@@ -288,8 +288,8 @@ def main(config):
     make_folder(to)
     if layout != "sheet":
         ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
-        ours |= {"iteration": model.iteration, "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
-        ours["denoise"] = model.denoise  # "score" until there is a denoiser
+        ours |= {"iteration": model.iteration, "denoise": model.denoise,  # "score" until there is a denoiser
+                 "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
         claim(to / ".settings.json", ours,
               f"{to} holds images of other settings: choose another --folder, or remove it")
 
