@@ -276,15 +276,13 @@ def main(config):
         raise ValueError(f"part {wrong[0]!r} is unknown of {what}: choose among {', '.join(possible) or 'none'}")
     dataset = open_dataset(model.settings, "val", data_dir)
     make_folder(Path(out_dir) / "evaluate")
-    runs, m = [], model
-    ways = denoise.split(",") if model.kind == "ntm" else ["none"]
+    runs, ways = [], denoise.split(",") if model.kind == "ntm" else ["none"]
     for count, way, w in itertools.product(counts, ways, strengths) if "samples" in chosen else ():
-        if way == "learned" and (obstacle := m.obstacle(count)):
+        if way == "learned" and (obstacle := model.obstacle(count)):
             note(f"{obstacle}: its samples are left out")
             continue
-        m = copy.copy(m)  # which shares the networks
-        m.choose(count, way, t_min)
-        runs.append((m, w))
+        runs.append((copy.copy(model), w))  # which shares the networks
+        runs[-1][0].choose(count, way, t_min)
     if "samples" in chosen and not runs:
         raise ValueError(f"denoise is {denoise!r}, and there are no samples to measure: add 'score' or 'none'")
     results, measured = {"config": config, "iteration": model.iteration}, []
