@@ -10,7 +10,8 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.func import functional_call
 
 from flow import forward_log_prob, forward_trajectory, reverse_posterior, time_grid
-from model import NTM, Denoiser, NTMConfig, guide
+from model import NTM, Denoiser, NTMConfig, guide, null_caption
+from plumbing.tokenizer import get_tokenizer
 
 # 2 x 3 patches: 6 tokens of 4 numbers; a grid without shift, k/T
 TINY = dict(image_size=(4, 6), channels=1, patch_size=2, vocab_size=9, text_len=3, width=16, depth=2, heads=2,
@@ -206,6 +207,14 @@ def test_draws_cover_step_counts_times_and_levels(pairs):
         assert all(abs(count - 320 / T) < 4 * (320 / T) ** 0.5 for (T, _), count in seen.items())
 
 
+def test_start_of_a_trajectory_is_uniform_below_max_t_min():
+    """Its quantiles; of 4,000 numbers one has a standard error of at most 0.5 / sqrt(4,000) = 0.008."""
+    _, ts, _ = make_model(max_t_min=0.04).randomness(4_000)
+    found = torch.quantile(ts[:, 0] / 0.04, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), atol=0.04, rtol=0)
+    assert (ts[:, 0] > 0).all()  # a posterior has no density at 0
+
+
 def test_draws_are_reproducible_from_their_generator():
     model = make_model(steps=(4, 8), pairs=True)
     one, same, other = (model.randomness(3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
@@ -325,6 +334,12 @@ def test_sampling_depends_on_its_generator_caption_and_guidance():
     assert not (draw() == draw(seed=1)).any()
     assert changed(draw(), draw(text=text.roll(1, 1))) == changed(draw(), draw(guidance=1.0)) == {
         (b, k) for b in range(2) for k in range(4)}  # all but the noise at t = 1
+
+
+def test_null_caption_is_the_id_1_and_padding():
+    text = torch.tensor([[5, 6, 7], [8, 0, 0]])
+    assert null_caption(text).tolist() == [[1, 0, 0], [1, 0, 0]] and text[0, 0] == 5
+    assert torch.equal(null_caption(text), get_tokenizer().encode(["", " "], 3))  # what training drops captions to
 
 
 def test_guidance_does_nothing_to_the_null_caption():

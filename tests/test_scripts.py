@@ -19,11 +19,13 @@ from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, SMALL, TRAIN, contents,
 from test_data import write_idx
 from torch.distributions import Normal
 
+import distill
 from plumbing import checkpoint
 from plumbing.images import GAP
 from data import DIGITS, get_dataset, get_tokenizer
 from plumbing.detector import follows, task_prompts
 from flow import forward_trajectory, time_grid
+from model import NTM, NTMConfig
 from plumbing.loader import validation_batches
 from sample import TrainedModel
 from sample import load as load_model
@@ -104,6 +106,29 @@ def test_validation_of_the_denoiser_is_its_distance_from_the_score(trained):
     logged = read_log(trained / "denoiser_log.jsonl")[-1]
     assert logged["val_mse"] == pytest.approx(mse, rel=1e-4)
     assert logged["val_psnr"] == pytest.approx(10 * math.log10(4 / mse), rel=1e-4)
+
+
+class OfCaptions(NTM):
+    """The exact reverse step of data N(m, 0.3^2), every number on its own, whose mean m is a caption's first id / 10."""
+
+    def predict(self, u, t, s, steps, text):
+        t, s, m = t[:, None, None], s[:, None, None], text[:, :1, None] / 10
+        variance_s, variance_t = ((1 - a)**2 * 0.09 + a**2 for a in (s, t))
+        shared = (1 - t) / (1 - s) * variance_s  # the covariance of x_s and x_t
+        log_std = 0.5 * torch.log(variance_s - shared**2 / variance_t)
+        return (1 - s) * m + shared / variance_t * (u - (1 - t) * m), log_std.expand_as(u)
+
+
+def test_what_the_denoiser_learns_from():
+    """E[x_0 | x_{t_0}, caption]: levels above t_0 say nothing more, and the transporter is still the identity."""
+    teacher = OfCaptions(NTMConfig(image_size=4, patch_size=2, width=8, depth=1, heads=2, transporter_width=8))
+    images, noise, ts = torch.rand(3, 1, 4, 4), torch.randn(3, 5, 4, 4), time_grid(4, 0.1, 4)
+    text = torch.tensor([[3, 0], [7, 2], [1, 0]])
+    u0, target = distill.lesson(teacher, images, text, ts, noise)
+    x = 0.9 * teacher.patchify(images) + 0.1 * noise[:, 0]
+    torch.testing.assert_close(u0, x)
+    m = torch.tensor([0.3, 0.7, 0.1])[:, None, None]
+    torch.testing.assert_close(target, m + 0.9 * 0.09 / (0.81 * 0.09 + 0.01) * (x - 0.9 * m), rtol=1e-3, atol=1e-4)
 
 
 def test_every_validation_leaves_a_grid(trained):
