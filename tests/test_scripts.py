@@ -108,6 +108,23 @@ def test_validation_of_the_denoiser_is_its_distance_from_the_score(trained):
     assert logged["val_psnr"] == pytest.approx(10 * math.log10(4 / mse), rel=1e-4)
 
 
+def test_compiled_training_is_training(tmp_path, monkeypatch):
+    """Captured as torch.compile does by default on CUDA, forward and backward, but run by PyTorch's own kernels: to
+    build those of a model even this small takes a C++ compiler a minute and a half."""
+    settings, losses = [*TRAIN, "--transporter_blocks=1", "--max_iters=3", "--val_interval=5", "--val_examples=2"], []
+    backend, compiled = "aot_eager_decomp_partition", []
+    monkeypatch.setattr(torch, "compile", lambda model, original=torch.compile: compiled.append(type(model)) or original(
+        model, backend=backend))
+    for name in ("True", "False"):
+        run("train.py", *settings, f"--compile={name}", f"--out_dir={tmp_path / name}")
+        losses.append([line["loss"] for line in training_lines(tmp_path / name / "log.jsonl")])
+    torch._dynamo.reset()
+    assert compiled == [NTM] and len(losses[0]) == 3 and losses[0][0] > losses[0][2]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert contents(tmp_path / "True" / "ckpt.pt")["model"].keys() == NTM.from_fields(
+        contents(tmp_path / "True" / "ckpt.pt")["model_config"]).state_dict().keys()  # no name of what compiled it
+
+
 class OfCaptions(NTM):
     """The exact reverse step of data N(m, 0.3^2), every number on its own, whose mean m is a caption's first id / 10."""
 
