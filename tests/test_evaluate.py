@@ -205,6 +205,15 @@ def test_parts_are_printed_as_they_finish(trained, monkeypatch, capsys):
     assert "likelihood" in printed and "bits per dimension" in printed and "wrote" not in printed
 
 
+def test_what_json_does_not_have_is_not_written(copied, monkeypatch):
+    for name, value in {"out_dir": str(copied), "parts": "outliers", "device": "cpu"}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setitem(evaluate.PARTS, "outliers", lambda *_: {"noise": math.nan})
+    with pytest.raises(SystemExit, match="JSON"):
+        evaluate.main({"device": "cpu"})
+    assert not (copied / "evaluate.json").exists()
+
+
 def quality_of(kind, steps, denoise, images_per_s, guidance=1.0, **measured):
     model = SimpleNamespace(kind=kind, ts=torch.zeros(steps + 1), denoise=denoise)
     return model, guidance, {"images_per_s": images_per_s, **measured}
@@ -363,6 +372,38 @@ def measured_samples(monkeypatch, tmp_path, model, dataset, count, batch_size=16
     for name, value in {"out_dir": str(tmp_path), "num_samples": count, "batch_size": batch_size}.items():
         monkeypatch.setattr(evaluate, name, value)
     return evaluate.evaluate_samples(model, dataset, 1.0)
+
+
+def test_outliers_are_uniform_noise_and_another_data_set(monkeypatch):
+    for name, value in {"val_examples": 300, "batch_size": 128}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    network = NTM(NTMConfig(image_size=8, channels=3, width=8, depth=1, heads=2, transporter_width=8))
+    model = SimpleNamespace(network=network, tokenizer=get_tokenizer(), device=torch.device("cpu"),
+                            settings={"dataset": "shapes", "data_dir": ""}, ts=network.config.time_grid(0.02))
+    seen = []
+
+    def nats_of(model, batches, ts, captioned):
+        assert captioned is False and torch.equal(ts, model.ts)
+        seen.append(torch.cat([model.network.unpatchify(x0) for x0, *_ in batches]))
+        n = len(seen[-1])
+        return {"bound": [torch.zeros(n), torch.ones(n), torch.arange(n) % 3 - 1.0][len(seen) - 1]}
+
+    monkeypatch.setattr(evaluate, "nats_of", nats_of)
+    found = evaluate.evaluate_outliers(model, get_dataset("shapes", "val", 8, 3))
+    assert found == pytest.approx({"noise, by bound": 1, "digits, by bound": 0.5})
+    inside, noise, digits = seen
+    assert inside.shape == noise.shape == (300, 3, 8, 8) and digits.shape == (297, 3, 8, 8)
+    quantiles = torch.quantile(noise.flatten(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    torch.testing.assert_close(quantiles, torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]), atol=0.02, rtol=0)
+    originals, _ = zip(*get_dataset("digits", "val", 8, 1).__getitems__(range(297)))
+    assert (digits - torch.stack(originals)).abs().max() < 0.0040 and torch.equal(digits[:, 0], digits[:, 2])
+
+
+def test_speed_is_that_of_the_slowest_rank(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "gathered", lambda value: [value / 2, value] if value == 4.0 else [value])
+    dataset = get_dataset("digits", "val", 8, 1)
+    found = measured_samples(monkeypatch, tmp_path, fake_model("digits", lambda _, i: dataset[i][0]), dataset, 20)
+    assert found["images_per_s"] == 20 / 4
 
 
 def test_class_of_the_nearest_training_image(monkeypatch, tmp_path):

@@ -162,9 +162,13 @@ def test_every_validation_leaves_a_grid(trained):
 def test_validation_of_the_same_weights_gives_the_same_numbers(copied, script, settings, name, log):
     """Resumed where its last validation is missing, so that this is all that is left to do."""
     before = read_log(copied / log)
+    sheet = copied / "samples" / ("000100.png" if name == "ckpt.pt" else "denoiser_000040.png")
+    shown = pixels(sheet)
+    sheet.unlink()
     (copied / log).write_text("".join(json.dumps(line) + "\n" for line in before[:-1]))
     run(script, *settings, f"--out_dir={copied}", "--init_from=resume", f"--max_iters={before[-1]['iter']}", "--lr=1e-2")
     assert read_log(copied / log) == before
+    assert (pixels(sheet) == shown).all()
 
 
 def test_every_run_leaves_its_curves(trained):

@@ -107,6 +107,13 @@ def test_any_order_gives_the_example_that_reading_through_gives(tmp_path):
         assert (tuple(to_uint8(image)[:, 3, 3].tolist()), caption) == expected[i]
 
 
+def test_the_numbers_of_an_index_are_aligned(tmp_path):
+    """Whatever the length of the header before them, here of names of one to four letters."""
+    for name in ("a", "aa", "aaa", "aaaa"):
+        write_shard(tmp_path / name / f"{name}.tar", numbered(2))
+        assert load_index([tmp_path / name / f"{name}.tar"])[1].flags.aligned
+
+
 def test_the_index_is_built_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
     write_shards(tmp_path / "train", numbered(30), per_shard=10)
     assert len(dataset(tmp_path)) == 30
