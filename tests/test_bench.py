@@ -1,12 +1,14 @@
 """bench.py counts and measures what it says; no test depends on how fast the machine is."""
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import fails, run
 
 import bench
+from fm import FlowMatching
 from model import NTM, NTMConfig
 
 SMALL = ["--device=cpu", "--repeats=1", "--batch_size=2", "--tolerances=(1e-2, 1e-5)"]
@@ -57,6 +59,39 @@ def test_medians_take_turns(monkeypatch):
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
     assert bench.medians(functions, torch.device("cpu")).keys() == {"a", "b"}
     assert calls == ["a", "b"] * 4  # the warm-up and three
+
+
+def test_medians_are_of_seconds_after_the_warm_up(monkeypatch):
+    """By a clock that each call moves on: by 100 in the warm-up, then by 1, 2 and 9."""
+    now, durations = [0], iter((100, 1, 2, 9))
+    monkeypatch.setattr(bench, "repeats", 3)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: sum(now)))
+    assert bench.medians({"a": lambda: now.append(next(durations))}, torch.device("cpu")) == {"a": 2}
+
+
+def test_speed_is_of_images(monkeypatch):
+    """Where everything takes half a second, 6 images each time are 12 a second."""
+    monkeypatch.setattr(bench, "batch_size", 6)
+    monkeypatch.setattr(bench, "medians", lambda functions, device: dict.fromkeys(functions, 0.5))
+    cpu, model = torch.device("cpu"), bench.network(NTM, TINY, torch.device("cpu"))
+    training = bench.bench_training(model, cpu)
+    assert training.pop("matrix product GFLOP/s") == pytest.approx(2 * 2048**3 / 0.5 / 1e9)
+    for measured in (training, bench.bench_inversion(model, cpu), bench.bench_sampling(model, cpu)):
+        assert {row["images/s"] for row in measured.values()} == {12}
+
+
+@pytest.mark.parametrize("kind", [NTM, FlowMatching])
+def test_a_training_step_goes_forward_and_back_and_moves_the_weights(monkeypatch, kind):
+    monkeypatch.setattr(bench, "batch_size", 3)
+    model, (images, text) = bench.network(kind, TINY, torch.device("cpu")), bench.inputs(TINY, torch.device("cpu"))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    monkeypatch.setattr(bench, "network", lambda *_: model)
+    update = bench.training_step(kind, TINY, torch.device("cpu"))
+    forward = bench.flops_of(lambda: model(images, text, model.randomness(3, "cpu")))
+    assert 2.7 < bench.flops_of(update) / forward <= 3  # a product has one of each kind of gradient, inputs have none
+    # each weight with a gradient moves by the learning rate, for that is AdamW's first step
+    for parameter, old in zip(model.parameters(), before):
+        assert (parameter - old).abs().max().item() == pytest.approx(1e-3, rel=0.05)
 
 
 def test_flops_are_counted():

@@ -291,6 +291,13 @@ def test_command_prints_and_leaves_a_contact_sheet(monkeypatch, capsys, tmp_path
         assert list(out.parent.glob("*.part")) == []
 
 
+def test_command_shows_another_size(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, "shapes", "--image_size=12", "--count=3", "--split=val", f"--out={tmp_path / 'x.png'}")
+    assert "to train on, 10,000 to validate, 3x12x12" in capsys.readouterr().out
+    with Image.open(tmp_path / "x.png") as sheet:
+        assert sheet.width == 3 * 96 + 4 * GAP
+
+
 def test_command_makes_the_vocabulary(monkeypatch, tmp_path):
     shipped = (data.ASSETS / "captions.tiktoken").read_bytes()
     monkeypatch.setattr(prepare, "ASSETS", tmp_path)

@@ -3,14 +3,20 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import DISTILL, TRAIN, contents, fails, on_ranks, pixels, png, run, run_with_notes
 from torch.distributions import MultivariateNormal
 
 import evaluate
+from data import get_dataset, get_tokenizer
 from flow import forward_trajectory, reverse_posterior, time_grid
 from model import NTM, NTMConfig
+from plumbing import shapes
+from plumbing.detector import parse
+from plumbing.images import to_pixels
+from plumbing.loader import validation_batches
 from plumbing.shards import write_shard
 
 MEAN, STD = 0.4, 0.5  # of Gaussian data, every number on its own
@@ -58,6 +64,26 @@ def test_bound_of_a_wrong_model_is_above_the_truth(t_min):
 def test_bits_per_dimension_of_uniform_bytes_are_eight():
     """Dequantised uniform bytes are uniform on [-1, 1]: log 2 nats for each number."""
     assert evaluate.bits_per_dim(torch.tensor(math.log(2) * 10), 10).item() == pytest.approx(8)
+
+
+def test_bits_per_dimension_are_of_images_without_noise():
+    """A model of the exact reverse: whatever the trajectory, its bound is -log N(image; MEAN, STD^2)."""
+    cpu, tokenizer = torch.device("cpu"), get_tokenizer()
+    config = NTMConfig(**TINY | dict(image_size=8, text_len=4, vocab_size=tokenizer.vocab_size, shift=1.0))
+    model = SimpleNamespace(network=ExactReverse(config), tokenizer=tokenizer, device=cpu, ts=config.time_grid(0.02))
+    dataset = get_dataset("digits", "val", 8, 1)
+    found = evaluate.evaluate_likelihood(model, dataset)
+    nats = []
+    for images, *_ in validation_batches(dataset, tokenizer, 4, 500, cpu):
+        z = (images.double() - MEAN) / STD
+        nats.append((0.5 * z**2 + 0.5 * math.log(2 * math.pi) + math.log(STD)).sum(dim=(1, 2, 3)))
+    bits = torch.cat(nats) / 64 / math.log(2) - math.log2(2 / 256)  # bins are 2/256 wide
+    assert len(bits) == 297
+    expected = {"mean": bits.mean().item(), "standard_error": bits.std().item() / 297**0.5}
+    assert found["bits per dimension"] == pytest.approx(expected, rel=1e-4)
+    # at t_min = 0.02 images are (1 - 0.02) x_0 + 0.02 noise: their density is higher by log(1 / 0.98), but for the noise
+    shifted = (bits.mean().item() - 7) * math.log(2) + math.log(0.98)
+    assert found["bound"]["per_dimension"] == pytest.approx(shifted, abs=0.005)
 
 
 def test_caption_likelihoods_are_those_of_trajectories():
@@ -179,6 +205,15 @@ def test_parts_are_printed_as_they_finish(trained, monkeypatch, capsys):
     assert "likelihood" in printed and "bits per dimension" in printed and "wrote" not in printed
 
 
+def test_what_json_does_not_have_is_not_written(copied, monkeypatch):
+    for name, value in {"out_dir": str(copied), "parts": "outliers", "device": "cpu"}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setitem(evaluate.PARTS, "outliers", lambda *_: {"noise": math.nan})
+    with pytest.raises(SystemExit, match="JSON"):
+        evaluate.main({"device": "cpu"})
+    assert not (copied / "evaluate.json").exists()
+
+
 def quality_of(kind, steps, denoise, images_per_s, guidance=1.0, **measured):
     model = SimpleNamespace(kind=kind, ts=torch.zeros(steps + 1), denoise=denoise)
     return model, guidance, {"images_per_s": images_per_s, **measured}
@@ -286,6 +321,132 @@ def test_shards_have_a_distance_and_captions_that_are_cut_are_told(tmp_path):
     assert results["samples, 4 steps, none"]["frechet_distance"] > 0
     assert results["classifier"]["accuracy"]["mean"] == pytest.approx(1 / 3)  # cut to 4 tokens, they are all the same
     assert len(notes) == 2 and "only 3 held-out captions" in notes[0] and "cut to 4 tokens" in notes[1]
+
+
+def shapes_classifier(monkeypatch, log_p, trajectories):
+    """The accuracy on 30 scenes of a model that knows them: log_p(is_true (B, 10), k) (B, 10) of trajectory k."""
+    for name, value in {"val_examples": 30, "batch_size": 20, "trajectories": trajectories}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    dataset, tokenizer = get_dataset("shapes", "val", 8, 3), get_tokenizer()
+    network = NTM(NTMConfig(image_size=8, channels=3, width=8, depth=1, heads=2, transporter_width=8))
+    images, captions = zip(*dataset.__getitems__(range(30)))
+    tokens, text = network.patchify(torch.stack(images)).flatten(1), tokenizer.encode(captions, 8)
+    calls = {}  # of each batch so far
+
+    def known(network, x, ts, candidates):
+        rows = torch.cdist(x[:, 0].flatten(1), tokens).argmin(dim=1)
+        true = (candidates == text[rows][:, None]).all(dim=2)
+        assert candidates.shape[1:] == (10, 8) and (true.sum(dim=1) == 1).all()  # nine others
+        assert all(len(ten.unique(dim=0)) == 10 for ten in candidates)
+        k = calls[rows[0].item()] = calls.get(rows[0].item(), -1) + 1
+        return log_p(true, k)
+
+    monkeypatch.setattr(evaluate, "caption_log_likelihoods", known)
+    model = SimpleNamespace(network=network, tokenizer=tokenizer, device=torch.device("cpu"),
+                            settings={"dataset": "shapes"}, ts=network.config.time_grid(0.02),
+                            encode=lambda captions: tokenizer.encode(captions, 8), remark=lambda captions: None)
+    return evaluate.evaluate_classifier(model, dataset)["accuracy"]["mean"]
+
+
+def test_classifier_knows_which_caption_is_true(monkeypatch):
+    assert shapes_classifier(monkeypatch, lambda true, k: 5.0 * true - 100, trajectories=1) == 1
+    assert shapes_classifier(monkeypatch, lambda true, k: -5.0 * true - 100, trajectories=1) == 0
+
+
+def test_classifier_adds_its_trajectories(monkeypatch):
+    assert shapes_classifier(monkeypatch, lambda true, k: (9.0, -2, -2, -2)[k] * true, trajectories=4) == 1
+    assert shapes_classifier(monkeypatch, lambda true, k: (2.0, 2, -9, 2)[k] * true, trajectories=4) == 0
+
+
+def fake_model(dataset, images_of):
+    """A model whose sample of a caption and number is images_of(caption, number)."""
+    def sample_trajectories(captions, numbers, *_):
+        return torch.stack([images_of(caption, i) for caption, i in zip(captions, numbers)]), None, None
+
+    settings = {"dataset": dataset, "image_size": 8, "channels": 1, "seed": 0, "data_dir": ""}
+    return SimpleNamespace(settings=settings, kind="ntm", denoise="none", ts=torch.zeros(5), seconds={"sampling": 4.0},
+                           sample_trajectories=sample_trajectories)
+
+
+def measured_samples(monkeypatch, tmp_path, model, dataset, count, batch_size=16):
+    for name, value in {"out_dir": str(tmp_path), "num_samples": count, "batch_size": batch_size}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    return evaluate.evaluate_samples(model, dataset, 1.0)
+
+
+def test_outliers_are_uniform_noise_and_another_data_set(monkeypatch):
+    for name, value in {"val_examples": 300, "batch_size": 128}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    network = NTM(NTMConfig(image_size=8, channels=3, width=8, depth=1, heads=2, transporter_width=8))
+    model = SimpleNamespace(network=network, tokenizer=get_tokenizer(), device=torch.device("cpu"),
+                            settings={"dataset": "shapes", "data_dir": ""}, ts=network.config.time_grid(0.02))
+    seen = []
+
+    def nats_of(model, batches, ts, captioned):
+        assert captioned is False and torch.equal(ts, model.ts)
+        seen.append(torch.cat([model.network.unpatchify(x0) for x0, *_ in batches]))
+        n = len(seen[-1])
+        return {"bound": [torch.zeros(n), torch.ones(n), torch.arange(n) % 3 - 1.0][len(seen) - 1]}
+
+    monkeypatch.setattr(evaluate, "nats_of", nats_of)
+    found = evaluate.evaluate_outliers(model, get_dataset("shapes", "val", 8, 3))
+    assert found == pytest.approx({"noise, by bound": 1, "digits, by bound": 0.5})
+    inside, noise, digits = seen
+    assert inside.shape == noise.shape == (300, 3, 8, 8) and digits.shape == (297, 3, 8, 8)
+    quantiles = torch.quantile(noise.flatten(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    torch.testing.assert_close(quantiles, torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]), atol=0.02, rtol=0)
+    originals, _ = zip(*get_dataset("digits", "val", 8, 1).__getitems__(range(297)))
+    assert (digits - torch.stack(originals)).abs().max() < 0.0040 and torch.equal(digits[:, 0], digits[:, 2])
+
+
+def test_speed_is_that_of_the_slowest_rank(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "gathered", lambda value: [value / 2, value] if value == 4.0 else [value])
+    dataset = get_dataset("digits", "val", 8, 1)
+    found = measured_samples(monkeypatch, tmp_path, fake_model("digits", lambda _, i: dataset[i][0]), dataset, 20)
+    assert found["images_per_s"] == 20 / 4
+
+
+def test_class_of_the_nearest_training_image(monkeypatch, tmp_path):
+    """Samples that are training images: of the right class but for every fourth; and those of the next class."""
+    train_set, dataset = (get_dataset("digits", split, 8, 1) for split in ("train", "val"))
+    of_class = [train_set.labels.tolist().index(digit) for digit in range(10)]
+    for shift, expected in ((lambda i: i % 4 == 3, 0.75), (lambda i: 1, 0)):
+        model = fake_model("digits", lambda caption, i: train_set[of_class[(i + shift(i)) % 10]][0] + 0.01)
+        found = measured_samples(monkeypatch, tmp_path, model, dataset, 40)
+        assert found["nearest_is_of_the_class"]["mean"] == expected
+        assert found["images_per_s"] == 10  # 40 in 4 s
+    data, _ = zip(*dataset.__getitems__(range(297)))
+    model = fake_model("digits", lambda caption, i: data[i] + 0.5)
+    found = measured_samples(monkeypatch, tmp_path, model, dataset, 297)
+    assert found["frechet_distance"] == pytest.approx(64 * 0.5**2, rel=1e-4)  # held-out images, but brighter
+
+
+def scene_of(caption, repaint):
+    """A 16x16 image (3, 16, 16) of what a caption says, in the colours that repaint (a dict) makes of its own."""
+    _, things, relation = parse(caption)
+    ahead = [(0.25, 0.5), (0.75, 0.5)] if relation in ("left of", None) else {
+        "right of": [(0.75, 0.5), (0.25, 0.5)], "above": [(0.5, 0.25), (0.5, 0.75)],
+        "below": [(0.5, 0.75), (0.5, 0.25)]}[relation]
+    places = ahead if len(things) == 2 else [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)]
+    colours, names = list(shapes.COLOURS), shapes.SHAPES
+    rows = [(names.index(shape), colours.index(repaint[colour]), x, y, 0.17)
+            for (colour, shape), (x, y) in zip(things, places)]
+    columns = zip(*rows, *[rows[0]] * (4 - len(rows)))
+    return to_pixels(shapes.render(shapes.Scene(*(np.array(a)[None] for a in (0, 0, len(things), *columns))), 16)[0])
+
+
+def test_each_task_tests_one_aspect(monkeypatch, tmp_path):
+    """All that the prompts say, and then the same in other colours, which matters to two of the six tasks."""
+    colours = list(shapes.COLOURS)
+    scores = {}
+    for shift in (0, 1):
+        repaint = dict(zip(colours, colours[shift:] + colours[:shift]))
+        model = fake_model("shapes", lambda caption, i: scene_of(caption, repaint))
+        scores[shift] = measured_samples(monkeypatch, tmp_path, model, None, 30)
+    means = [{name: value["mean"] for name, value in scores[shift].items() if name != "images_per_s"} for shift in (0, 1)]
+    tasks = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
+    assert means[0] == dict.fromkeys((*tasks, "strictly", "overall"), 1)
+    assert means[1] == pytest.approx(dict(zip(tasks, (1, 1, 1, 0, 1, 0))) | {"strictly": 0, "overall": 4 / 6})
 
 
 def test_shapes_follow_prompts_or_not(tmp_path):

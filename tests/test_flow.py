@@ -311,6 +311,17 @@ def test_unknown_inversion_method_is_named():
         make_transporter().inverse(*make_input(), method="newton")
 
 
+def test_times_enter_as_cosines_and_sines():
+    """Of 32 frequencies, geometric from 1 to 1,000 radians per unit of time; T enters as 1/T."""
+    transporter, seen = make_transporter(1, dtype=torch.float32), []
+    transporter.time.mlp.register_forward_pre_hook(lambda mlp, inputs: seen.append(inputs[0]))
+    transporter.condition(torch.tensor([0.5, 0.001]), torch.tensor([4, 8]))
+    for row, times in zip(seen[0], ((0.5, 0.25), (0.001, 0.125))):
+        angles = [[t * 1000 ** (k / 31) for k in range(32)] for t in times]
+        expected = [f(angle) for of_one in angles for f in (math.cos, math.sin) for angle in of_one]
+        torch.testing.assert_close(row, torch.tensor(expected), rtol=0, atol=2e-4)
+
+
 def test_time_and_step_count_condition_every_token():
     transporter, (x, t, steps) = make_transporter(1), make_input()
     u = transporter(x, t, steps)[0]

@@ -81,6 +81,14 @@ def test_euler_steps_and_guidance(network):
         torch.testing.assert_close(x[:, k - 1], x[:, k] - 0.5 * (2.5 * conditional - 1.5 * unconditional))
 
 
+def test_euler_by_default_has_fifty_steps_and_no_guidance(network):
+    def draw(**settings):
+        return network.sample(TEXT, generator=torch.Generator().manual_seed(0), **settings)
+
+    assert draw().shape == (3, 51, 6, 4) and draw().dtype == torch.float64
+    assert torch.equal(draw(), draw(steps=50, guidance=0.0)) and not torch.equal(draw(), draw(guidance=1.0))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # An NTM that starts from it
 

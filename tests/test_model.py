@@ -10,7 +10,8 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.func import functional_call
 
 from flow import forward_log_prob, forward_trajectory, reverse_posterior, time_grid
-from model import NTM, Denoiser, NTMConfig, guide
+from model import NTM, Denoiser, NTMConfig, guide, null_caption
+from plumbing.tokenizer import get_tokenizer
 
 # 2 x 3 patches: 6 tokens of 4 numbers; a grid without shift, k/T
 TINY = dict(image_size=(4, 6), channels=1, patch_size=2, vocab_size=9, text_len=3, width=16, depth=2, heads=2,
@@ -206,6 +207,14 @@ def test_draws_cover_step_counts_times_and_levels(pairs):
         assert all(abs(count - 320 / T) < 4 * (320 / T) ** 0.5 for (T, _), count in seen.items())
 
 
+def test_start_of_a_trajectory_is_uniform_below_max_t_min():
+    """Its quantiles; of 4,000 numbers one has a standard error of at most 0.5 / sqrt(4,000) = 0.008."""
+    _, ts, _ = make_model(max_t_min=0.04).randomness(4_000)
+    found = torch.quantile(ts[:, 0] / 0.04, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), atol=0.04, rtol=0)
+    assert (ts[:, 0] > 0).all()  # a posterior has no density at 0
+
+
 def test_draws_are_reproducible_from_their_generator():
     model = make_model(steps=(4, 8), pairs=True)
     one, same, other = (model.randomness(3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
@@ -327,6 +336,12 @@ def test_sampling_depends_on_its_generator_caption_and_guidance():
         (b, k) for b in range(2) for k in range(4)}  # all but the noise at t = 1
 
 
+def test_null_caption_is_the_id_1_and_padding():
+    text = torch.tensor([[5, 6, 7], [8, 0, 0]])
+    assert null_caption(text).tolist() == [[1, 0, 0], [1, 0, 0]] and text[0, 0] == 5
+    assert torch.equal(null_caption(text), get_tokenizer().encode(["", " "], 3))  # what training drops captions to
+
+
 def test_guidance_does_nothing_to_the_null_caption():
     model, null, noise = make_model(scale=0.5), torch.tensor([[1, 0, 0]]), torch.randn(1, 5, 6, 4).double()
     ts = time_grid(4, 0.02, 6, 1.0).double()
@@ -420,6 +435,22 @@ def test_score_denoising_is_the_posterior_mean_from_every_level():
             torch.testing.assert_close(from_level, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_score_denoising_is_tweedies_formula_at_the_trajectorys_own_step_count():
+    """(x_{t_0} + sum_k S_0k d log p / d x_k) / (1 - t_0), of a log p whose network depends on T, here 3."""
+    model = make_model(scale=0.5)
+    x, ts, text = make_trajectory(model, steps=3)
+    three, nll = torch.tensor([3, 3, 3]), 0.5 * (x.requires_grad_()[:, 3]**2).sum()
+    for k in range(3):
+        nll = nll + model.step_nll(x[:, k], x[:, k + 1], ts[:, k], ts[:, k + 1], three, text).sum()
+    g, = torch.autograd.grad(nll, x)
+    for b in range(3):
+        expected = (x[b, 0] - torch.einsum("k,knd->nd", covariance(ts[b])[0], g[b])) / (1 - ts[b, 0])
+        torch.testing.assert_close(model.score_denoise(x[b:b + 1], ts[b], text[b:b + 1])[0], expected.detach())
+    u0, target = model.distillation_pair(x, ts, text)
+    torch.testing.assert_close(u0, model.transporter(x[:, 0], ts[:, 0], three)[0].detach())
+    torch.testing.assert_close(target[2], expected.detach())
+
+
 def test_score_denoising_returns_clean_data():
     model = make_model()
     x, ts, text = make_trajectory(model)
@@ -496,6 +527,26 @@ def test_impossible_settings_are_named(setting, named):
 def test_heads_must_divide_the_width(setting):
     with pytest.raises(ValueError, match="16 .* 3 heads"):
         NTM(NTMConfig(**TINY | setting))
+
+
+def test_trajectories_that_fit():
+    """4 GB / (13 x 4 bytes x units); of one layer at a time without gradients."""
+    config = NTMConfig(image_size=32, patch_size=2, text_len=77, width=1024, depth=24, transporter_width=512,
+                       transporter_blocks=4, transporter_layers=2, shift=1.0)
+    units = 4 * 24 * (77 + 256) * 1024 + 5 * 8 * 256 * 512
+    assert config.examples_at_once(4) == int(4e9 / 52 / units) == 2
+    assert config.examples_at_once(4, gradients=False) == int(4e9 / 52 / (4 * (77 + 256) * 1024 + 5 * 256 * 512)) == 38
+    assert config.examples_at_once(1000) == 1  # never none
+
+
+def test_embeddings_start_small():
+    """Standard deviation 0.02 of words and of all positions; a flow's start token at 0."""
+    torch.manual_seed(0)
+    model = NTM(NTMConfig(width=512, transporter_width=512, vocab_size=50))
+    trunk, block = model.predictor.trunk, model.transporter.blocks[0]
+    for parameter in (trunk.embed.weight, trunk.word_position, trunk.row, trunk.column, block.position):
+        assert parameter.std().item() == pytest.approx(0.02, rel=0.1)
+    assert (block.start == 0).all()
 
 
 def test_denoiser_maps_tokens_to_tokens_and_reads_the_caption():

@@ -13,6 +13,7 @@ from torch import nn
 
 import data
 from plumbing import latents
+from sample import load
 from plumbing.images import to_uint8
 from plumbing.latents import measure_latents
 from plumbing.prepare import TONES, emoji_caption
@@ -321,6 +322,10 @@ def test_from_latents_to_images(encoded, exported, tmp_path):
         assert np.abs(pixels(tmp_path / "images" / "0003.png") - image.clip(0, 255)).max() < 3
     strip = pixels(tmp_path / "images" / "0003_trajectory.png")
     assert strip.shape[1] > 6 * 96
+    model, normalised = load(tmp_path, "cpu"), torch.tensor([0.0, 1, -2]).view(3, 1, 1, 1).expand(3, 4, 8, 8)
+    for channel, (mean, scale) in enumerate(zip(stored["mean"], stored["scale"])):  # scale: 1 / standard deviation
+        plain = model.plain_latents(normalised)[:, channel, 5, 5].tolist()
+        assert plain == pytest.approx([mean, mean + 1 / scale, mean - 2 / scale], rel=1e-4)
     line = fails("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--decoder=none.pt2")
     assert "there is no none.pt2" in line
     assert "makes images, not latents: leave it out" in fails("sample.py", *SAMPLE, decoder)

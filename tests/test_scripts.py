@@ -19,11 +19,13 @@ from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, SMALL, TRAIN, contents,
 from test_data import write_idx
 from torch.distributions import Normal
 
+import distill
 from plumbing import checkpoint
 from plumbing.images import GAP
 from data import DIGITS, get_dataset, get_tokenizer
 from plumbing.detector import follows, task_prompts
 from flow import forward_trajectory, time_grid
+from model import NTM, NTMConfig
 from plumbing.loader import validation_batches
 from sample import TrainedModel
 from sample import load as load_model
@@ -106,6 +108,46 @@ def test_validation_of_the_denoiser_is_its_distance_from_the_score(trained):
     assert logged["val_psnr"] == pytest.approx(10 * math.log10(4 / mse), rel=1e-4)
 
 
+def test_compiled_training_is_training(tmp_path, monkeypatch):
+    """Captured as torch.compile does by default on CUDA, forward and backward, but run by PyTorch's own kernels: to
+    build those of a model even this small takes a C++ compiler a minute and a half."""
+    settings, losses = [*TRAIN, "--transporter_blocks=1", "--max_iters=3", "--val_interval=5", "--val_examples=2"], []
+    backend, compiled = "aot_eager_decomp_partition", []
+    monkeypatch.setattr(torch, "compile", lambda model, original=torch.compile: compiled.append(type(model)) or original(
+        model, backend=backend))
+    for name in ("True", "False"):
+        run("train.py", *settings, f"--compile={name}", f"--out_dir={tmp_path / name}")
+        losses.append([line["loss"] for line in training_lines(tmp_path / name / "log.jsonl")])
+    torch._dynamo.reset()
+    assert compiled == [NTM] and len(losses[0]) == 3 and losses[0][0] > losses[0][2]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert contents(tmp_path / "True" / "ckpt.pt")["model"].keys() == NTM.from_fields(
+        contents(tmp_path / "True" / "ckpt.pt")["model_config"]).state_dict().keys()  # no name of what compiled it
+
+
+class OfCaptions(NTM):
+    """The exact reverse step of data N(m, 0.3^2), every number on its own, whose mean m is a caption's first id / 10."""
+
+    def predict(self, u, t, s, steps, text):
+        t, s, m = t[:, None, None], s[:, None, None], text[:, :1, None] / 10
+        variance_s, variance_t = ((1 - a)**2 * 0.09 + a**2 for a in (s, t))
+        shared = (1 - t) / (1 - s) * variance_s  # the covariance of x_s and x_t
+        log_std = 0.5 * torch.log(variance_s - shared**2 / variance_t)
+        return (1 - s) * m + shared / variance_t * (u - (1 - t) * m), log_std.expand_as(u)
+
+
+def test_what_the_denoiser_learns_from():
+    """E[x_0 | x_{t_0}, caption]: levels above t_0 say nothing more, and the transporter is still the identity."""
+    teacher = OfCaptions(NTMConfig(image_size=4, patch_size=2, width=8, depth=1, heads=2, transporter_width=8))
+    images, noise, ts = torch.rand(3, 1, 4, 4), torch.randn(3, 5, 4, 4), time_grid(4, 0.1, 4)
+    text = torch.tensor([[3, 0], [7, 2], [1, 0]])
+    u0, target = distill.lesson(teacher, images, text, ts, noise)
+    x = 0.9 * teacher.patchify(images) + 0.1 * noise[:, 0]
+    torch.testing.assert_close(u0, x)
+    m = torch.tensor([0.3, 0.7, 0.1])[:, None, None]
+    torch.testing.assert_close(target, m + 0.9 * 0.09 / (0.81 * 0.09 + 0.01) * (x - 0.9 * m), rtol=1e-3, atol=1e-4)
+
+
 def test_every_validation_leaves_a_grid(trained):
     names = {"000050.png", "000100.png", "denoiser_000020.png", "denoiser_000040.png"}
     assert set(os.listdir(trained / "samples")) == names
@@ -120,9 +162,13 @@ def test_every_validation_leaves_a_grid(trained):
 def test_validation_of_the_same_weights_gives_the_same_numbers(copied, script, settings, name, log):
     """Resumed where its last validation is missing, so that this is all that is left to do."""
     before = read_log(copied / log)
+    sheet = copied / "samples" / ("000100.png" if name == "ckpt.pt" else "denoiser_000040.png")
+    shown = pixels(sheet)
+    sheet.unlink()
     (copied / log).write_text("".join(json.dumps(line) + "\n" for line in before[:-1]))
     run(script, *settings, f"--out_dir={copied}", "--init_from=resume", f"--max_iters={before[-1]['iter']}", "--lr=1e-2")
     assert read_log(copied / log) == before
+    assert (pixels(sheet) == shown).all()
 
 
 def test_every_run_leaves_its_curves(trained):

@@ -107,6 +107,13 @@ def test_any_order_gives_the_example_that_reading_through_gives(tmp_path):
         assert (tuple(to_uint8(image)[:, 3, 3].tolist()), caption) == expected[i]
 
 
+def test_the_numbers_of_an_index_are_aligned(tmp_path):
+    """Whatever the length of the header before them, here of names of one to four letters."""
+    for name in ("a", "aa", "aaa", "aaaa"):
+        write_shard(tmp_path / name / f"{name}.tar", numbered(2))
+        assert load_index([tmp_path / name / f"{name}.tar"])[1].flags.aligned
+
+
 def test_the_index_is_built_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
     write_shards(tmp_path / "train", numbered(30), per_shard=10)
     assert len(dataset(tmp_path)) == 30
@@ -316,8 +323,9 @@ def test_latents_are_normalised_as_latents_json_says_or_as_set(tmp_path):
     ds = Shards(str(tmp_path), "train", 4, 2, 6)
     assert not ds.eight_bit and ds.latent and torch.equal(ds[0][0], raw) and ds[1][1] == "class 2"
     (tmp_path / "latents.json").write_text(json.dumps({"mean": [1, 2, 3, 4], "scale": [0.5, 1, 2, 4]}))
-    mean, scale = torch.tensor([1, 2, 3, 4.0])[:, None, None], torch.tensor([0.5, 1, 2, 4])[:, None, None]
-    assert torch.equal(Shards(str(tmp_path), "train", 4, 2, 6)[0][0], (raw - mean) * scale)
+    latent = Shards(str(tmp_path), "train", 4, 2, 6)[0][0]
+    assert latent[:, 0, 0].tolist() == [-0.5, 10, 42, 128]  # of 0, 12, 24 and 36
+    assert latent[:, 1, 5].tolist() == [5, 21, 64, 172]  # of 11, 23, 35 and 47
     assert torch.equal(Shards(str(tmp_path), "train", 4, 2, 6, latent_scale=0.25)[0][0], raw / 4)
     (tmp_path / "latents.json").write_text("{}")
     with pytest.raises(ValueError, match="latents.json is damaged"):

@@ -242,13 +242,40 @@ def test_update_is_adamw_with_clipped_gradients(tmp_path):
     torch.testing.assert_close(contents(path)["ema"]["weight"], average)
 
 
+def test_two_steps_of_adamw():
+    """Of a weight with gradients 1 and 3. Step 1: m = 0.1 / (1 - 0.9) = 1, v = 0.05 / (1 - 0.95) = 1. Step 2:
+    m = (0.09 + 0.3) / (1 - 0.81) = 2.052632, v = (0.0475 + 0.45) / (1 - 0.9025) = 5.102564."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizers = make_optimizers(model, "adamw", 0.0, torch.device("cpu"))
+    for gradient in (1.0, 3.0):
+        model.weight.grad = torch.full((1, 1), gradient)
+        optim.step(optimizers, 0.5)
+    assert model.weight.item() == pytest.approx(-0.5 * (1 + 2.052632 / 5.102564**0.5), rel=1e-5)
+
+
+@pytest.mark.skipif(not optim.HAS_MUON, reason="torch has no Muon")
+def test_muon_moves_every_matrix_by_a_fifth_of_the_learning_rate():
+    """As AdamW about does, so that one learning rate serves both: an orthogonal (m, n) matrix has the root mean square
+    max(m, n)^-1/2, and is scaled by 0.2 max(m, n)^1/2. Muon orthogonalises only roughly."""
+    model = NTM(TINY)
+    muon, _ = make_optimizers(model, "muon", 0.0, torch.device("cpu"))
+    matrices = muon.param_groups[0]["params"]
+    before = [matrix.detach().clone() for matrix in matrices]
+    for matrix in matrices:
+        matrix.grad = torch.randn(matrix.shape)
+    optim.step([muon], 0.01)
+    for matrix, old in zip(matrices, before):
+        assert (matrix - old).square().mean().sqrt().item() == pytest.approx(0.002, rel=0.3), matrix.shape
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_weight_has_one_optimizer(name):
     model = NTM(TINY)
-    optimizers = make_optimizers(model, name, 0.1, torch.device("cpu"))
+    optimizers = make_optimizers(model, name, 0.07, torch.device("cpu"))
     groups = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     assert sorted(map(id, sum(groups, []))) == sorted(map(id, model.parameters()))
-    assert all(group["weight_decay"] == 0.1 for optimizer in optimizers for group in optimizer.param_groups)
+    assert all(group["weight_decay"] == 0.07 for optimizer in optimizers for group in optimizer.param_groups)
     names = [type(optimizer).__name__ for optimizer in optimizers]
     assert names == {"adamw": ["AdamW"], "muon": ["Muon", "AdamW"]}[name]
     if name == "muon":  # four matrices in each of the two layers
