@@ -17,7 +17,6 @@ A flow-matching checkpoint is sampled by Euler's method, without a denoiser or a
 
 import hashlib
 import math
-import re
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +33,7 @@ from plumbing import checkpoint
 from plumbing.images import contact_sheet, save_image, to_pil
 from plumbing.layouts import LAYOUTS, make_folder, path_of, read_prompts, write_geneval_sheets
 from plumbing.runtime import claim, coarse_products, find_device, note, one_line_errors
-from plumbing.tokenizer import WORD
+from plumbing.tokenizer import words
 
 out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: the model in assets/, images go to out/
 prompt = ""  # one caption; empty, and without `prompts`: captions of the data the model was trained on
@@ -229,11 +228,6 @@ class TrainedModel:
 def bits_per_dim(nats, dims):
     """Eq. (15) of docs/method.md: nats of dequantised 8-bit data in [-1, 1], bins 2^-7 wide, to bits per number."""
     return nats / dims / math.log(2) + 7
-
-
-def words(captions):
-    """The words of captions, in lower case, a set."""
-    return {word.strip().lower() for caption in captions for word in re.findall(WORD, caption)} - {"", ","}
 
 
 load = TrainedModel  # as programs of one's own call it

@@ -25,11 +25,12 @@ from fm import FlowMatching
 from model import NTM, NTMConfig
 from plumbing import checkpoint
 from plumbing.images import contact_sheet, save_image
-from plumbing.loader import Batches, validation_batches
+from plumbing.loader import Batches, examine, validation_batches
 from plumbing.log import Progress
 from plumbing.optim import default_optimizer, learning_rate, make_optimizers, step, update_average
-from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, for_training, gradients_meet,
-                              job, leave_ranks, one_line_errors, start_ranks)
+from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, for_training, gathered,
+                              gradients_meet, job, leave_ranks, one_line_errors, start_ranks)
+from plumbing.shards import find_shards, first_example
 
 # ---- run
 out_dir = "out/digits"
@@ -48,6 +49,7 @@ crop = "center"  # of the shards' images that are not square; or "random"
 flip = False  # mirror every second image of the shards
 latent_scale = 0.0  # what latents are multiplied by; 0: what `data.py encode` measured. SiT's want 0.18215
 bad_limit = 0.01  # the fraction of unusable examples, replaced by others, at which a run stops
+bad_captions = 0.1  # the fraction of captions, cut or in bytes for want of words, above which a run does not start
 image_size: int | tuple = 8
 channels = 1
 tokenizer = "captions"  # or "emoji", "gpt2", a file NAME.tiktoken; or "classes": captions are "class 0" to "class 999"
@@ -134,6 +136,10 @@ def start(config, device):
         config |= {name: resumed["model_config"][name] for name in ("parametrization", "predictor")}
         return None, resumed, resumed.get("vocabulary")
     if not other:
+        if config["dataset"] == "shards" and not {"image_size", "channels"} <= config.given:
+            size = "x".join(map(str, first_example(find_shards(config["data_dir"], "train")[0])[1]))
+            raise ValueError(f"shards need image_size and channels: their first example is {size} (channels, height, "
+                             "width), of which latents keep the size and images take any")
         return None, None, None
     if config["objective"] == "fm":
         raise ValueError("only an NTM starts from another model: leave objective or init_from out")
@@ -235,19 +241,24 @@ def main(config):
         optimizers = make_optimizers(model, config["optimizer"], config["weight_decay"], device)
         if resumed:
             checkpoint.resume(resumed, path, model, ema, optimizers, config, "objective", "optimizer", "tokenizer")
-        first, counts = (resumed["iter"], resumed.get("counts", {})) if resumed else (0, {})
-        base = resumed = None  # whose weights would stay in memory as long as the run
-        batches = Batches(train_set, tokenizer, model_config.text_len, config, first, ranks)
+        kept = resumed or {}
+        first, counts, words = kept.get("iter", 0), kept.get("counts", {}), kept.get("words", ())
+        base = resumed = kept = None  # whose weights would stay in memory as long as the run
+        notes = examine(train_set, val_set, tokenizer, model_config.text_len, config["bad_captions"])
+        batches = Batches(train_set, tokenizer, model_config.text_len, config, first, ranks, words)
         progress = Progress(path, "log.jsonl", config, first, counts, rank)
 
     network = for_training(model, config, device)
     if rank == 0:
         describe(model, config, train_set, f"{world} x {device.type}")
+        print(*notes, sep="\n")
 
     def save(i):
+        words = sorted(set().union(*gathered(batches.words)))  # of all captions so far, for whoever writes prompts
         if rank == 0:
             checkpoint.save(path, kind=config["objective"], model=model, ema=ema, optimizers=optimizers, iter=i,
-                            settings=config, vocabulary=tokenizer.vocabulary, job=job(), counts=progress.counts,
+                            settings=config, vocabulary=tokenizer.vocabulary, words=words, job=job(),
+                            counts=progress.counts,
                             **({"frozen": frozen.predictor.state_dict()} if frozen else {}))
 
     def check(i):
@@ -313,8 +324,6 @@ def describe(model, config, train_set, where):
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     parts = ", ".join(f"{name} {size:.2f}M" for name, size in sizes.items())
     print(f"{sum(sizes.values()):.2f}M parameters ({parts}); {len(train_set):,} examples; on {where}")
-    for name, fault in list(train_set.header["faults"].items())[:10] if config["dataset"] == "shards" else ():
-        print(f"{name} is damaged: {fault}")
     if config["init_from"] not in checkpoint.STARTS:
         decided = ", ".join(f"{key} {config[key]}" for key in (*NETWORK, *TRANSPORTER))
         print(f"starts from {config['init_from']}: {decided}")

@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, read without running anything they contain.
 
 A checkpoint is a dict of tensors and plain values: `kind` ("ntm", "fm" or "denoiser"), `model_config` (the fields of
-NTMConfig), `settings` (those of the script that wrote it), `vocabulary`, `model`, `ema`, `optimizers` (a list), `iter`.
+NTMConfig), `settings` (those of the script that wrote it), `vocabulary`, `words` (of the training captions), `model`,
+`ema`, `optimizers` (a list), `iter`.
 
     python -m plumbing.checkpoint out/shapes assets/shapes     what sampling needs of model and denoiser, in float16
 """

@@ -192,6 +192,15 @@ def test_a_resumed_run_reads_its_settings_from_the_checkpoint(trained, copied, s
     assert "width is 16, the settings say 24" in line and "depth" not in line
 
 
+def test_a_checkpoint_carries_the_words_of_its_captions(tmp_path):
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--max_iters=2", "--val_interval=1")  # of 16 captions
+    first = contents(tmp_path / "ckpt.pt")["words"]
+    assert first == sorted(first) and {"digit", "the"} <= set(first) and "circle" not in first
+    run("train.py", f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=40")
+    known = set(contents(tmp_path / "ckpt.pt")["words"])
+    assert set(first) < known == {"a", "an", "digit", "handwritten", "the", *DIGITS}
+
+
 def test_a_denoiser_does_not_go_on_with_another_teacher(copied):
     before = (copied / "denoiser.pt").read_bytes()
     run("train.py", f"--out_dir={copied}", "--init_from=resume", "--max_iters=101")

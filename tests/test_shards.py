@@ -477,5 +477,6 @@ def test_long_captions_are_counted(tmp_path):
     examples = [(f"{i}", {"png": png(), "txt": b"a red circle above a blue square"}) for i in range(16)]
     for split in ("train", "val"):
         write_shards(tmp_path / split, examples)
-    run("train.py", *TRAIN, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'run'}", "--text_len=4")
+    run("train.py", *TRAIN, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'run'}", "--text_len=4",
+        "--bad_captions=1")
     assert [line["cut"] for line in training_lines(tmp_path / "run" / "log.jsonl")] == [8, 16, 24, 32, 40, 48]
