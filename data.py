@@ -113,7 +113,10 @@ def get_dataset(name, split, image_size, channels, seed=0, data_dir="", **of_sha
         raise ValueError(f"data set {name!r} is unknown; there are {', '.join(DATASETS)}")
     if split not in ("train", "val"):
         raise ValueError(f"split {split!r} is unknown; there are train and val")
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if len(size) != 2:
+        raise ValueError(f"image_size is {image_size}: give one side of a square, or height and width")
+    height, width = size
     if name == "shards":
         return Shards(data_dir, split, channels, height, width, seed, **of_shards)
     if height != width or height not in sizes[name]:

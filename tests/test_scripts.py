@@ -455,6 +455,7 @@ TRAIN_MISTAKES = {
     "--device=meta": ["device 'meta'", "cpu"],  # it has shapes, and no values
     "--patch_size=3": ["8x8", "patch_size 3"],
     "--image_size=9": ["digits has no 9x9", "8x8"],
+    "--image_size=(8,8,8)": ["image_size is (8, 8, 8)", "height and width"],
     "--image_size=(8,16)": ["digits has no 8x16", "8x8"],
     "--channels=2": ["2 channels", "1 or 3"],
     "--dataset=imagenet": ["'imagenet'", "shapes", "fashion", "digits"],
