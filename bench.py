@@ -1,4 +1,4 @@
-"""Measures speed: training, inversion and sampling in several ways, in one run.
+"""Measures speed: training, inversion, sampling in several ways, and the cost against steps and tokens, in one run.
 
     python bench.py                                     # the size of config/shapes.py, at random weights
     python bench.py --out_dir=out/shapes                # a trained model's size and weights
@@ -42,7 +42,9 @@ transporter_heads = 2
 steps = 4
 shift: float | None = 0.5
 batch_size = 64
+image_sizes = (8, 16)  # for inversion and for the cost against N
 tolerances = (1e-2, 1e-3, 1e-4)  # of Jacobi's sweeps
+step_counts = (1, 2, 4, 8)  # for the cost against T
 repeats = 5  # of each figure, of which the median counts
 bfloat16: bool | None = None  # autocast; None: on CUDA only
 device = ""  # cuda, mps or cpu; empty: the best there is
@@ -144,19 +146,23 @@ def bench_training(model, device):
 
 @torch.no_grad()
 def bench_inversion(model, device):
-    """Images/s of inverting trajectories by cache and by Jacobi, the sweeps a block takes, and the largest error
-    against Jacobi's sweeps without a tolerance, which are exact."""
+    """Images/s of inverting trajectories by cache and by Jacobi at several N, the sweeps a block takes, and the largest
+    error against Jacobi's sweeps without a tolerance, which are exact."""
     ways, results = {"cache": ("cache",)} | {f"Jacobi, tolerance {tol:g}": ("jacobi", tol) for tol in tolerances}, {}
-    ts = model.config.time_grid(0.02).to(device).expand(batch_size, -1)
-    x = forward_trajectory(model.patchify(inputs(model.config, device)[0]), ts)
-    u, _ = model.transport(x, ts, torch.full((batch_size,), ts.shape[1] - 1, device=device))
-    exact = model.invert(u, ts, "jacobi", tol=0.0)
-    seconds = medians({name: lambda way=way: model.invert(u, ts, *way) for name, way in ways.items()}, device)
-    for name, way in ways.items():
-        error = (model.invert(u, ts, *way) - exact).abs().max().item()
-        results[name] = {"images/s": batch_size / seconds[name], "largest error": error}
-        if way[0] == "jacobi":
-            results[name]["sweeps a block"] = statistics.mean(model.transporter.sweeps)
+    for size in sorted({model.config.image_size, *((size, size) for size in image_sizes)}):
+        config = replace(model.config, image_size=size)
+        sized = model if config == model.config else network(NTM, config, device)
+        ts = config.time_grid(0.02).to(device).expand(batch_size, -1)
+        x = forward_trajectory(sized.patchify(inputs(config, device)[0]), ts)
+        u, _ = sized.transport(x, ts, torch.full((batch_size,), ts.shape[1] - 1, device=device))
+        exact = sized.invert(u, ts, "jacobi", tol=0.0)
+        seconds = medians({name: lambda way=way: sized.invert(u, ts, *way) for name, way in ways.items()}, device)
+        for name, way in ways.items():
+            error = (sized.invert(u, ts, *way) - exact).abs().max().item()
+            row = results[f"N = {config.num_tokens}, {name}"] = {
+                "images/s": batch_size / seconds[name], "largest error": error}
+            if way[0] == "jacobi":
+                row["sweeps a block"] = statistics.mean(sized.transporter.sweeps)
     return results
 
 
@@ -173,6 +179,19 @@ def bench_sampling(model, device):
     return {name: {"images/s": batch_size / seconds} for name, seconds in medians(ways, device).items()}
 
 
+def bench_cost(model, device):
+    """Milliseconds per image of training and of sampling (without denoising), against T and N."""
+    config, results = model.config, {}
+    sizes = {f"T = {T}": replace(config, steps=T) for T in step_counts}
+    sizes |= {f"N = {(size // config.patch_size) ** 2}": replace(config, image_size=size) for size in image_sizes}
+    for name, sized in sizes.items():
+        model, (_, text), ts = network(NTM, sized, device), inputs(sized, device), sized.time_grid(0.02).to(device)
+        ways = {f"training, {kind}": training_step(NTM, replace(sized, pairs=kind == "pairs"), device)
+                for kind in ("pairs", "trajectories")} | {"sampling": lambda: model.sample(text, ts)}
+        results[name] = {f"{way}, ms": 1000 * s / batch_size for way, s in medians(ways, device).items()}
+    return results
+
+
 @one_line_errors()
 def main(config):
     where = find_device(config["device"])
@@ -181,10 +200,12 @@ def main(config):
     else:
         of_model = NTMConfig.__dataclass_fields__.keys() & config.keys()
         model = network(NTM, NTMConfig(**{name: config[name] for name in of_model}), where)
+    for size in image_sizes:
+        replace(model.config, image_size=size)  # a wrong one is better known now than later
     cuda = where.type == "cuda"
     machine = torch.cuda.get_device_name(where) if cuda else f"{where.type}, {torch.get_num_threads()} threads"
     results = {"machine": machine, "torch": torch.__version__, "config": config}
-    for measure in bench_training, bench_inversion, bench_sampling:
+    for measure in bench_training, bench_inversion, bench_sampling, bench_cost:
         title = measure.__name__.removeprefix("bench_")
         results[title] = measure(model, where)
         print(title)

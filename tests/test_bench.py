@@ -11,12 +11,12 @@ import bench
 from fm import FlowMatching
 from model import NTM, NTMConfig
 
-SMALL = ["--device=cpu", "--repeats=1", "--batch_size=2", "--tolerances=(1e-2, 1e-5)"]
+SMALL = ["--device=cpu", "--repeats=1", "--batch_size=2", "--step_counts=(1, 2)", "--tolerances=(1e-2, 1e-5)"]
 TINY = NTMConfig(image_size=4, width=8, depth=1, heads=2, transporter_width=8, transporter_layers=1)
 
 
 def test_every_figure_is_there(copied):
-    _, printed = run("bench.py", *SMALL, f"--out_dir={copied}")
+    _, printed = run("bench.py", *SMALL, f"--out_dir={copied}", "--image_sizes=(4, 8)")
     results = json.loads((copied / "bench.json").read_text())
     assert {"NTM, pairs", "NTM, trajectories", "NTM, no transporter", "flow matching",
             "matrix product GFLOP/s"} == set(results["training"])
@@ -27,14 +27,16 @@ def test_every_figure_is_there(copied):
     assert work["flow matching"] < work["NTM, no transporter"] * 1.01 < work["NTM, pairs"] < work["NTM, trajectories"]
 
     inversion = results["inversion"]
-    assert len(inversion) == 3  # cache and two tolerances
-    assert inversion["cache"]["largest error"] < 1e-4
-    loose, tight = (inversion[f"Jacobi, tolerance {tol}"] for tol in ("0.01", "1e-05"))
-    assert tight["largest error"] <= loose["largest error"] and tight["largest error"] < 1e-3
-    assert 1 <= loose["sweeps a block"] <= tight["sweeps a block"] <= 16
+    assert len(inversion) == 2 * 3  # two N; cache and two tolerances
+    for N in (4, 16):
+        assert inversion[f"N = {N}, cache"]["largest error"] < 1e-4
+        loose, tight = (inversion[f"N = {N}, Jacobi, tolerance {tol}"] for tol in ("0.01", "1e-05"))
+        assert tight["largest error"] <= loose["largest error"] and tight["largest error"] < 1e-3
+        assert 1 <= loose["sweeps a block"] <= tight["sweeps a block"] <= N
     assert list(results["sampling"]) == ["NTM, 4 steps, none", "NTM, 4 steps, score", "NTM, 4 steps, learned",
                                          "flow matching, 4 steps", "flow matching, 50 steps"]
-    for title in ("training", "inversion", "sampling", "wrote"):
+    assert list(results["cost"]) == ["T = 1", "T = 2", "N = 4", "N = 16"]
+    for title in ("training", "inversion", "sampling", "cost", "wrote"):
         assert title in printed
 
 
