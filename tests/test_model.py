@@ -451,6 +451,15 @@ def test_score_denoising_is_tweedies_formula_at_the_trajectorys_own_step_count()
     torch.testing.assert_close(target[2], expected.detach())
 
 
+def test_score_denoising_in_parts_that_fit(monkeypatch):
+    model = make_model(scale=0.5)
+    x, ts, text = make_trajectory(model, batch=5, steps=3)
+    whole, asked = model.score_denoise(x, ts, text, chunk=5), []
+    monkeypatch.setattr(NTMConfig, "examples_at_once", lambda *args, **kwargs: asked.append((args[1:], kwargs)) or 2)
+    torch.testing.assert_close(model.score_denoise(x, ts, text), whole)
+    assert asked == [((3,), {})]  # for trajectories of three steps
+
+
 def test_score_denoising_returns_clean_data():
     model = make_model()
     x, ts, text = make_trajectory(model)
@@ -537,6 +546,22 @@ def test_trajectories_that_fit():
     assert config.examples_at_once(4) == int(4e9 / 52 / units) == 2
     assert config.examples_at_once(4, gradients=False) == int(4e9 / 52 / (4 * (77 + 256) * 1024 + 5 * 256 * 512)) == 38
     assert config.examples_at_once(1000) == 1  # never none
+
+
+def test_size_of_the_default_model():
+    """Predictor: four layers of 18 w^2 + 15 w numbers, 514 words, 8 + 4 + 4 positions, patches of 4 numbers in and
+    2 x 4 out, three times of 64 waves; the transporter: two times, and three blocks of two layers."""
+    def layer(w):
+        return 18 * w**2 + 15 * w
+
+    predictor = 4 * layer(128) + (514 + 8 + 4 + 4) * 128 + (4 + 1) * 128 + (128 + 1) * 8 + (192 + 1 + 128 + 1) * 128
+    block = 2 * layer(64) + (4 + 1) * 64 + (1 + 16) * 64 + (64 + 1) * 8
+    model = NTM(NTMConfig())
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert count == {"predictor": predictor, "transporter": 3 * block + (128 + 1 + 64 + 1) * 64}
+    assert predictor == 1_298_056 and model.predictor.trunk.layers[0].attention.heads == 4
+    assert model.transporter.blocks[0].layers[0].attention.heads == 2
+    assert model.config.max_t_min == 0.05 and model.config.steps == (4,)
 
 
 def test_embeddings_start_small():

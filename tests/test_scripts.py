@@ -113,8 +113,8 @@ def test_compiled_training_is_training(tmp_path, monkeypatch):
     build those of a model even this small takes a C++ compiler a minute and a half."""
     settings, losses = [*TRAIN, "--transporter_blocks=1", "--max_iters=3", "--val_interval=5", "--val_examples=2"], []
     backend, compiled = "aot_eager_decomp_partition", []
-    monkeypatch.setattr(torch, "compile", lambda model, original=torch.compile: compiled.append(type(model)) or original(
-        model, backend=backend))
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(type(model)) or original(model, backend=backend))
     for name in ("True", "False"):
         run("train.py", *settings, f"--compile={name}", f"--out_dir={tmp_path / name}")
         losses.append([line["loss"] for line in training_lines(tmp_path / name / "log.jsonl")])
@@ -126,7 +126,7 @@ def test_compiled_training_is_training(tmp_path, monkeypatch):
 
 
 class OfCaptions(NTM):
-    """The exact reverse step of data N(m, 0.3^2), every number on its own, whose mean m is a caption's first id / 10."""
+    """The exact reverse step of data N(m, 0.3^2), each number on its own, whose mean m is a caption's first id / 10."""
 
     def predict(self, u, t, s, steps, text):
         t, s, m = t[:, None, None], s[:, None, None], text[:, :1, None] / 10
@@ -146,6 +146,20 @@ def test_what_the_denoiser_learns_from():
     torch.testing.assert_close(u0, x)
     m = torch.tensor([0.3, 0.7, 0.1])[:, None, None]
     torch.testing.assert_close(target, m + 0.9 * 0.09 / (0.81 * 0.09 + 0.01) * (x - 0.9 * m), rtol=1e-3, atol=1e-4)
+
+
+def test_validation_of_a_denoiser_weighs_all_numbers_alike():
+    """In batches of two and of one; targets as above for m = 0.5, of which 0.5 is too little and x_{t_0} too much."""
+    teacher = OfCaptions(NTMConfig(image_size=4, patch_size=2, width=8, depth=1, heads=2, transporter_width=8))
+    images, text, ts = torch.rand(3, 1, 4, 4), torch.full((3, 2), 5), time_grid(4, 0.1, 4)
+    noise = torch.cat([torch.randn(n, 5, 4, 4, generator=torch.Generator().manual_seed(n)) for n in (2, 1)])
+    x = 0.9 * teacher.patchify(images) + 0.1 * noise[:, 0]
+    target = 0.5 + 0.9 * 0.09 / (0.81 * 0.09 + 0.01) * (x - 0.45)
+    for denoiser, estimate in ((lambda u0, text: u0, x), (lambda u0, text: text[:, :1, None] / 10, 0.5)):
+        batches = [(images[rows], text[rows], None, torch.Generator().manual_seed(n))
+                   for rows, n in ((slice(2), 2), (slice(2, 3), 1))]
+        found, mse = distill.validate(denoiser, teacher, batches, ts), (target - estimate).square().mean().item()
+        assert found == pytest.approx({"val_mse": mse, "val_psnr": 10 * math.log10(4 / mse)}, rel=1e-3)
 
 
 def test_every_validation_leaves_a_grid(trained):
