@@ -251,7 +251,8 @@ def main(config):
     network = for_training(model, config, device)
     if rank == 0:
         describe(model, config, train_set, f"{world} x {device.type}")
-        print(*notes, sep="\n")
+        for line in notes:
+            print(line)
 
     def save(i):
         words = sorted(set().union(*gathered(batches.words)))  # of all captions so far, for whoever writes prompts

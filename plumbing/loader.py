@@ -150,7 +150,8 @@ def examine(train_set, val_set, tokenizer, text_len, bad_captions):
     notes = [f"{name} is damaged: {fault}" for name, fault in getattr(train_set, "faults", {}).items()][:10]
     some = range(0, len(train_set), len(train_set) // 1000 + 1)
     captions = train_set.captions(some) if hasattr(train_set, "captions") else (train_set[i][1] for i in some)
-    notes.append(survey(list(captions), tokenizer, text_len, bad_captions))
+    if line := survey(list(captions), tokenizer, text_len, bad_captions):
+        notes.append(line)
     if not train_set.eight_bit:
         deviation = torch.stack([train_set[i][0] for i in some[:100]]).std().item()
         if not 0.5 < deviation < 2:

@@ -106,15 +106,16 @@ def words(captions):
 
 
 def survey(captions, tokenizer, text_len, most=1.0):
-    """Says in a line what share of captions text_len cuts and what share falls apart, and what would help. Raises
-    ValueError with that line where one of them is more than `most`."""
+    """Says in a line what share of captions text_len cuts and what share falls apart, and what would help; "" where all
+    are whole. Raises ValueError with that line where one of them is more than `most`."""
     lengths = sorted(len(tokenizer.tokens(caption)) for caption in captions) or [0]
     cut = sum(length > text_len for length in lengths) / len(lengths)
     apart = sum(map(tokenizer.falls_apart, captions)) / len(lengths)
-    line = f"of {len(captions):,} captions, {cut:.1%} are longer than text_len {text_len} and cut"
-    line += f" (text_len {lengths[-1 - len(lengths) // 100]} would hold 99%)" if cut else ""
-    line += f", {apart:.1%} fall apart into bytes, of words that the vocabulary does not know" if apart else ""
-    line += " (`python data.py vocab --data_dir=SHARDS --out=NAME.tiktoken` makes one)" if apart else ""
+    faults = [f"{cut:.1%} are longer than text_len {text_len} and cut (text_len {lengths[-1 - len(lengths) // 100]} "
+              "would hold 99%)"] if cut else []
+    faults += [f"{apart:.1%} fall apart into bytes, of words that the vocabulary does not know (`python data.py vocab "
+               "--data_dir=SHARDS --out=NAME.tiktoken` makes one)"] if apart else []
+    line = f"of {len(captions):,} captions, {' and '.join(faults)}" if faults else ""
     if max(cut, apart) > most:
         raise ValueError(f"{line}; bad_captions is {most}: --bad_captions=1 trains all the same")
     return line
