@@ -16,7 +16,6 @@ centre (2v + 1)/256 - 1 of its bin. Captions are a function of (seed, i); plumbi
 
 import argparse
 import gzip
-import re
 import sys
 import zlib
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from plumbing import shapes
 from plumbing.images import contact_sheet, save_image, to_pixels
 from plumbing.shards import Shards, find_shards, first_example
-from plumbing.tokenizer import ASSETS, WORD, get_tokenizer, make_vocabulary
+from plumbing.tokenizer import ASSETS, get_tokenizer, make_vocabulary
 
 FASHION_DIR = "/usr/share/datasets/fashion-mnist"
 
@@ -61,8 +60,11 @@ class EightBit:
         indices = np.asarray(indices, dtype=np.int64)
         if (outside := (indices < 0) | (indices >= self.size)).any():
             raise IndexError(f"item {indices[outside][0]} is outside 0..{self.size - 1}")
-        images, captions = self.examples(indices, indices if self.split == "train" else ~indices)
-        return list(zip(to_pixels(images), captions))
+        return list(zip(to_pixels(self.pictures(indices)), self.captions(indices)))
+
+    def numbers(self, indices):
+        indices = np.asarray(indices)
+        return indices if self.split == "train" else ~indices
 
 
 class Shapes(EightBit):
@@ -72,13 +74,15 @@ class Shapes(EightBit):
         super().__init__(split, seed, 1_000_000 if split == "train" else 10_000)
         self.image_size, self.channels = image_size, channels
 
-    def examples(self, indices, numbers):
-        scene = shapes.scenes(self.seed, numbers)
-        images = shapes.render(scene, self.image_size)
+    def captions(self, indices):
+        return shapes.captions(shapes.scenes(self.seed, self.numbers(indices)))
+
+    def pictures(self, indices):
+        images = shapes.render(shapes.scenes(self.seed, self.numbers(indices)), self.image_size)
         if self.channels == 1:
             luma = np.array([0.299, 0.587, 0.114], dtype=np.float32)
             images = np.rint(np.einsum("bchw,c->bhw", images, luma))[:, None].astype(np.uint8)
-        return images, shapes.captions(scene)
+        return images
 
 
 class Labelled(EightBit):
@@ -91,10 +95,13 @@ class Labelled(EightBit):
     def label(self, i):
         return int(self.labels[i])
 
-    def examples(self, indices, numbers):
-        u = shapes.uniforms(self.seed, numbers, 1)[:, 0]
+    def captions(self, indices):
+        u = shapes.uniforms(self.seed, self.numbers(indices), 1)[:, 0]
         wordings = [self.wordings[label] for label in self.labels[indices]]
-        return self.images[indices], [choices[int(v * len(choices))] for choices, v in zip(wordings, u)]
+        return [choices[int(v * len(choices))] for choices, v in zip(wordings, u)]
+
+    def pictures(self, indices):
+        return self.images[indices]
 
 
 def get_dataset(name, split, image_size, channels, seed=0, data_dir="", **of_shards):
@@ -198,17 +205,16 @@ def show(args):
         faults += [fault] if fault else []
     print(f"{args.name}: {len(sets['train']):,} to train on, {len(sets['val']):,} to validate, "
           + "x".join(map(str, images[0].shape)))
-    for name, fault in shown.header["faults"].items() if of_shards else ():
+    for name, fault in shown.faults.items() if of_shards else ():
         print(f"  {name} is damaged: {fault}")
     if faults:
         print(f"{len(faults)} of the first {len(captions):,} examples are unusable; {faults[0]}")
 
     tokenizer = get_tokenizer(args.tokenizer)
     lengths = np.array([len(tokenizer.tokens(caption)) for caption in captions])
-    words = {word for caption in captions for word in re.findall(WORD, caption)}
-    whole = sum(len(tokenizer.encoding.encode_ordinary(word)) == 1 for word in words)
-    print(f"vocabulary of {tokenizer.vocab_size}: {whole} of the {len(words)} words are single tokens, "
-          f"{lengths.mean():.1f} tokens a caption, {lengths.max()} at most")
+    apart = np.mean([tokenizer.falls_apart(caption) for caption in captions])
+    print(f"vocabulary of {tokenizer.vocab_size}: {lengths.mean():.1f} tokens a caption, {lengths.max()} at most; "
+          f"{apart:.1%} of captions fall apart into bytes")
     for length in (4, 8, 16, 32, 77):
         print(f"  text_len {length:2}: {(lengths <= length).mean():.1%} of captions whole")
     print("\n".join(f"  {caption}" for caption in captions[:6]))

@@ -25,11 +25,12 @@ from fm import FlowMatching
 from model import NTM, NTMConfig
 from plumbing import checkpoint
 from plumbing.images import contact_sheet, save_image
-from plumbing.loader import Batches, validation_batches
+from plumbing.loader import Batches, examine, validation_batches
 from plumbing.log import Progress
 from plumbing.optim import default_optimizer, learning_rate, make_optimizers, step, update_average
 from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, for_training, gradients_meet, job, leave_ranks,
                               one_line_errors, start_ranks)
+from plumbing.shards import find_shards, first_example
 
 # ---- run
 out_dir = "out/digits"
@@ -48,6 +49,7 @@ crop = "center"  # of the shards' images that are not square; or "random"
 flip = False  # mirror every second image of the shards
 latent_scale = 0.0  # what latents are multiplied by; 0: what `data.py encode` measured. SiT's want 0.18215
 bad_limit = 0.01  # the fraction of unusable examples, replaced by others, at which a run stops
+bad_captions = 0.1  # the fraction of captions, cut or in bytes for want of words, above which a run does not start
 image_size: int | tuple = 8
 channels = 1
 tokenizer = "captions"  # or "emoji", "gpt2", a file NAME.tiktoken; or "classes": captions are "class 0" to "class 999"
@@ -132,6 +134,10 @@ def start(config, device):
         config |= {name: resumed["model_config"][name] for name in ("parametrization", "predictor")}
         return None, resumed, resumed.get("vocabulary")
     if not other:
+        if config["dataset"] == "shards" and not {"image_size", "channels"} <= config.given:
+            size = "x".join(map(str, first_example(find_shards(config["data_dir"], "train")[0])[1]))
+            raise ValueError(f"shards need image_size and channels: their first example is {size} (channels, height, "
+                             "width), of which latents keep the size and images take any")
         return None, None, None
     if config["objective"] == "fm":
         raise ValueError("only an NTM starts from another model: leave objective or init_from out")
@@ -233,12 +239,14 @@ def main(config):
         if resumed:
             checkpoint.resume(resumed, path, model, ema, optimizers, config, "objective", "optimizer", "tokenizer")
         first = resumed["iter"] if resumed else 0
+        notes = examine(train_set, val_set, tokenizer, model_config.text_len, config["bad_captions"])
         batches = Batches(train_set, tokenizer, model_config.text_len, config, first, ranks)
         progress = Progress(path, "log.jsonl", config, first, (resumed or {}).get("counts", {}), rank)
 
     network = for_training(model, config, device)
     if rank == 0:
         describe(model, base, config, train_set, f"{world} x {device.type}")
+        print(*notes, sep="\n")
 
     def save(i):
         if rank == 0:
@@ -308,8 +316,6 @@ def describe(model, base, config, train_set, where):
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     parts = ", ".join(f"{name} {size:.2f}M" for name, size in sizes.items())
     print(f"{sum(sizes.values()):.2f}M parameters ({parts}); {len(train_set):,} examples; on {where}")
-    for name, fault in list(train_set.header["faults"].items())[:10] if config["dataset"] == "shards" else ():
-        print(f"{name} is damaged: {fault}")
     if base:
         decided = ", ".join(f"{key} {config[key]}" for key in (*NETWORK, *TRANSPORTER))
         print(f"starts from {config['init_from']}: {decided}")

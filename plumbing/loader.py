@@ -13,6 +13,10 @@ from torch.utils.data import DataLoader
 
 from plumbing.images import dequantize
 from plumbing.runtime import one_line_errors
+from plumbing.shapes import uniforms
+from plumbing.tokenizer import MOST_WORDS, survey, words
+
+FEW = 50  # held-out examples, below which validation's figures are noise
 
 
 class Order:
@@ -29,13 +33,19 @@ class Order:
     def __iter__(self):
         for i in self.iterations:
             positions = range(i * self.batch_size + self.rows.start, i * self.batch_size + self.rows.stop)
-            yield [epoch * self.again + shuffled(self.size, self.seed + epoch)[k].item()
+            yield [epoch * self.again + shuffled(self.size, self.seed, epoch)[k].item()
                    for epoch, k in (divmod(position, self.size) for position in positions)]
 
 
+def key(seed, number, use):
+    """A generator's seed, a hash: of a sum, seed 1 would have in epoch 0 what seed 0 has in epoch 1. use: 0 or 1."""
+    return int(uniforms(seed, [number], 2)[0, use] * 2**53)
+
+
 @functools.lru_cache(1)
-def shuffled(size, seed):
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)  # half of int64
+def shuffled(size, seed, epoch):
+    generator = torch.Generator().manual_seed(key(seed, epoch, 0))
+    return torch.randperm(size, generator=generator, dtype=torch.int32)  # half of int64
 
 
 class WithFaults:
@@ -68,7 +78,7 @@ class Batches:
 
     A context: the processes that load (config's `workers`) end with it. ranks: device, rank, world. rows: this rank's,
     a slice of the whole batch. counts: {"unusable": examples replaced, "cut": captions too long}, of this rank since
-    the start. faults: what was wrong with those examples. waited: seconds that loading took so far.
+    the start. faults: what was wrong with the first ten. words: of its captions. waited: seconds for loading.
     """
 
     def __init__(self, dataset, tokenizer, text_len, config, start, ranks):
@@ -82,7 +92,7 @@ class Batches:
         self.dataset, self.tokenizer, self.text_len, self.config = dataset, tokenizer, text_len, config
         self.null = tokenizer.encode([""], text_len).to(self.device)
         self.iteration, self.generator = start, torch.Generator(self.device)
-        self.counts, self.faults, self.waited = {"unusable": 0, "cut": 0}, [], 0.0
+        self.counts, self.faults, self.words, self.waited = {"unusable": 0, "cut": 0}, [], set(), 0.0
 
     def __enter__(self):
         again = len(self.dataset) if hasattr(self.dataset, "fetch") else 0  # new crops and flips each epoch
@@ -102,13 +112,14 @@ class Batches:
         asked_at = time.perf_counter()
         images, captions, faults = self.load()
         self.waited += time.perf_counter() - asked_at
-        self.faults += faults
+        self.faults = (self.faults + faults)[:10]
+        self.words |= words(captions) if len(self.words) < MOST_WORDS else set()
         with one_line_errors():
             cut = self.tokenizer.cut
             text = self.tokenizer.encode(captions, self.text_len).to(self.device)
         self.counts["unusable"] += len(faults)
         self.counts["cut"] += self.tokenizer.cut - cut
-        generator = self.generator.manual_seed(self.config["seed"] * 1_000_003 + self.iteration)
+        generator = self.generator.manual_seed(key(self.config["seed"], self.iteration, 1))
         images = images.to(self.device, non_blocking=True)
         if self.dataset.eight_bit:
             whole = torch.zeros(self.batch_size, *images.shape[1:], device=self.device)
@@ -131,6 +142,22 @@ class Batches:
     def chunks(self, *tensors):
         """The rows of a rank's tensors in as many parts as there are accumulation passes."""
         return zip(*(tensor.chunk(self.passes) for tensor in tensors))
+
+
+def examine(train_set, val_set, tokenizer, text_len, bad_captions):
+    """What to know about a run's data before it starts, a list of lines. Raises ValueError where more than the fraction
+    bad_captions of the captions are cut by text_len, or fall apart."""
+    notes = [f"{name} is damaged: {fault}" for name, fault in getattr(train_set, "faults", {}).items()][:10]
+    some = range(0, len(train_set), len(train_set) // 1000 + 1)
+    captions = train_set.captions(some) if hasattr(train_set, "captions") else (train_set[i][1] for i in some)
+    notes.append(survey(list(captions), tokenizer, text_len, bad_captions))
+    if not train_set.eight_bit:
+        deviation = torch.stack([train_set[i][0] for i in some[:100]]).std().item()
+        if not 0.5 < deviation < 2:
+            notes.append(f"the latents' standard deviation is {deviation:.3g}, but should be about 1: set latent_scale")
+    if len(val_set) < FEW:
+        notes.append(f"{len(val_set)} examples are held out, fewer than {FEW}: validation's figures are mostly noise")
+    return notes
 
 
 def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, world=1, batch_size=100):

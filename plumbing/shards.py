@@ -70,14 +70,16 @@ def expand(pattern):
 
 def scan(path):
     """The blocks where the examples of a shard begin, and its end, uint32; and what is wrong with the shard, or ""."""
-    starts, key, size = [], None, path.stat().st_size
+    starts, key, suffixes, size = [], None, set(), path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
-                if member.isfile() and (folder, name.partition(".")[0]) != key:
-                    key = folder, name.partition(".")[0]  # the path up to the first dot of the file name
+                stem, _, suffix = name.partition(".")  # a key is the path up to the first dot of the file name
+                if member.isfile() and ((folder, stem) != key or suffix in suffixes):  # two examples may share a key
+                    key, suffixes = (folder, stem), set()
                     starts.append(member.offset // BLOCK)
+                suffixes.add(suffix)
             end = tar.offset
         fault = "it has no end" if end >= size else ""
         if not fault and np.memmap(path, dtype=np.uint8, mode="r", offset=end).any():  # not empty blocks alone
@@ -149,7 +151,7 @@ def read_members(path, start, stop):
 def caption_of(members):
     """The caption of an example's members. Raises Unusable where it is missing or empty."""
     try:
-        caption = members["txt"].decode("utf-8") if "txt" in members else json.loads(members["json"])["caption"]
+        caption = members["txt"].decode("utf-8-sig") if "txt" in members else json.loads(members["json"])["caption"]
         caption = caption.strip().encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Unusable("it has no caption") from error
@@ -202,15 +204,17 @@ class Shards:
         only. Raises ValueError or OSError where the shards cannot serve."""
         if crop not in ("center", "random"):
             raise ValueError(f"crop {crop!r} is unknown: choose 'center' or 'random'")
+        if min(height, width) < 1:
+            raise ValueError(f"image_size is {height}x{width}: shards have images of at least 1x1")
         self.paths, own = find_shards(data_dir, split)
         self.header, self.starts = load_index(self.paths)
-        counts = np.array(self.header["counts"])
+        counts, self.faults = np.array(self.header["counts"]), self.header["faults"]
         self.firsts, self.total = counts.cumsum() - counts, int(counts.sum())  # examples before each shard, and in all
         self.split, self.held_out = split, not own and split != "all"
         self.seed, self.shape = seed, (channels, height, width)
         self.crop, self.flip = (crop, flip) if split == "train" else ("center", False)
         if len(self) == 0:
-            faults = "".join(f"; {name}: {fault}" for name, fault in list(self.header["faults"].items())[:1])
+            faults = "".join(f"; {name}: {fault}" for name, fault in list(self.faults.items())[:1])
             raise ValueError(f"data_dir {data_dir!r} has {self.total} examples, too few for {split!r}: every "
                              f"{HELD_OUT}th is for validation, where there are no folders train/ and val/{faults}")
         self.latent, _ = first_example(self.paths)
@@ -238,6 +242,12 @@ class Shards:
         shard, number = self.place(i)
         row = int(self.firsts[shard]) + shard + number  # each shard before has one entry more, its end
         return read_members(self.paths[shard], *self.starts[row:row + 2])
+
+    def captions(self, numbers):
+        """The captions of examples one after another, of those that have any, without decoding images."""
+        for number in numbers:
+            with contextlib.suppress(Unusable):
+                yield caption_of(self.members(number))
 
     def example(self, number):
         """(image, caption) of a number that runs on from epoch to epoch. Raises Unusable."""
@@ -303,6 +313,8 @@ def latent_statistics(shard, channels, scale):
             try:
                 stored = json.loads(path.read_text())
                 mean, scales = (torch.tensor(stored[name], dtype=torch.float32) for name in ("mean", "scale"))
+                if not (mean.isfinite().all() and scales.isfinite().all() and (scales > 0).all()):
+                    raise ValueError("means are to be finite, and scales positive")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is damaged ({error}); encode again, or set latent_scale") from error
             if mean.shape != (channels,) or scales.shape != (channels,):

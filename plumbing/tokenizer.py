@@ -12,19 +12,34 @@ ASSETS = Path(__file__).parent.parent / "assets"
 VOCABULARIES = ("captions", "emoji")  # assets/NAME.tiktoken
 PAD, NULL = 0, 1  # the null caption is what guidance uses; a vocabulary's own ids come after these
 WORD = r" ?[^\s,]+|,|\s+"  # a word includes the space before it, so that a common word is one token
+LETTERS = r"[^\W\d_]+(?:['’-][^\W\d_]+)*"  # a word as people count them: "don't", "t-shirt"
+MOST_WORDS = 200_000  # that a run keeps of its captions
 
 
 class Tokenizer:
     """Byte-pair ids of a tiktoken encoding, shifted by two to leave room for PAD and NULL. vocabulary: the text of its
-    .tiktoken file, which checkpoints store, or None. cut: how many captions encode() has truncated so far."""
+    .tiktoken file, which checkpoints store, or None. cut: how many captions encode() has truncated so far. A vocabulary
+    without capitals, but for single bytes, was made of captions without them: others are put into lower case."""
 
     def __init__(self, encoding, vocabulary=None):
         self.encoding, self.vocabulary, self.cut = encoding, vocabulary, 0
         self.vocab_size = encoding.n_vocab + 2
+        several = [token for token in encoding.token_byte_values() if len(token) > 1]
+        self.folds = bool(several) and all(token == token.lower() for token in several)
+
+    def ordinary(self, caption):
+        return self.encoding.encode_ordinary(caption.lower() if self.folds else caption)
 
     def tokens(self, caption):
         """All ids of one caption, a list; [NULL] for an empty or blank one."""
-        return [i + 2 for i in self.encoding.encode_ordinary(caption.strip())] or [NULL]
+        return [i + 2 for i in self.ordinary(caption.strip())] or [NULL]
+
+    def falls_apart(self, caption):
+        """Whether the vocabulary does not know a fourth or more of a caption's words: most of a word's tokens are then
+        single bytes. Numbers and single letters do not count."""
+        words = [word for word in re.findall(WORD, caption) if re.search(r"[^\W\d_]{2}", word)]
+        single = [[len(self.encoding.decode_single_token_bytes(i)) == 1 for i in self.ordinary(word)] for word in words]
+        return 0 < len(words) <= 4 * sum(sum(bytes) > len(bytes) / 2 for bytes in single)
 
     def encode(self, captions, length):
         """B captions -> ids (B, length) int64, truncated or padded with PAD."""
@@ -54,6 +69,9 @@ class ClassNumbers(Tokenizer):
                              "or nothing for any class")
         return [int(match[1]) + 2 if match[1] else NULL]
 
+    def falls_apart(self, caption):
+        return False
+
 
 def get_tokenizer(name="captions", vocabulary=None):
     """The tokenizer `name`: "captions" (shapes, garments and digits, a token for each word), "emoji", or another file
@@ -80,6 +98,26 @@ def get_tokenizer(name="captions", vocabulary=None):
         return ClassNumbers(int(match[1] or 1000))
     raise ValueError(f"tokenizer {name!r} is unknown; there are {', '.join(VOCABULARIES)}, a file NAME.tiktoken, gpt2, "
                      "classes and classes:N")
+
+
+def words(captions):
+    """The words of captions, in lower case, a set."""
+    return set(re.findall(LETTERS, " ".join(captions).lower()))
+
+
+def survey(captions, tokenizer, text_len, most=1.0):
+    """Says in a line what share of captions text_len cuts and what share falls apart, and what would help. Raises
+    ValueError with that line where one of them is more than `most`."""
+    lengths = sorted(len(tokenizer.tokens(caption)) for caption in captions) or [0]
+    cut = sum(length > text_len for length in lengths) / len(lengths)
+    apart = sum(map(tokenizer.falls_apart, captions)) / len(lengths)
+    line = f"of {len(captions):,} captions, {cut:.1%} are longer than text_len {text_len} and cut"
+    line += f" (text_len {lengths[-1 - len(lengths) // 100]} would hold 99%)" if cut else ""
+    line += f", {apart:.1%} fall apart into bytes, of words that the vocabulary does not know" if apart else ""
+    line += " (`python data.py vocab --data_dir=SHARDS --out=NAME.tiktoken` makes one)" if apart else ""
+    if max(cut, apart) > most:
+        raise ValueError(f"{line}; bad_captions is {most}: --bad_captions=1 trains all the same")
+    return line
 
 
 def train_bpe(words, vocab_size):
