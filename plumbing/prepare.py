@@ -5,7 +5,6 @@
     python data.py vocab --data_dir=SHARDS --out=NAME.tiktoken
 """
 
-import contextlib
 import csv
 import hashlib
 import io
@@ -14,21 +13,23 @@ import re
 import subprocess
 import tarfile
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from plumbing.images import over_white
-from plumbing.shards import IMAGES, Shards, Unusable, caption_of, find_shards, first_example, write_shards
+from plumbing.loader import FEW
+from plumbing.shards import IMAGES, Shards, find_shards, first_example, write_shards
 from plumbing.tokenizer import ASSETS, make_vocabulary
 
 PACKAGES = ("emoji-datasource-google", "emoji-datasource-twitter")
 VERSION = "16.0.0"
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 EMOJI_VAL = 0.05  # the fraction of emoji held out
+UNNAMED = "more columns than there are names (quote a text that holds commas)"
 LICENCES = """Images of the npm packages emoji-datasource-google and emoji-datasource-twitter, by Cal Henderson
-(https://github.com/iamcal/emoji-data, MIT licence), laid over white.
+(https://github.com/iamcal/emoji-data, MIT licence), unchanged.
 
 google: Noto Emoji, https://github.com/googlefonts/noto-emoji, Apache License 2.0.
 twitter: Twemoji, https://github.com/twitter/twemoji, CC BY 4.0, copyright Twitter, Inc and other contributors.
@@ -92,13 +93,6 @@ def read_emoji(source):
     return found
 
 
-def on_white(data):
-    """A PNG's bytes -> {"png": bytes} of the same image over white."""
-    file = io.BytesIO()
-    over_white(Image.open(io.BytesIO(data))).save(file, "PNG", optimize=True)
-    return {"png": file.getvalue()}
-
-
 def prepare_emoji(args):
     with tempfile.TemporaryDirectory() as folder:
         if not args.source:
@@ -111,7 +105,7 @@ def prepare_emoji(args):
         sources = args.source or sorted(Path(folder).glob("*.tgz"))
         emoji = [entry for source in tqdm(sources, desc="read", leave=False) for entry in read_emoji(source)]
     emoji.sort(key=lambda entry: hashed(entry[0]))  # shuffled for other readers, which may stream the shards
-    write_splits(Path(args.out), emoji, on_white)
+    write_splits(Path(args.out), emoji, lambda data: {"png": data})
     (Path(args.out) / "LICENCES.txt").write_text(LICENCES)
     print(f"wrote {args.out}")
 
@@ -121,48 +115,72 @@ def read_captions(folder, files):
     path = next((path for name in ("metadata.jsonl", "metadata.csv") if (path := folder / name).exists()), None)
     if path is None:
         sidecars = {name: path.with_suffix(".txt") for name, path in files.items()}
-        return {name: path.read_text("utf-8", "replace") for name, path in sidecars.items() if path.exists()}
+        return {name: read_text(path) for name, path in sidecars.items() if path.exists()}
+    text = read_text(path)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = [line for line in file if line.strip()]
-        rows = csv.DictReader(lines) if path.suffix == ".csv" else map(json.loads, lines)
-        return {row["file_name"]: (row["text"] or "").encode("utf-8", "replace").decode() for row in rows}
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{path} needs a file_name and a text in every row: {error!r}") from error
+        rows = (list(csv.DictReader(io.StringIO(text), restkey=UNNAMED)) if path.suffix == ".csv" else
+                [json.loads(line) for line in text.split("\n") if line.strip()])  # strings may hold other line ends
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} needs a file_name and a text in every row: {error}") from error
+    captions = {}
+    for number, row in enumerate(rows, 1):
+        row = row if isinstance(row, dict) else {"no columns:": row}
+        name, text = row.get("file_name"), row.get("text", ...) or ""
+        if not isinstance(name, str) or not isinstance(text, str) or UNNAMED in row:
+            columns = ", ".join(f"{column} {value!r:.40}" for column, value in row.items()) or "none"
+            raise ValueError(f"{path} needs a file_name and a text in every row; row {number} has {columns}")
+        if name in captions:
+            raise ValueError(f"{path} has two captions of {name}, the second in row {number}: leave one out")
+        captions[name] = text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+    return captions
+
+
+def read_text(path):
+    """The text of a file in UTF-8, without the mark that some editors put first. Raises ValueError for other files."""
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}): convert it") from error
 
 
 def prepare_folder(args):
     folder, out = Path(args.folder), Path(args.out or Path("out/data") / Path(args.folder).resolve().name)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    files = {path.relative_to(folder).as_posix(): path
-             for path in sorted(folder.rglob("*")) if path.suffix.lower()[1:] in (*IMAGES, "npy")}
+    found = [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]  # as macOS leaves them
+    files = {path.relative_to(folder).as_posix(): path for path in found if path.suffix.lower()[1:] in (*IMAGES, "npy")}
     texts = read_captions(folder, files)
     captions = {name: texts[name].strip() for name in files if texts.get(name, "").strip()}
     if not captions:
         raise ValueError(f"{folder} holds no captioned image: put the caption of NAME.png into NAME.txt, or "
                          "file_name and text of all into metadata.jsonl or metadata.csv")
+    if len(captions) == 1:
+        raise ValueError(f"{folder} holds one captioned image: it takes two, one to train on and one to validate")
     keys = {name: f"{i:08d}" for i, name in enumerate(captions)}  # names may have dots, which keys must not
     order = sorted(captions, key=hashed)
-    held_out = set(order[:max(1, round(args.val * len(order)))] if len(order) > 1 else [])
+    val = args.val or max(0.01, min(0.1, FEW / len(order)))
+    held_out = set(order[:min(max(1, round(val * len(order))), len(order) - 1)])
     examples = [(keys[name], "val" if name in held_out else "train", captions[name], files[name]) for name in order]
     write_splits(out, examples, lambda path: {path.suffix.lower()[1:]: path.read_bytes()})
-    missing = len(files) - len(captions)
-    print(f"wrote {out}" + (f"; {missing} images without a caption were left out" if missing else ""))
+    left_out = Counter({"images without a caption": len(files) - len(captions),
+                        "rows that name no image": len(texts.keys() - files.keys())})
+    Image.init()  # which is when Pillow knows all formats
+    left_out.update(f"{path.suffix} files" for path in found
+                    if path.suffix.lower() in Image.EXTENSION and path.suffix.lower()[1:] not in IMAGES)
+    print(f"wrote {out}" + "".join(f"; {count} {what} were left out" for what, count in left_out.items() if count))
 
 
 def prepare_vocabulary(args):
-    def captions(shards):
-        for i in range(len(shards)):
-            with contextlib.suppress(Unusable):
-                yield caption_of(shards.members(i))
-
-    if args.data_dir and not args.out:
-        raise ValueError("the vocabulary of some shards needs --out=NAME.tiktoken")
+    out = Path(args.out or ASSETS / "captions.tiktoken")
+    if args.data_dir and not args.out or out.suffix != ".tiktoken":
+        raise ValueError(f"the vocabulary of some shards needs --out=NAME.tiktoken, but --out is {args.out!r}")
+    if args.size and not args.data_dir:
+        raise ValueError(f"--size={args.size} is for the vocabulary of shards: name them by --data_dir")
     if args.data_dir:
         _, shape = first_example(find_shards(args.data_dir, "train")[0])
-        contents = make_vocabulary(captions(Shards(args.data_dir, "train", *shape)), args.size)
-    out = Path(args.out or ASSETS / "captions.tiktoken")
+        shards = Shards(args.data_dir, "train", *shape)
+        contents = make_vocabulary(shards.captions(range(len(shards))), args.size or 4096)
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(contents if args.data_dir else args.caption_vocabulary())
     print(f"wrote {out}")
 
@@ -175,9 +193,9 @@ def add_commands(command, caption_vocabulary):
     sub = command("folder", prepare_folder, "makes shards of a folder of captioned images")
     sub.add_argument("folder", metavar="DIR", help="images with .txt sidecars, metadata.jsonl or metadata.csv")
     sub.add_argument("--out", help="default out/data/NAME")
-    sub.add_argument("--val", type=float, default=0.01, help="fraction held out for validation")
+    sub.add_argument("--val", type=float, help="fraction held out; default 0.01, or for small sets up to 0.1")
     sub = command("vocab", prepare_vocabulary, "makes a vocabulary: assets/captions.tiktoken, or that of some shards")
     sub.set_defaults(caption_vocabulary=caption_vocabulary)
     sub.add_argument("--data_dir", default="", help="which shards")
-    sub.add_argument("--size", type=int, default=4096, help="of the vocabulary of shards, in tokens")
+    sub.add_argument("--size", type=int, help="of the vocabulary of shards, in tokens; default 4096")
     sub.add_argument("--out", help="a file NAME.tiktoken")
