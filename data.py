@@ -39,6 +39,8 @@ WORDINGS = {  # the captions that each class may have, the canonical one first
                for n, word in enumerate(DIGITS)],
 }
 DATASETS = ("shapes", *WORDINGS, "shards")
+RANGES = {"image_size": (1, 4096), "seed": (0, 2**31 - 1), "count": (1, 1000), "val": (1e-6, 0.9),  # of the commands'
+          "size": (256, 10**6), "batch_size": (1, 4096), "workers": (0, 256)}  # arguments
 
 
 class EightBit:
@@ -253,6 +255,9 @@ def main():
     prepare.add_commands(command, caption_vocabulary)
     latents.add_commands(command)
     args = parser.parse_args()
+    for name, (low, high) in RANGES.items():
+        if (value := getattr(args, name, None)) is not None and not low <= value <= high:
+            parser.error(f"--{name} is {value}, but must be in {low} to {high}")
     try:
         args.function(args)
     except (OSError, ValueError) as error:

@@ -155,11 +155,9 @@ def examine(train_set, val_set, tokenizer, text_len, bad_captions):
     if not train_set.eight_bit:
         deviation = torch.stack([train_set[i][0] for i in some[:100]]).std().item()
         if not 0.5 < deviation < 2:
-            notes.append(f"the latents' standard deviation is {deviation:.3g}, but should be about 1: set "
-                         "latent_scale, or make them by `python data.py encode`")
+            notes.append(f"the latents' standard deviation is {deviation:.3g}, but should be about 1: set latent_scale")
     if len(val_set) < FEW:
-        notes.append(f"{len(val_set)} examples are held out, fewer than {FEW}: what validation says of them is mostly "
-                     "noise")
+        notes.append(f"{len(val_set)} examples are held out, fewer than {FEW}: validation's figures are mostly noise")
     return notes
 
 

@@ -5,7 +5,6 @@
     python data.py vocab --data_dir=SHARDS --out=NAME.tiktoken
 """
 
-import argparse
 import csv
 import hashlib
 import io
@@ -206,11 +205,9 @@ def add_commands(command, caption_vocabulary):
     sub = command("folder", prepare_folder, "makes shards of a folder of captioned images")
     sub.add_argument("folder", metavar="DIR", help="images with .txt sidecars, metadata.jsonl or metadata.csv")
     sub.add_argument("--out", help="default out/data/NAME")
-    sub.add_argument("--val", type=within(float, 1e-6, 0.9),
-                     help="fraction held out for validation; default 0.01, and for fewer than 5,000 images up to 0.1")
+    sub.add_argument("--val", type=float, help="fraction held out; default 0.01, or for small sets up to 0.1")
     sub = command("vocab", prepare_vocabulary, "makes a vocabulary: assets/captions.tiktoken, or that of some shards")
     sub.set_defaults(caption_vocabulary=caption_vocabulary)
     sub.add_argument("--data_dir", default="", help="which shards")
-    sub.add_argument("--size", type=within(int, 256, 1_000_000),
-                     help="of the vocabulary of shards, in tokens; default 4096")
+    sub.add_argument("--size", type=int, help="of the vocabulary of shards, in tokens; default 4096")
     sub.add_argument("--out", help="a file NAME.tiktoken")

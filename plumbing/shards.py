@@ -70,14 +70,16 @@ def expand(pattern):
 
 def scan(path):
     """The blocks where the examples of a shard begin, and its end, uint32; and what is wrong with the shard, or ""."""
-    starts, key, size = [], None, path.stat().st_size
+    starts, key, suffixes, size = [], None, set(), path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
-                if member.isfile() and (folder, name.partition(".")[0]) != key:
-                    key = folder, name.partition(".")[0]  # the path up to the first dot of the file name
+                stem, _, suffix = name.partition(".")  # a key is the path up to the first dot of the file name
+                if member.isfile() and ((folder, stem) != key or suffix in suffixes):  # two examples may share a key
+                    key, suffixes = (folder, stem), set()
                     starts.append(member.offset // BLOCK)
+                suffixes.add(suffix)
             end = tar.offset
         fault = "it has no end" if end >= size else ""
         if not fault and np.memmap(path, dtype=np.uint8, mode="r", offset=end).any():  # not empty blocks alone

@@ -312,6 +312,20 @@ def test_command_makes_the_vocabulary(monkeypatch, tmp_path):
     (["shapes", "--split=test"], "there are train and val"),
     (["digits", "--image_size=28"], "image_size may be 8x8"),
     (["fashion", "--data_dir=/nowhere"], "/nowhere"),
+    (["digits", "--count=0"], "--count is 0, but must be in 1 to 1000"),
+    (["digits", "--count=100000000000"], "--count is 100000000000, but must be in"),
+    (["digits", "--seed=-1"], "--seed is -1, but must be in"),
+    (["digits", "--tokenizer=classes"], "is not a class"),
+    (["shapes", "--image_size=0"], "--image_size is 0, but must be in 1 to 4096"),
+    (["shards", "--data_dir=x", "--image_size=many"], "--image_size: invalid int value: 'many'"),
+    (["folder", "x", "--val=2"], "--val is 2.0, but must be in 1e-06 to 0.9"),
+    (["folder", "x", "--val=0"], "--val is 0.0, but must be in"),
+    (["folder", "x", "--val=nan"], "--val is nan, but must be in"),
+    (["vocab", "--data_dir=x", "--out=x.tiktoken", "--size=9"], "--size is 9, but must be in 256 to"),
+    (["vocab", "--size=300"], "--size=300 is for the vocabulary of shards"),
+    (["vocab", "--out=mine"], "needs --out=NAME.tiktoken, but --out is 'mine'"),
+    (["encode", "--data_dir=x", "--encoder=x", "--out=x", "--batch_size=0"], "--batch_size is 0, but must be in 1 to"),
+    (["encode", "--data_dir=x", "--encoder=x", "--out=x", "--workers=-1"], "--workers is -1, but must be in 0 to"),
 ])
 def test_command_answers_mistakes_with_one_line(monkeypatch, arguments, part):
     with pytest.raises(SystemExit) as exit:

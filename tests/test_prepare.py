@@ -1,6 +1,7 @@
 """Shards from emoji packages, from folders, and from other shards by way of an autoencoder."""
 import io
 import json
+import re
 import subprocess
 import tarfile
 
@@ -172,12 +173,75 @@ def test_a_smaller_folder_leaves_no_shards_of_the_larger(tmp_path):
     assert len(Shards(str(tmp_path / "shards"), "train", 3, 8, 8)) == 7
 
 
+@pytest.mark.parametrize("text, images, captions", [
+    ('{"file_name": "0.png", "text": "a\u2028b"}\n{"file_name": "1.png", "text": "c", "tags": [1]}\n', 2, ["a\u2028b", "c"]),
+    ('\ufeff{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "b"}', 2, ["a", "b"]),
+    ('\ufefffile_name,text\r\n0.png,"a\nb"\r\n\r\n1.png,c\r\n', 2, ["a\nb", "c"]),
+    (["\ufeffa cat", "a dog\r\n"], 2, ["a cat", "a dog"]),
+])
+def test_line_ends_and_marks_of_editors_are_no_part_of_captions(tmp_path, text, images, captions):
+    (tmp_path / "mine").mkdir()
+    for i in range(images):
+        (tmp_path / "mine" / f"{i}.png").write_bytes(png((i, 0, 0)))
+    files = {f"{i}.txt": line for i, line in enumerate(text)} if isinstance(text, list) else {
+        "metadata.jsonl" if "{" in text else "metadata.csv": text}
+    for name, content in files.items():
+        (tmp_path / "mine" / name).write_bytes(content.encode())
+    command("folder", tmp_path / "mine", f"--out={tmp_path / 'o'}")
+    found = [caption for split in ("train", "val") for _, caption in Shards(str(tmp_path / "o"), split, 3, 8, 8)]
+    assert sorted(found) == captions
+
+
+@pytest.mark.parametrize("name, text, part", [
+    ("metadata.jsonl", '{"image": "0.png", "caption": "a cat"}', "row 1 has image '0.png', caption 'a cat'"),
+    ("metadata.csv", "image,caption\n0.png,a cat\n", "row 1 has image '0.png', caption 'a cat'"),
+    ("metadata.csv", "file_name,text\n1.png,a\n0.png,a red, round apple\n", "row 2 has .*quote a text that holds commas"),
+    ("metadata.jsonl", "[1, 2]", "row 1 has no columns: .1, 2."),
+    ("metadata.jsonl", "{}", "row 1 has none"),
+    ("metadata.jsonl", '{"file_name"', "needs a file_name and a text in every row: Expecting"),
+    ("metadata.csv", "file_name,text\n0.png,a\n0.png,b\n", "two captions of 0.png, the second in row 2"),
+    ("metadata.jsonl", b"\xff\xfe{", "metadata.jsonl is not text in UTF-8"),
+    ("0.txt", "caf\u00e9".encode("latin-1"), "0.txt is not text in UTF-8"),
+])
+def test_captions_that_would_be_misread_are_named(tmp_path, name, text, part):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png((i, 0, 0)))
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert re.search(part, fails("data.py", "folder", str(tmp_path), f"--out={tmp_path / 'o'}"))
+
+
+def test_what_a_folder_holds_besides_is_said(tmp_path):
+    for name in ("0.png", "1.png", "._0.png", "x.bmp", "y.BMP"):
+        (tmp_path / name).write_bytes(png())
+        (tmp_path / name).with_suffix(".txt").write_text("a cat")
+    printed = command("folder", tmp_path, f"--out={tmp_path / 'o'}")
+    assert "train: 1 images" in printed and "val: 1 images" in printed and "1 .bmp files were left out" in printed
+    rows = [{"file_name": name, "text": "a cat"} for name in ("0.png", "1.png", "deep/0.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "1 rows that name no image were left out" in command("folder", tmp_path, f"--out={tmp_path / 'o'}")
+
+
+@pytest.mark.parametrize("count, arguments, held_out", [
+    (2, [], 1), (60, [], 6), (700, [], 50), (60, ["--val=0.02"], 1), (2, ["--val=0.9"], 1)])
+def test_a_small_folder_holds_out_more_than_one_image(tmp_path, count, arguments, held_out):
+    (tmp_path / "mine").mkdir()
+    for i in range(count):
+        (tmp_path / "mine" / f"{i}.png").write_bytes(b"not looked at")
+    rows = [{"file_name": f"{i}.png", "text": "a cat"} for i in range(count)]
+    (tmp_path / "mine" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    printed = command("folder", tmp_path / "mine", f"--out={tmp_path / 'o'}", *arguments)
+    assert f"train: {count - held_out} images" in printed and f"val: {held_out} images" in printed
+
+
 def test_folders_that_cannot_serve_are_named(tmp_path):
     assert "there is no folder" in fails("data.py", "folder", str(tmp_path / "none"))
     make_folder(tmp_path / "mine", 2)
     assert "holds no captioned image" in fails("data.py", "folder", str(tmp_path / "mine"))
     (tmp_path / "mine" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["a", "b"]}')
     assert "needs a file_name and a text in every row" in fails("data.py", "folder", str(tmp_path / "mine"))
+    make_folder(tmp_path / "one", 1)
+    (tmp_path / "one" / "image.0.txt").write_text("a cat")
+    assert "holds one captioned image: it takes two" in fails("data.py", "folder", str(tmp_path / "one"))
     (tmp_path / "mine" / "metadata.jsonl").write_text('{"file_name": "a.png"}')
     assert "needs a file_name and a text in every row" in fails("data.py", "folder", str(tmp_path / "mine"))
 

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from plumbing import shards
 from plumbing.images import resize_and_crop, to_uint8
-from plumbing.loader import Order, WithFaults, collate
+from plumbing.loader import Order, WithFaults, collate, examine
 from plumbing.shards import Shards, expand, find_shards, load_index, write_shard, write_shards
+from plumbing.tokenizer import get_tokenizer
 
 TRAIN = SHORT + SMALL + ["--transporter_width=16", "--transporter_blocks=1", "--transporter_layers=1",
                          "--dataset=shards", "--image_size=8", "--channels=3", "--patch_size=4"]
@@ -480,3 +481,62 @@ def test_long_captions_are_counted(tmp_path):
     run("train.py", *TRAIN, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'run'}", "--text_len=4",
         "--bad_captions=1")
     assert [line["cut"] for line in training_lines(tmp_path / "run" / "log.jsonl")] == [8, 16, 24, 32, 40, 48]
+
+
+def test_shards_do_not_train_with_the_size_of_the_digits(tmp_path):
+    for split in ("train", "val"):
+        write_shards(tmp_path / "images" / split, numbered(12))
+        latent_shard(tmp_path / "latents" / split / "0.tar", np.ones((12, 4, 2, 6)), ["class 1"] * 12)
+    tiny = [*SHORT, *SMALL, "--dataset=shards", f"--out_dir={tmp_path / 'run'}"]
+    for settings in ([], ["--image_size=8"], ["--channels=3"]):
+        line = fails("train.py", *tiny, f"--data_dir={tmp_path / 'images'}", *settings)
+        assert "shards need image_size and channels: their first example is 3x12x12" in line
+    assert "first example is 4x2x6" in fails("train.py", *tiny, f"--data_dir={tmp_path / 'latents'}")
+    for size in (0, -8):
+        with pytest.raises(ValueError, match=f"image_size is {size}x{size}"):
+            dataset(tmp_path / "images", size=size)
+
+
+def test_a_run_whose_captions_fall_apart_does_not_start(tmp_path, monkeypatch):
+    examples = [(f"{i}", {"png": png(), "txt": b"my cat"}) for i in range(16)]
+    for split in ("train", "val"):
+        write_shards(tmp_path / split, [("none", {"png": png()}), *examples])
+    settings = [*TRAIN, f"--data_dir={tmp_path}", "--text_len=8"]
+    line = fails("train.py", *settings, f"--out_dir={tmp_path / 'run'}")
+    assert "100.0% fall apart into bytes" in line and "`python data.py vocab" in line and "--bad_captions=1" in line
+    assert not (tmp_path / "run").exists()
+    _, printed = run("train.py", *settings, f"--out_dir={tmp_path / 'run'}", "--bad_captions=1")
+    assert "100.0% fall apart" in printed and "17 examples are held out, fewer than 50" in printed
+    monkeypatch.setattr(shards, "decode_image", lambda members: pytest.fail("decoded"))
+    monkeypatch.setattr(Shards, "usable", lambda self, number: None)
+    monkeypatch.setattr(shards, "first_example", lambda paths: (False, (3, 8, 8)))
+    assert list(dataset(tmp_path).captions(range(17))) == ["my cat"] * 16  # without its images
+
+
+def test_latents_that_are_not_normalised_are_told(tmp_path):
+    latents = 5 * np.random.default_rng(0).normal(size=(20, 4, 2, 6))
+    latent_shard(tmp_path / "train" / "0.tar", latents, ["class 1"] * 20)
+    classes = get_tokenizer("classes")
+    notes = examine(*[Shards(str(tmp_path), "train", 4, 2, 6)] * 2, classes, 1, 0.1)
+    assert any("standard deviation is 4" in note or "standard deviation is 5" in note for note in notes)
+    notes = examine(*[Shards(str(tmp_path), "train", 4, 2, 6, latent_scale=0.2)] * 2, classes, 1, 0.1)
+    assert not any("standard deviation" in note for note in notes)
+
+
+@pytest.mark.parametrize("mean, scale", [([0.0, 0, 0, 0], [1, 1, 1, 0]), ([0.0, 0, 0, float("nan")], [1, 1, 1, 1]),
+                                         ([0.0, 0, 0, 0], [1, 1, 1, -1]), ([0.0, 0, 0, 0], [1, 1, 1, float("inf")])])
+def test_statistics_of_latents_that_would_spoil_them_are_refused(tmp_path, mean, scale):
+    latent_shard(tmp_path / "train" / "0.tar", np.ones((2, 4, 2, 6)), ["class 1", "class 2"])
+    (tmp_path / "latents.json").write_text(json.dumps({"mean": mean, "scale": scale}))
+    with pytest.raises(ValueError, match="latents.json is damaged .means are to be finite, and scales positive"):
+        Shards(str(tmp_path), "train", 4, 2, 6)
+
+
+def test_neighbours_that_share_a_key_are_two_examples(tmp_path):
+    write_shard(tmp_path / "0.tar", [("a", {"png": png(), "txt": f"{i}".encode()}) for i in range(3)])
+    assert [caption for _, caption in dataset(tmp_path, "all")] == ["0", "1", "2"]
+
+
+def test_the_mark_of_an_editor_is_no_part_of_a_caption(tmp_path):
+    write_shard(tmp_path / "train" / "0.tar", [("a", {"png": png(), "txt": "\ufeffa cat".encode()})])
+    assert dataset(tmp_path)[0][1] == "a cat"

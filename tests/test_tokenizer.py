@@ -97,3 +97,41 @@ def test_a_vocabulary_that_is_missing_or_damaged_is_named(tmp_path):
         (tmp_path / "bad.tiktoken").write_bytes(contents)
         with pytest.raises(ValueError, match="bad.tiktoken is damaged"):
             get_tokenizer(str(tmp_path / "bad.tiktoken"))
+
+
+def test_capitals_are_folded_where_the_vocabulary_has_none(tmp_path):
+    bpe = get_tokenizer()
+    assert bpe.tokens("A RED CIRCLE") == bpe.tokens("a red circle") and len(bpe.tokens("A RED CIRCLE")) == 3
+    assert torch.equal(bpe.encode(["Two Green Triangles"], 4), bpe.encode(["two green triangles"], 4))
+    for name, captions in (("cased", ["The cat", "The dog"]), ("bytes", [])):
+        (tmp_path / f"{name}.tiktoken").write_bytes(tokenizer.make_vocabulary(captions, 300))
+        cased = get_tokenizer(str(tmp_path / f"{name}.tiktoken"))
+        assert cased.tokens("The cat") != cased.tokens("the cat") and cased.decode(cased.tokens("The Cat")) == "The Cat"
+
+
+def test_captions_of_unknown_words_fall_apart():
+    bpe = get_tokenizer()
+    for caption in ("a red circle", "A RED CIRCLE", "a 12", "12345 678", "x", "", "a red circle beside a blue square",
+                    "a red, blue, green, yellow, cyan or purple giraffe"):
+        assert not bpe.falls_apart(caption), caption
+    for caption in ("my cat", "a photo of my cat", "eine Katze am Strand", "猫が座っている", "кошка"):
+        assert bpe.falls_apart(caption), caption
+    assert not get_tokenizer("classes").falls_apart("class 3")
+
+
+def test_words_are_in_lower_case_and_without_punctuation():
+    assert tokenizer.words(["A red circle, left of a blue square.", "Don't!", "a t-shirt 42 x3", "café\nnoir"]) == {
+        "a", "red", "circle", "left", "of", "blue", "square", "don't", "t-shirt", "x", "café", "noir"}
+    assert tokenizer.words([]) == tokenizer.words([""]) == set()
+
+
+def test_a_survey_of_captions_says_what_is_wrong_and_what_would_help():
+    bpe, good, long, odd = get_tokenizer(), ["a bag"] * 90, ["a red circle above a blue square"] * 10, ["my cat"] * 10
+    assert tokenizer.survey(good, bpe, 4, 0.0) == "of 90 captions, 0.0% are longer than text_len 4 and cut"
+    said = tokenizer.survey(good + long, bpe, 4, 0.1)
+    assert "of 100 captions, 10.0% are longer than text_len 4 and cut (text_len 7 would hold 99%)" in said
+    with pytest.raises(ValueError, match="11.0% are longer .*bad_captions is 0.1: --bad_captions=1 trains all the same"):
+        tokenizer.survey(good[1:] + long + long[:1], bpe, 4, 0.1)
+    with pytest.raises(ValueError, match="10.0% fall apart into bytes.*`python data.py vocab .*bad_captions is 0.05"):
+        tokenizer.survey(good + odd, bpe, 8, 0.05)
+    assert "\n" not in tokenizer.survey(odd, bpe, 2, 1.0) and bpe.cut == 0

@@ -20,7 +20,7 @@ from configurator import Settings
 from model import NTM, Denoiser, ImageModel, NTMConfig
 from plumbing import checkpoint, optim, runtime
 from plumbing.images import to_pixels
-from plumbing.loader import Order, validation_batches
+from plumbing.loader import Batches, Order, examine, key, validation_batches
 from plumbing.log import Log
 from plumbing.optim import learning_rate, make_optimizers
 from plumbing.tokenizer import NULL, PAD
@@ -153,6 +153,52 @@ def test_order_continues_where_it_was(start):
 
 def test_order_follows_the_seed():
     assert batches(seed=1) == batches(seed=1) != batches(seed=2)
+
+
+def test_seeds_have_no_epoch_and_no_noise_in_common():
+    epochs = {tuple(sum(batches(10, 10, seed, epoch, epoch + 1), [])) for seed in range(30) for epoch in range(30)}
+    assert len(epochs) == 900  # seed + epoch would make 59
+    keys = {key(seed, number, use) & (2**32 - 1) for seed, number in (  # which is what a generator on CPU looks at
+        (0, 0), (0, 1), (1, 0), (1, 1), (0, 1_000_003), (4295, 0), (0, 45_589), (2**31 - 1, 10**9)) for use in (0, 1)}
+    assert len(keys) == 16
+    for seed in (-1, 2**40):
+        assert sorted(batches(3, 3, seed, stop=1)[0]) == [0, 1, 2]
+
+
+def test_words_and_the_first_faults_of_batches_are_kept():
+    class Spoilt(Items):
+        def fetch(self, numbers):
+            return [(*self[number % len(self)], f"fault {number}") for number in numbers]
+
+    dataset = Spoilt((image, f"The {word}-Cat, {caption}") for (image, caption), word in zip(DATA, "abcdefghijkl"))
+    settings = SETTINGS | {"text_len": 4, "max_iters": 6}
+    with Batches(dataset, data.get_tokenizer(), 4, settings, 0, (torch.device("cpu"), 0, 1)) as loading:
+        next(loading)
+        assert len(loading.words) == 5 and loading.words < {"the", *(f"{letter}-cat" for letter in "abcdefghijkl")}
+        for _ in range(5):
+            next(loading)
+    assert len(loading.words) == 13 and loading.counts["unusable"] == 24
+    assert len(loading.faults) == 10 and loading.faults[0].startswith("fault ")
+
+
+def test_what_is_wrong_with_the_data_is_said_before_a_run_starts(tmp_path, capsys):
+    fit(tmp_path / "few")
+    said = capsys.readouterr().out
+    assert "of 12 captions, 0.0% are longer than text_len 3" in said and "12 examples are held out, fewer than 50" in said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Numbers, "tokens", lambda self, caption: [5] * 8)
+        with pytest.raises(SystemExit, match="100.0% are longer than text_len 3 and cut .text_len 8 would hold 99%.; bad"):
+            fit(tmp_path / "long")
+        fit(tmp_path / "all_the_same", bad_captions=1.0)
+
+
+def test_built_in_data_sets_pass_with_the_settings_of_their_configs():
+    for name, size, channels, text_len in (("digits", 8, 1, 4), ("shapes", 16, 3, 8)):
+        sets = [data.get_dataset(name, split, size, channels) for split in ("train", "val")]
+        assert list(sets[0].captions(range(0, 900, 7))) == [sets[0][i][1] for i in range(0, 900, 7)]
+        note, = examine(*sets, data.get_tokenizer(), text_len, 0.0)
+        assert "0.0% are longer" in note
+    assert len(examine(*sets, data.get_tokenizer("emoji"), 16, 0.0)) == 1
 
 
 def test_pixels_stay_in_their_bins_and_noise_is_new_each_iteration(tmp_path):
