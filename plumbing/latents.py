@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from plumbing.loader import read_ahead
-from plumbing.prepare import within
 from plumbing.runtime import claim, find_device
 from plumbing.shards import Shards, find_shards, first_example, load_index, write_shard
 
@@ -106,7 +105,7 @@ def add_commands(command):
     sub.add_argument("--data_dir", required=True, help="which shards")
     sub.add_argument("--encoder", required=True, help="saved by torch.export: (B, 3, H, W) in [-1, 1] to latents")
     sub.add_argument("--out", required=True)
-    sub.add_argument("--image_size", type=within(int, 1, 4096), default=256)
-    sub.add_argument("--batch_size", type=within(int, 1, 4096), default=32)
-    sub.add_argument("--workers", type=within(int, 0, 256), default=0, help="processes that decode images")
+    sub.add_argument("--image_size", type=int, default=256)
+    sub.add_argument("--batch_size", type=int, default=32)
+    sub.add_argument("--workers", type=int, default=0, help="processes that decode images")
     sub.add_argument("--device", default="", help="cuda, mps or cpu; the best available by default")

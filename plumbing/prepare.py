@@ -185,18 +185,6 @@ def prepare_vocabulary(args):
     print(f"wrote {out}")
 
 
-def within(of, low, high):
-    """The type of a command's argument: int or float, in [low, high]."""
-    def read(text):
-        value = of(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low} to {high}")
-        return value
-
-    read.__name__ = of.__name__  # argparse says what a text is not
-    return read
-
-
 def add_commands(command, caption_vocabulary):
     """Commands of data.py, by command(name, function, help) -> parser. caption_vocabulary() -> bytes of a file."""
     sub = command("emoji", prepare_emoji, "makes shards of the emoji of two vendors, fetched by npm")
