@@ -11,7 +11,7 @@ from PIL import Image
 
 import data
 from plumbing import prepare, shapes
-from plumbing.images import FONT_SIZE, GAP, ImageFont, contact_sheet, dequantize, to_pixels, to_uint8, wrap
+from plumbing.images import FONT_SIZE, GAP, ImageFont, contact_sheet, dequantize, to_pil, to_pixels, to_uint8, wrap
 
 
 def write_idx(path, array):
@@ -267,6 +267,14 @@ def test_contact_sheet_shows_every_image_and_caption(channels):
     assert (under < 100).any()  # ink
 
 
+def test_pixels_of_one_channel_of_three_and_of_latents():
+    """Grey and colour as they are; of four channels the first three, of two the first, each divided by 3."""
+    values = torch.tensor([-0.6, 0.0, 0.6, 0.9])[:, None, None]
+    for image, expected in ((values[:1], (51,) * 3), (values[1:], (128, 204, 243)), (values, (102, 128, 153)),
+                            (values[2:], (153,) * 3)):
+        assert np.asarray(to_pil(image)).tolist() == [[list(expected)]]
+
+
 def test_contact_sheet_scale_and_wrapping():
     assert contact_sheet(torch.zeros(1, 1, 28, 28), scale=2).size == (56 + 2 * GAP,) * 2
     font = ImageFont.load_default(FONT_SIZE)
@@ -292,9 +300,9 @@ def test_command_prints_and_leaves_a_contact_sheet(monkeypatch, capsys, tmp_path
 
 
 def test_command_shows_another_size(monkeypatch, capsys, tmp_path):
-    run(monkeypatch, "shapes", "--image_size=12", "--count=3", "--split=val", f"--out={tmp_path / 'x.png'}")
+    run(monkeypatch, "shapes", "--image_size=12", "--count=3", "--split=val", f"--out={tmp_path / 'a' / 'b' / 'x.png'}")
     assert "to train on, 10,000 to validate, 3x12x12" in capsys.readouterr().out
-    with Image.open(tmp_path / "x.png") as sheet:
+    with Image.open(tmp_path / "a" / "b" / "x.png") as sheet:
         assert sheet.width == 3 * 96 + 4 * GAP
 
 
