@@ -13,6 +13,7 @@ Leaves in out_dir: ckpt.pt, log.jsonl, log.png and, from every validation, sampl
 import copy
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -228,7 +229,7 @@ def main(config):
         torch.manual_seed(config["seed"])  # the same initial weights on every rank
         model, frozen = NETWORKS[config["objective"]](model_config).to(device), None
         if model_config.parametrization == "posterior" and config["aux_weight"]:
-            frozen = NTM(model_config).to(device).requires_grad_(False).eval()
+            frozen = NTM(replace(model_config, transporter_blocks=0)).to(device).requires_grad_(False).eval()
             if resumed and "frozen" not in resumed:
                 raise ValueError(f"{path} was trained with aux_weight 0: resume it with --aux_weight=0")
         if isinstance(base, NTM):
