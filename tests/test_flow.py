@@ -110,6 +110,8 @@ def test_forward_is_reproducible_from_its_generator():
 
     assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
     assert draw(3).shape == (2, 5, 4, 3)
+    noise = forward_trajectory(torch.ones(2, 4, 3).double(), GRID.expand(2, 5))[:, -1]
+    assert noise.dtype == torch.float64 and (noise != noise.float()).any()  # its own precision, to the last digit
 
 
 @pytest.mark.parametrize("t, s, expected", [(0.754, 0.509, (0.2283, 0.4348, 0.4790)),
