@@ -280,6 +280,19 @@ def test_jacobi_stops_early_where_tokens_depend_weakly():
     assert 1 < sweeps[0] < sweeps[1] < sweeps[2] < 24
 
 
+def test_jacobi_goes_on_whichever_way_tokens_move():
+    """One example of two numbers at a time, whose first sweep raises both, lowers both, or neither."""
+    transporter = Transporter(2, 1, 16, 1, 1, 2).double()
+    t, steps, ways = torch.tensor([0.5]).double(), torch.tensor([4]), set()
+    for u in torch.randn(30, 1, 2, 1).double():
+        randomize(transporter)
+        exact = transporter.inverse(u, t, steps)
+        torch.testing.assert_close(transporter.inverse(u, t, steps, "jacobi", tol=1e-9), exact, rtol=0, atol=1e-7)
+        shift, log_scale = transporter.blocks[0].affine(u, transporter.condition(t, steps))
+        ways.add(tuple((u * torch.exp(log_scale) + shift > u).flatten().tolist()))
+    assert {(True, True), (False, False)} <= ways
+
+
 def test_identity_at_initialisation():
     x, t, steps = make_input(dtype=torch.float32)
     transporter = Transporter(TOKENS, DIM, 16, 3, 2, 2)
