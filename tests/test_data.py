@@ -299,9 +299,9 @@ def test_command_prints_and_leaves_a_contact_sheet(monkeypatch, capsys, tmp_path
         assert list(out.parent.glob("*.part")) == []
 
 
-def test_command_shows_another_size(monkeypatch, capsys, tmp_path):
-    run(monkeypatch, "shapes", "--image_size=12", "--count=3", "--split=val", f"--out={tmp_path / 'a' / 'b' / 'x.png'}")
-    assert "to train on, 10,000 to validate, 3x12x12" in capsys.readouterr().out
+def test_command_takes_a_size_and_makes_folders(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, "digits", "--image_size=8", "--count=3", "--split=val", f"--out={tmp_path / 'a' / 'b' / 'x.png'}")
+    assert "1,500 to train on, 297 to validate, 1x8x8" in capsys.readouterr().out
     with Image.open(tmp_path / "a" / "b" / "x.png") as sheet:
         assert sheet.width == 3 * 96 + 4 * GAP
 

@@ -465,6 +465,8 @@ def test_each_task_tests_one_aspect(monkeypatch, tmp_path):
     tasks = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
     assert means[0] == dict.fromkeys((*tasks, "strictly", "overall"), 1)
     assert means[1] == pytest.approx(dict(zip(tasks, (1, 1, 1, 0, 1, 0))) | {"strictly": 0, "overall": 4 / 6})
+    errors = [scores[1][task]["standard_error"] for task in tasks]
+    assert scores[1]["overall"]["standard_error"] == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / 6)
 
 
 def test_shapes_follow_prompts_or_not(tmp_path):

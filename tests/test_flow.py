@@ -110,6 +110,8 @@ def test_forward_is_reproducible_from_its_generator():
 
     assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
     assert draw(3).shape == (2, 5, 4, 3)
+    noise = forward_trajectory(torch.ones(2, 4, 3).double(), GRID.expand(2, 5))[:, -1]
+    assert noise.dtype == torch.float64 and (noise != noise.float()).any()  # its own precision, to the last digit
 
 
 @pytest.mark.parametrize("t, s, expected", [(0.754, 0.509, (0.2283, 0.4348, 0.4790)),
@@ -276,6 +278,19 @@ def test_jacobi_stops_early_where_tokens_depend_weakly():
         torch.testing.assert_close(back, x, atol=10 * tol, rtol=0)
         sweeps.append(max(transporter.sweeps))
     assert 1 < sweeps[0] < sweeps[1] < sweeps[2] < 24
+
+
+def test_jacobi_goes_on_whichever_way_tokens_move():
+    """One example of two numbers at a time, whose first sweep raises both, lowers both, or neither."""
+    transporter = Transporter(2, 1, 16, 1, 1, 2).double()
+    t, steps, ways = torch.tensor([0.5]).double(), torch.tensor([4]), set()
+    for u in torch.randn(12, 1, 2, 1).double():
+        randomize(transporter)
+        exact = transporter.inverse(u, t, steps)
+        torch.testing.assert_close(transporter.inverse(u, t, steps, "jacobi", tol=1e-9), exact, rtol=0, atol=1e-7)
+        shift, log_scale = transporter.blocks[0].affine(u, transporter.condition(t, steps))
+        ways.add(tuple((u * torch.exp(log_scale) + shift > u).flatten().tolist()))
+    assert {(True, True), (False, False)} <= ways
 
 
 def test_identity_at_initialisation():

@@ -365,6 +365,24 @@ def test_validation_sees_the_averaged_weights_every_interval(tmp_path):
     assert lines == [{"iter": i, "val_loss": float(i)} for i in (3, 6, 7)]
 
 
+def test_validation_weighs_all_examples_alike(monkeypatch):
+    """Of 16 pixels each, in batches of three and of one, at most two at once."""
+    model, ts = NTM(TINY), torch.tensor([0.02, 0.5, 1.0])
+    asked = []
+
+    def bound(x, ts, text):
+        assert len(x) <= 2 and x.shape[1:] == (3, 4, 4)
+        nats = text[:, 0].float()
+        return torch.stack([16 * nats, 32 * nats, nats], dim=1), 80 * nats  # two steps and the prior; their bound
+
+    monkeypatch.setattr(model, "trajectory_bound", bound)
+    monkeypatch.setattr(NTMConfig, "examples_at_once", lambda *args, **kwargs: asked.append((args[1:], kwargs)) or 2)
+    batches = [(torch.zeros(n, 1, 4, 4), torch.full((n, 2), value), None, None) for n, value in ((3, 1), (1, 5))]
+    found = train.validate(model, batches, ts, {"bfloat16": None, "chunk": 0})
+    assert found == pytest.approx({"val_step_0": 2, "val_step_1": 4, "val_loss": 3, "val_bound": 10})
+    assert asked[0] == ((2,), {"gradients": False})
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Updates that are not finite
 
