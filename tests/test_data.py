@@ -212,6 +212,9 @@ def test_fashion_parts_must_belong_together(fashion):
     write_idx(fashion / "train-labels-idx1-ubyte.gz", np.zeros(39, dtype=np.uint8))
     with pytest.raises(ValueError, match="do not belong together"):
         data.get_dataset("fashion", "train", 28, 1, data_dir=str(fashion))
+    write_idx(fashion / "t10k-labels-idx1-ubyte", np.arange(20, dtype=np.uint8) % 11)
+    with pytest.raises(ValueError, match="do not belong together.* up to 10"):
+        data.get_dataset("fashion", "val", 28, 1, data_dir=str(fashion))
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -185,6 +185,20 @@ def test_validation_of_the_same_weights_gives_the_same_numbers(copied, script, s
     assert (pixels(sheet) == shown).all()
 
 
+@pytest.mark.parametrize("script, settings, log, name", [
+    ("train.py", TRAIN, "log.jsonl", "000100"), ("distill.py", DISTILL, "denoiser_log.jsonl", "denoiser_000040")])
+def test_a_sheet_has_as_many_samples_as_asked_for(copied, script, settings, log, name):
+    """Also more than a batch of validation: 101 are eleven a row, the last row two."""
+    lines = read_log(copied / log)[:-1]
+    (copied / log).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(script, *settings, f"--out_dir={copied}", "--init_from=resume", f"--max_iters={lines[-1]['iter']}", "--lr=1e-2",
+        "--num_samples=101")
+    sheet = pixels(copied / "samples" / f"{name}.png")
+    assert sheet.shape[1] == 11 * (96 + GAP) + GAP
+    bottom = sheet[-90:]
+    assert (bottom[:, 96 + GAP: 96 + 2 * GAP + 90] < 200).any() and (bottom[:, 2 * (96 + GAP) + GAP:] == 255).all()
+
+
 def test_every_run_leaves_its_curves(trained):
     for name, panels in (("log.png", 2), ("denoiser_log.png", 2)):
         height, width, _ = pixels(trained / name).shape

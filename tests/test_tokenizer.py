@@ -24,6 +24,7 @@ def test_encode_pads_truncates_and_marks_the_empty_caption():
 def test_decode_gives_the_caption_back(text):
     bpe = get_tokenizer()
     assert bpe.decode(bpe.encode([text], 64)[0]) == text.lower()
+    assert bpe.decode(bpe.encode([""], 4)[0]) == ""  # the null caption
 
 
 def test_bpe_merges_the_most_frequent_pair_first():
