@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from flow import full_precision, zeroed
-from model import CaptionedTransformer, ImageModel, null_caption
+from model import ImageModel, null_caption
+from predictor import CaptionedTransformer
 
 EULER_STEPS = 50  # unless one says otherwise
 
@@ -30,12 +31,14 @@ class FlowMatching(ImageModel):
     def hand_over(self, predictor):
         """Gives its weights to the predictor of an NTM of the same size and parametrization "posterior".
 
-        What it does not have is zero there: the weights of the times s and 1/T, and the correction to the scale.
+        What it does not have is zero there: the weights of the times s and 1/T, and the correction to the scale. The
+        directions of a correlated Gaussian stay as they are.
         """
         state, first = self.state_dict(), "trunk.time.mlp.0.weight"
         state[first] = F.pad(state[first], (0, predictor.trunk.time.mlp[0].in_features - state[first].shape[1]))
         for name in ("head.weight", "head.bias"):
-            state[name] = torch.cat([state[name], torch.zeros_like(state[name])])
+            own = predictor.head.state_dict()[name.removeprefix("head.")]
+            state[name] = torch.cat([state[name], torch.zeros_like(state[name]), own[2 * len(state[name]):]])
         predictor.load_state_dict(state)
 
     def velocity(self, x, t, text):

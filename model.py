@@ -1,12 +1,11 @@
-"""Normalizing Trajectory Models: the predictor, the exact likelihood, four-step sampling and the learned denoiser.
+"""Normalizing Trajectory Models: the exact likelihood, four-step sampling, score denoising and the learned denoiser.
 
 Notable about the model:
 - a reverse step p(x_s | x_t) is a conditional flow: the transporter (flow.py) carries both levels into u-space, the
-  predictor puts a Gaussian there over u_s given u_t, and the change of variables makes the likelihood exact;
+  predictor (predictor.py) puts a Gaussian there over u_s given u_t, and the change of variables makes the likelihood
+  exact;
 - the T levels of a trajectory are one batch: a step needs its own u_t and nothing else (the chain is Markov), so one
   pass gives every step's Gaussian, with no causal mask and no loop in training;
-- text and image tokens share one full-attention Transformer, with adaptive norms for (t, s, T), normalised queries
-  and keys, and 2-D positions;
 - what is learned is a density, so it has a score: score_denoise() cleans a sampled trajectory with it, and the
   Denoiser learns to do the same in one pass.
 
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from flow import (Layer, TimeEmbedding, Transporter, forward_log_prob, forward_trajectory, full_precision,
-                  gaussian_nll, reverse_posterior, time_grid, trajectory_covariance, zeroed)
+from flow import (TimeEmbedding, Transporter, forward_log_prob, forward_trajectory, full_precision, gaussian_nll,
+                  reverse_posterior, time_grid, trajectory_covariance, zeroed)
+from predictor import CaptionedTransformer, Gaussian, Predictor, gaussian_head
 
 
 @dataclass
@@ -40,18 +40,21 @@ class NTMConfig:
     transporter_layers: int = 2
     transporter_heads: int = 2
     parametrization: str = "direct"  # or "posterior": the head emits a velocity, to start from flow matching
+    rank: int = 0  # directions along which a step's Gaussian is correlated; 0, the paper's: none
     predictor: str = "captions"  # the network below; or "sit": a published one, of classes
     steps: int | tuple = 4  # T; with several, each example of training has one of them
     shift: float | None = None  # e^m of the time grid; None: from the number of tokens
     max_t_min: float = 0.05  # training has t_0 uniform below this
     pairs: bool = False  # train on one random step of a trajectory per example instead of all T
+    level_weight: float = 0.0  # p: a step that ends at s counts s^p in the loss; 0, the paper's: all count the same
+    closed_form: bool = False  # train on the expected loss, which takes a model without a transporter
 
     def __post_init__(self):
         size = self.image_size
         height, width = self.image_size = (size, size) if isinstance(size, int) else tuple(size)
         self.steps = tuple(self.steps) if isinstance(self.steps, (tuple, list)) else (self.steps,)
         for name, value in {**vars(self), "steps": min(self.steps)}.items():
-            least = 0 if name == "transporter_blocks" else 1
+            least = 0 if name in ("transporter_blocks", "rank") else 1
             if type(value) is int and value < least:
                 raise ValueError(f"{name} is {value}, but must be at least {least}")
         if height % self.patch_size or width % self.patch_size:
@@ -59,6 +62,8 @@ class NTMConfig:
         for name, known in {"parametrization": ("direct", "posterior"), "predictor": ("captions", "sit")}.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} {value!r} is unknown: choose {' or '.join(map(repr, known))}")
+        if self.closed_form and self.transporter_blocks:
+            raise ValueError(f"closed_form is True, which needs transporter_blocks 0, not {self.transporter_blocks}")
         for steps in self.steps:
             try:
                 self.time_grid(self.max_t_min, steps)
@@ -122,59 +127,6 @@ class ImageModel(nn.Module):
         return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
 
 
-class CaptionedTransformer(nn.Module):
-    """Full attention over [caption tokens; image tokens], conditioned on times: the trunk of predictor and denoiser."""
-
-    def __init__(self, config, times):
-        super().__init__()
-        rows, columns = config.patches
-        self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.proj_in = nn.Linear(config.token_dim, config.width)
-        self.word_position = nn.Parameter(0.02 * torch.randn(config.text_len, config.width))
-        self.row = nn.Parameter(0.02 * torch.randn(rows, 1, config.width))
-        self.column = nn.Parameter(0.02 * torch.randn(1, columns, config.width))
-        self.time = TimeEmbedding(times, config.width)
-        self.layers = nn.ModuleList(Layer(config.width, config.heads) for _ in range(config.depth))
-        nn.init.normal_(self.embed.weight, std=0.02)
-
-    def forward(self, tokens, text, times):
-        """tokens (B, N, D), text (B, L), times (B, count) to hidden states of the image tokens (B, N, width)."""
-        c = self.time(times)
-        words = self.embed(text) + self.word_position
-        patches = self.proj_in(tokens).to(words.dtype) + (self.row + self.column).flatten(0, 1)
-        h = torch.cat([words, patches], dim=1)
-        for layer in self.layers:
-            h = layer(h, c)
-        h = h[:, text.shape[1]:]
-        return F.layer_norm(h, h.shape[-1:])
-
-
-class Predictor(nn.Module):
-    """f_P of Eq. (10): the network of the Gaussian p(u_s | u_t, y). No mask; a row is one level of one trajectory."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.trunk = CaptionedTransformer(config, times=3)
-        self.head = zeroed(nn.Linear(config.width, 2 * config.token_dim))
-
-    def forward(self, u, t, s, steps, text):
-        """u (B, N, D), t, s, steps (B,), text (B, L) to two tensors like u, in full precision."""
-        h = self.trunk(u, text, torch.stack([t, s, 1 / steps], dim=1))
-        return full_precision(self.head, h).chunk(2, dim=-1)
-
-
-def guide(conditional, unconditional, weight):
-    """Eq. (20): the Gaussian proportional to p_c^(1+w) / p_u^w; each a pair (mean, log_std).
-
-    Where the caption leaves a number *less* certain (sigma_c > sigma_u) the ratio is held at 1, which keeps the result
-    a density for every w: there the mean is still extrapolated, and the standard deviation stays sigma_c.
-    """
-    (mean_c, log_std_c), (mean_u, log_std_u) = conditional, unconditional
-    log_ratio = (2 * (log_std_c - log_std_u)).clamp(max=0)
-    d = 1 - weight * torch.expm1(log_ratio)  # 1 + w - w r, without its cancellation for large w
-    return mean_c + weight * torch.exp(log_ratio) * (mean_c - mean_u) / d, log_std_c - 0.5 * torch.log(d)
-
-
 def null_caption(text):
     """The caption that says nothing, shaped like text (B, L)."""
     null = torch.zeros_like(text)
@@ -189,21 +141,53 @@ class NTM(ImageModel):
                                        config.transporter_blocks, config.transporter_layers, config.transporter_heads)
         if config.predictor == "sit":
             from plumbing.sit import SiTPredictor  # a published network: nothing else needs it
-            self.predictor = SiTPredictor(config, step=TimeEmbedding(2, config.width))
+            head = gaussian_head(config.width, 1, config.rank, config.token_dim)
+            self.predictor = SiTPredictor(config, TimeEmbedding(2, config.width), head)
         else:
             self.predictor = Predictor(config)
 
-    def forward(self, images, text, randomness=None, target=None):
-        """Eq. (16), the training loss: mean -log p(x_s | x_t) in nats per dimension, a scalar.
+    def go_on_from(self, other):
+        """Takes the weights of another NTM. A transporter or directions that it does not have stay as they are: a map
+        that is the identity, directions that are small."""
+        theirs, ours = other.state_dict(), self.state_dict()
+        for name in ours.keys() - theirs.keys() | {"predictor.head.weight", "predictor.head.bias"}:
+            theirs[name] = torch.cat([theirs[name], ours[name][len(theirs[name]):]]) if name in theirs else ours[name]
+        self.load_state_dict(theirs)
+
+    def forward(self, images, text, randomness=None, target=None, parts=False):
+        """Eq. (16), the training loss in nats per dimension, a scalar: the mean of -log p(x_s | x_t), weighted by
+        level_weights; with closed_form of its expectation, Eq. (31).
 
         images (B, C, H, W), text (B, L). randomness: steps, ts and noise as from randomness(), by default new ones.
-        target: means (B, K-1, N, D) to stay close to; with it, returns the mean squared distance in Eq. (26) as well.
+        parts: returns {"objective": the loss, "nll": without weights} instead, and with target, means (B, K-1, N, D) to
+        stay close to, "aux", the mean squared distance in Eq. (26).
         """
         steps, ts, noise = randomness or self.randomness(len(images), images.device)
-        x = forward_trajectory(self.patchify(images), ts, noise=noise)
-        nll, mean = self.transitions(x, ts, text, steps)
-        nll = nll.mean() / noise[0, 0].numel()
-        return nll if target is None else (nll, (mean - target).square().mean())
+        x0 = self.patchify(images)
+        x = forward_trajectory(x0, ts, noise=noise)
+        if self.config.closed_form:
+            A, B, C = reverse_posterior(ts[:, 1:], ts[:, :-1])
+            gaussian = self.gaussians(x, ts, text, steps)
+            nll = gaussian.expected_nll(A[..., None, None] * x[:, 1:] + B[..., None, None] * x0[:, None], C)
+        else:
+            nll, gaussian = self.transitions(x, ts, text, steps)
+        nll = nll / x0[0].numel()
+        loss = (self.level_weights(ts, steps) * nll).mean() if self.config.level_weight else nll.mean()
+        if not parts:
+            return loss
+        aux = {} if target is None else {"aux": (gaussian.mean - target).square().mean()}
+        return {"objective": loss, "nll": nll.mean(), **aux}
+
+    def level_weights(self, ts, steps):
+        """s^p of every step that ends at s, over its mean over the grid: (B, K-1); ts (B, K), steps (B,).
+
+        They leave each step's optimum where it is. Without them the gradients of the last step, tens of times those of
+        the first, drown what the first have to learn: what the image shows.
+        """
+        grids = {T: self.config.time_grid(self.config.max_t_min / 2 or 0.01, T).to(ts) for T in self.config.steps}
+        powers = {T: grid[:-1] ** self.config.level_weight for T, grid in grids.items()}
+        mean = sum(torch.where(steps == T, power.mean(), 0.0) for T, power in powers.items())
+        return ts[:, :-1] ** self.config.level_weight / mean[:, None]
 
     def randomness(self, batch, device=None, generator=None):
         """What is random about a batch: steps (B,), times ts (B, K) and noise (B, K, N, D). K = T+1: whole trajectories
@@ -225,7 +209,7 @@ class NTM(ImageModel):
         """Eq. (11): -log p(x_{t_{k-1}} | x_{t_k}) in nats for all neighbouring levels of x, in one pass.
 
         x (B, K, N, D), ts (B, K) ascending, text (B, L), steps (B,): T, which ts need not cover. Returns it, (B, K-1),
-        and the mean of each step's Gaussian in u-space, (B, K-1, N, D).
+        and each step's Gaussian in u-space, a batch of (B, K-1).
         """
         return self.transitions_in_u(*self.transport(x, ts, steps), ts, text, steps)
 
@@ -237,16 +221,14 @@ class NTM(ImageModel):
 
     def transitions_in_u(self, u, logdet, ts, text, steps):
         """The same, once the transporter has carried the levels to u (B, K, N, D), with its log-determinants (B, K)."""
-        mean, log_std = self.gaussians(u, ts, text, steps)
-        z = (u[:, :-1] - mean) * torch.exp(-log_std)
-        return gaussian_nll(z) + log_std.sum(dim=(2, 3)) - logdet[:, :-1], mean
+        gaussian = self.gaussians(u, ts, text, steps)
+        return gaussian.nll(u[:, :-1]) - logdet[:, :-1], gaussian
 
     def gaussians(self, u, ts, text, steps):
-        """Eq. (10): mean and log standard deviation of every step, each (B, K-1, N, D); u (B, K, N, D), ts (B, K)."""
+        """Eq. (10): every step's Gaussian, a batch of (B, K-1); u (B, K, N, D), ts (B, K)."""
         K = u.shape[1] - 1
-        mean, log_std = self.predict(u[:, 1:].flatten(0, 1), ts[:, 1:].flatten(), ts[:, :-1].flatten(),
-                                     steps.repeat_interleave(K), text.repeat_interleave(K, dim=0))
-        return mean.unflatten(0, (-1, K)), log_std.unflatten(0, (-1, K))
+        return Gaussian(*self.predict(u[:, 1:].flatten(0, 1), ts[:, 1:].flatten(), ts[:, :-1].flatten(),
+                                      steps.repeat_interleave(K), text.repeat_interleave(K, dim=0))).unflatten((-1, K))
 
     def step_nll(self, x_s, x_t, s, t, steps, text):
         """Eq. (11): exact -log p(x_s | x_t, text) in nats, (B,). x_s, x_t (B, N, D); s < t, steps (B,); text (B, L)."""
@@ -267,42 +249,47 @@ class NTM(ImageModel):
         return nll, nll.sum(dim=1) + forward_log_prob(x, ts)
 
     def predict(self, u, t, s, steps, text):
-        """Eq. (10): mean and log standard deviation of p(u_s | u_t = u), each (B, N, D); t, s, steps (B,), text (B, L).
+        """Eq. (10): mean and log standard deviation of p(u_s | u_t = u), each (B, N, D), and with rank R > 0 directions
+        (B, R, N, D): what Gaussian takes. t, s, steps (B,), text (B, L).
 
         "direct": the head emits both. "posterior", Eq. (25): it emits a velocity v, so an estimate x_0 = u - t v, and a
         correction delta to the standard deviation C of the exact posterior q(x_s | x_t, x_0), which delta = 0 leaves.
         """
-        first, second = self.predictor(u, t, s, steps, text)
-        if self.config.parametrization == "direct":
-            return first, second
-        A, B, C = (a[:, None, None] for a in reverse_posterior(t, s))
-        # At the last step C, about t_min, is many times smaller than the standard deviation of x_s given x_t, which for
-        # data of variance 1 is at most sqrt(C^2 + B^2). In units of the distance between the two, delta is about as
-        # large at every step: on the digits the loss fell below 1 after 25 updates instead of 60.
-        delta = second * 0.5 * torch.log1p((B / C) ** 2)
-        return A * u + B * (u - t[:, None, None] * first), C.log() + delta
+        mean, log_std, *directions = self.predictor(u, t, s, steps, text)
+        if self.config.parametrization == "posterior":
+            A, B, C = (a[:, None, None] for a in reverse_posterior(t, s))
+            mean = A * u + B * (u - t[:, None, None] * mean)
+            # At the last step C, about t_min, is many times smaller than the standard deviation of x_s given x_t, which
+            # for data of variance 1 is at most sqrt(C^2 + B^2). In units of the distance between the two, delta is
+            # about as large at every step: on the digits the loss fell below 1 after 25 updates instead of 60.
+            log_std = C.log() + log_std * 0.5 * torch.log1p((B / C) ** 2)
+        if not directions:
+            return mean, log_std
+        return mean, log_std, torch.stack(directions, dim=1) * torch.exp(log_std)[:, None]  # in units of sigma
 
     @torch.no_grad()
-    def sample(self, text, ts, guidance=0.0, generator=None, noise=None):
+    def sample(self, text, ts, guidance=0.0, generator=None, noise=None, along=None):
         """Eq. (19): a trajectory sampled in u-space, noisiest level first, all tokens in parallel.
 
-        text (B, L); ts (T+1,); guidance: weight w >= 0, 0 for the conditional model itself; noise (B, T+1, N, D)
-        standard normal, by `generator` when None. Returns u (B, T+1, N, D), cleanest level first.
+        text (B, L); ts (T+1,); guidance: weight w >= 0, 0 for the conditional model itself; noise (B, T+1, N, D), and
+        `along` the directions, (B, T, R), standard normal, by `generator` when None. Returns u (B, T+1, N, D), cleanest
+        level first.
         """
         B, T = len(text), len(ts) - 1
+        kwargs = dict(generator=generator, dtype=self.predictor.head.weight.dtype, device=text.device)
         if noise is None:
-            noise = torch.randn(B, T + 1, self.config.num_tokens, self.config.token_dim, generator=generator,
-                                dtype=self.predictor.head.weight.dtype, device=text.device)
+            noise = torch.randn(B, T + 1, self.config.num_tokens, self.config.token_dim, **kwargs)
+        if along is None:
+            along = torch.randn(B, T, self.config.rank, **kwargs)
         steps = torch.full((B,), T, device=text.device)
         u = noise.clone()  # the last level is the noise itself
         for k in reversed(range(T)):
             t, s = ts[k + 1].expand(B), ts[k].expand(B)
-            gaussian = self.predict(u[:, k + 1], t, s, steps, text)
+            gaussian = Gaussian(*self.predict(u[:, k + 1], t, s, steps, text))
             if guidance:
-                unconditional = self.predict(u[:, k + 1], t, s, steps, null_caption(text))
-                gaussian = guide(gaussian, unconditional, guidance)
-            mean, log_std = gaussian
-            u[:, k] = mean + torch.exp(log_std) * noise[:, k]
+                unconditional = Gaussian(*self.predict(u[:, k + 1], t, s, steps, null_caption(text)))
+                gaussian = gaussian.guided(unconditional, guidance)
+            u[:, k] = gaussian.sample(noise[:, k], along[:, k])
         return u
 
     def invert(self, u, ts, method="cache", tol=1e-5):

@@ -158,13 +158,15 @@ class TrainedModel:
         network, ts, text = self.network, self.ts, self.encode(captions)
         shape = len(ts) if self.kind == "ntm" else 1, network.config.num_tokens, network.config.token_dim
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+        along = torch.stack([torch.randn(len(ts) - 1, network.config.rank, generator=generator)
+                             for generator in generators]).to(self.device)
         stage = f"sampling in {len(ts) - 1} steps"
         x = nll = None
         with coarse_products(self.device):
             if self.kind == "fm":
                 x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, noise=noise[:, 0])
             else:
-                u = self.clock(stage, network.sample, text, ts, guidance, noise=noise)
+                u = self.clock(stage, network.sample, text, ts, guidance, noise=noise, along=along)
         if self.kind == "ntm" and (self.denoise != "learned" or levels):
             x = self.clock("inversion", network.invert, u, ts)
             nll = network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)

@@ -69,7 +69,10 @@ transporter_heads = 2
 steps: int | tuple = 4  # T; a tuple of several makes one model for all of them
 shift: float | None = 0.5  # e^m of the time grid, low for toy pictures; None: from the number of tokens
 max_t_min = 0.05  # training has t_0 uniform below this
+rank = 0  # directions along which a step's Gaussian is correlated; 0, the paper's: none
 pairs = True  # train on one random step of each trajectory instead of all T
+level_weight = 0.0  # p: a step that ends at noise level s counts s^p, which balances their gradients; 0, the paper's: 1
+closed_form = False  # a first stage, without a transporter: the expected loss, whose gradients have less noise
 aux_weight = 2.5  # weight of staying close to the flow-matching model it starts from; goes to 0 by a cosine
 
 # ---- optimisation
@@ -120,7 +123,9 @@ def starting_point(name, device, heads=None):
     decided, vocabulary = {key: trained["settings"][key] for key in NETWORK}, trained.get("vocabulary")
     if trained["kind"] == "fm":
         return network, decided | {"parametrization": "posterior", "predictor": "captions"}, vocabulary
-    decided |= {key: getattr(network.config, key) for key in (*TRANSPORTER, "parametrization", "predictor")}
+    kept = ["parametrization", "predictor"]  # a model that has no transporter, or directions, may be given them
+    kept += [*(TRANSPORTER if network.config.transporter_blocks else ()), *(["rank"] if network.config.rank else ())]
+    decided |= {key: getattr(network.config, key) for key in kept}
     return network, decided | {"aux_weight": 0.0}, vocabulary  # there is no flow-matching model to stay close to
 
 
@@ -158,19 +163,23 @@ def start(config, device):
 
 
 def training_losses(network, frozen, images, text, randomness, config, i):
-    """{name: number} of iteration i, of which "loss" is minimised: -log p or the error of the velocity, per dimension.
+    """{name: number} of iteration i, of which "objective" is minimised if there is one, else "loss": -log p, or the
+    error of the velocity, per dimension. What level_weight does to the objective, the loss does not show.
 
     frozen: the flow-matching model that an NTM started from, whose means it is to stay close to, or None. Equations
     (16), (22) and (26) of docs/method.md.
     """
-    if not frozen:
+    if not frozen and not config["level_weight"]:
         return {"loss": network(images, text, randomness)}
-    steps, ts, noise = randomness
-    with torch.no_grad(), coarse_products(steps.device):
-        target, _ = frozen.gaussians(forward_trajectory(frozen.patchify(images), ts, noise=noise), ts, text, steps)
-    nll, aux = network(images, text, randomness, target)
-    weight = config["aux_weight"] * 0.5 * (1 + math.cos(math.pi * i / config["max_iters"]))
-    return {"loss": nll + weight * aux, "nll": nll, "aux": aux, "aux_weight": weight}
+    (steps, ts, noise), target = randomness, None
+    if frozen:
+        with torch.no_grad(), coarse_products(steps.device):
+            x = forward_trajectory(frozen.patchify(images), ts, noise=noise)
+            target = frozen.gaussians(x, ts, text, steps).mean
+    parts = network(images, text, randomness, target, parts=True)
+    weight = config["aux_weight"] * 0.5 * (1 + math.cos(math.pi * i / config["max_iters"])) if frozen else 0.0
+    aux = weight * parts["aux"] if frozen else 0.0
+    return {"objective": parts.pop("objective") + aux, "loss": parts["nll"] + aux, **parts, "aux_weight": weight}
 
 
 @torch.no_grad()
@@ -233,7 +242,7 @@ def main(config):
             if resumed and "frozen" not in resumed:
                 raise ValueError(f"{path} was trained with aux_weight 0: resume it with --aux_weight=0")
         if isinstance(base, NTM):
-            model.load_state_dict(base.state_dict())
+            model.go_on_from(base)
         elif base:
             base.hand_over(model.predictor)
         if frozen:
@@ -289,7 +298,7 @@ def main(config):
                 with gradients_meet(network, k == batches.passes):
                     with autocast(config, device):
                         parts = training_losses(network, frozen, images, text, randomness, config, i)
-                    (parts["loss"] / batches.passes).backward()
+                    (parts.get("objective", parts["loss"]) / batches.passes).backward()
                 for name, part in parts.items():
                     losses[name] += torch.as_tensor(part).detach() / (batches.passes * world)
 

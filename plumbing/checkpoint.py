@@ -139,7 +139,7 @@ def resume(contents, path, model, ema, optimizers, config, *fixed):
     theirs = {**contents["model_config"], **{name: contents["settings"].get(name) for name in fixed}}
     ours = {**asdict(model.config), **{name: config[name] for name in fixed}}
     if wrong := [f"{name} is {theirs.get(name)}, the settings say {value}"
-                 for name, value in ours.items() if theirs.get(name) != value]:
+                 for name, value in ours.items() if theirs.get(name, value) != value]:  # older ones lack what is new
         raise CheckpointError(f"{path} is of another model: {', '.join(wrong)}; leave them out to resume it")
     restore(model, contents["model"], path)
     restore(ema, contents["ema"], path)

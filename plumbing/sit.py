@@ -102,26 +102,28 @@ class SiT(nn.Module):
 
 class SiTPredictor(nn.Module):
     """A SiT as predictor of an NTM in the posterior parametrisation: velocity and rho of (25) in docs/method.md. What
-    the published network does not have starts at zero: rho, a linear function of the last hidden states, and `step`, a
-    flow.TimeEmbedding of the step's end s and 1/T, which is added to the conditioning."""
+    the published network does not have: `step`, a flow.TimeEmbedding of the step's end s and 1/T, which starts at zero
+    and is added to the conditioning; and `head`, which makes rho and R directions of the last hidden states."""
 
-    def __init__(self, config, step):
+    def __init__(self, config, step, head):
         super().__init__()
         height, width = config.image_size
         if config.parametrization != "posterior" or height != width:
             raise ValueError("predictor 'sit' needs parametrization 'posterior' and square images")
         self.sit = SiT(height, config.channels, config.patch_size, config.width, config.depth, config.heads,
                        classes=config.vocab_size - 2)
-        self.step, self.head = step, nn.Linear(config.width, config.token_dim)
-        for parameter in (*step.mlp[-1].parameters(), *self.head.parameters()):
+        self.step, self.head = step, head
+        for parameter in step.mlp[-1].parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, u, t, s, steps, text):
-        """(velocity, rho), both like u (B, N, D); t, s, steps (B,); the first id of text (B, L) is 2 + class, or 1."""
+        """A list of velocity, rho and R directions, each like u (B, N, D); t, s, steps (B,); the first id of text (B,
+        L) is 2 + class, or 1."""
         y = torch.where(text[:, 0] < 2, self.sit.classes, text[:, 0] - 2)
         c = self.sit.condition(t, y) + self.step(torch.stack([s, 1 / steps], dim=1))
         h = self.sit.hidden(u, c)
-        return self.sit.velocity(h, c), full_precision(self.head, F.layer_norm(h, h.shape[-1:]))
+        others = full_precision(self.head, F.layer_norm(h, h.shape[-1:])).split(u.shape[-1], dim=-1)
+        return [self.sit.velocity(h, c), *others]
 
 
 def load_sit(path, heads=None):

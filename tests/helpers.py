@@ -54,10 +54,10 @@ def interrupted_run(network, iteration, *command):
     """Runs a script that gets SIGTERM in the forward pass of an iteration (counted from 1) of a class of network."""
     forward, count = network.forward, itertools.count(1)
 
-    def forward_and_signal(*args):
+    def forward_and_signal(*args, **kwargs):
         if next(count) == iteration:
             signal.raise_signal(signal.SIGTERM)
-        return forward(*args)
+        return forward(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "forward", forward_and_signal)

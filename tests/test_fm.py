@@ -151,10 +151,10 @@ def test_target_adds_the_distance_of_the_means(model):
     images, draws = torch.rand(3, 1, 4, 6), model.float().randomness(3, generator=torch.Generator().manual_seed(0))
     steps, ts, noise = draws
     x = forward_trajectory(model.patchify(images), ts, noise=noise)
-    means, _ = model.gaussians(x, ts, TEXT, steps)  # the transporter is the identity: u = x
-    nll, aux = model(images, TEXT, draws, means + 0.5)
-    assert nll == model(images, TEXT, draws)
-    assert aux.item() == pytest.approx(0.25, rel=1e-5)
+    means = model.gaussians(x, ts, TEXT, steps).mean  # the transporter is the identity: u = x
+    parts = model(images, TEXT, draws, means + 0.5, parts=True)
+    assert parts["objective"] == parts["nll"] == model(images, TEXT, draws)
+    assert parts["aux"].item() == pytest.approx(0.25, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -10,12 +10,18 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.func import functional_call
 
 from flow import forward_log_prob, forward_trajectory, reverse_posterior, time_grid
-from model import NTM, Denoiser, NTMConfig, guide, null_caption
+from model import NTM, Denoiser, NTMConfig, null_caption
 from plumbing.tokenizer import get_tokenizer
+from predictor import Gaussian
 
 # 2 x 3 patches: 6 tokens of 4 numbers; a grid without shift, k/T
 TINY = dict(image_size=(4, 6), channels=1, patch_size=2, vocab_size=9, text_len=3, width=16, depth=2, heads=2,
             shift=1.0, transporter_width=16, transporter_blocks=2, transporter_layers=1, transporter_heads=2)
+
+
+def guide(conditional, unconditional, weight):
+    """Of two diagonal Gaussians, (mean, log_std) each."""
+    return Gaussian(*conditional).guided(Gaussian(*unconditional), weight)[:2]
 
 
 def make_model(scale=1.0, dtype=torch.float64, **config):

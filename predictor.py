@@ -1,0 +1,143 @@
+"""The predictor f_P: a deep Transformer without a causal mask, and the Gaussian that it puts on a reverse step.
+
+A diagonal Gaussian, the paper's, draws every number of u_s on its own: it cannot move an object, or brighten an image,
+as a whole. With R directions V the covariance is diag(sigma^2) + V^T V, and everything below stays exact and cheap: it
+takes the inverse and the determinant of an R x R matrix.
+
+Text and image tokens share one full-attention Transformer, with adaptive norms for (t, s, T), normalised queries and
+keys, and 2-D positions. "Eq. (3)" is equation (3) of docs/method.md.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flow import Layer, TimeEmbedding, full_precision, zeroed
+
+
+def exact(method):
+    """The method without autocast, which would round variances and log-determinants to bfloat16."""
+    @functools.wraps(method)
+    def without_autocast(self, *args):
+        with torch.autocast(self.mean.device.type, enabled=False):
+            return method(self, *args)
+    return without_autocast
+
+
+class Gaussian(NamedTuple):
+    """N(mean, diag(sigma^2) + V^T V) over N tokens of D numbers; leading dimensions are a batch.
+
+    mean, log_std (..., N, D): sigma is exp(log_std). directions: V (..., R, N, D), or None for a diagonal covariance.
+    """
+    mean: torch.Tensor
+    log_std: torch.Tensor
+    directions: torch.Tensor | None = None
+
+    def unflatten(self, sizes):
+        """The same with its first dimension split in two."""
+        return Gaussian(*(part if part is None else part.unflatten(0, sizes) for part in self))
+
+    def inner(self):
+        """S (..., R, ND), which is V / sigma as a matrix, and the Cholesky factor L (..., R, R) of M = 1 + S S^T."""
+        S = (self.directions * torch.exp(-self.log_std)[..., None, :, :]).flatten(-2)
+        return S, torch.linalg.cholesky(S @ S.mT + torch.eye(S.shape[-2], dtype=S.dtype, device=S.device))
+
+    @exact
+    def nll(self, u):
+        """Eq. (29): -log N(u) in nats, (...); u like mean."""
+        z, log_scale = ((u - self.mean) * torch.exp(-self.log_std)).flatten(-2), self.log_std.sum(dim=(-2, -1))
+        squares = z.square()
+        if self.directions is not None:
+            S, L = self.inner()
+            w = torch.cholesky_solve(S @ z[..., None], L)[..., 0]  # the likeliest, given z
+            # a sum of squares, where z^T (1 - S^T M^-1 S) z would be the difference of two large numbers
+            squares = torch.cat([(z - (w[..., None, :] @ S)[..., 0, :]).square(), w.square()], dim=-1)
+            log_scale = log_scale + L.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+        return 0.5 * squares.sum(dim=-1) + log_scale + 0.5 * math.log(2 * math.pi) * z.shape[-1]
+
+    @exact
+    def expected_nll(self, mean, std):
+        """Eq. (31): the mean of nll(u) over u ~ N(mean, std^2), in nats, (...); mean (..., N, D), std (...)."""
+        trace = torch.exp(-2 * self.log_std).sum(dim=(-2, -1))
+        if self.directions is not None:
+            S, L = self.inner()
+            scaled = S * torch.exp(-self.log_std).flatten(-2)[..., None, :]
+            trace = trace - torch.linalg.solve_triangular(L, scaled, upper=False).square().sum(dim=(-2, -1))
+        return self.nll(mean) + 0.5 * std**2 * trace
+
+    @exact
+    def sample(self, z, w=None):
+        """Eq. (28): mean + sigma z + V^T w, for standard normal z (..., N, D) and w (..., R)."""
+        sample = self.mean + torch.exp(self.log_std) * z
+        return sample if self.directions is None else sample + torch.einsum("...rnd,...r->...nd", self.directions, w)
+
+    def guided(self, unconditional, weight):
+        """Eq. (20): the Gaussian proportional to p^(1+w) / p_u^w, number by number by their marginal variances.
+
+        Where the caption leaves a number *less* certain (sigma > sigma_u) the ratio is held at 1, which keeps the
+        result a density for every w: there the mean is still extrapolated, and the standard deviation stays sigma.
+        """
+        log_ratio = 2 * (self.marginal_log_std() - unconditional.marginal_log_std()).clamp(max=0)
+        d = 1 - weight * torch.expm1(log_ratio)  # 1 + w - w r, without its cancellation for large w
+        mean = self.mean + weight * torch.exp(log_ratio) * (self.mean - unconditional.mean) / d
+        directions = None if self.directions is None else self.directions * d.rsqrt()[..., None, :, :]
+        return Gaussian(mean, self.log_std - 0.5 * torch.log(d), directions)
+
+    def marginal_log_std(self):
+        """Of each number by itself, (..., N, D)."""
+        if self.directions is None:
+            return self.log_std
+        return 0.5 * torch.log(torch.exp(2 * self.log_std) + self.directions.square().sum(dim=-3))
+
+
+class CaptionedTransformer(nn.Module):
+    """Full attention over [caption tokens; image tokens], conditioned on times: the trunk of predictor and denoiser."""
+
+    def __init__(self, config, times):
+        super().__init__()
+        rows, columns = config.patches
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.proj_in = nn.Linear(config.token_dim, config.width)
+        self.word_position = nn.Parameter(0.02 * torch.randn(config.text_len, config.width))
+        self.row = nn.Parameter(0.02 * torch.randn(rows, 1, config.width))
+        self.column = nn.Parameter(0.02 * torch.randn(1, columns, config.width))
+        self.time = TimeEmbedding(times, config.width)
+        self.layers = nn.ModuleList(Layer(config.width, config.heads) for _ in range(config.depth))
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, tokens, text, times):
+        """tokens (B, N, D), text (B, L), times (B, count) to hidden states of the image tokens (B, N, width)."""
+        c = self.time(times)
+        words = self.embed(text) + self.word_position
+        patches = self.proj_in(tokens).to(words.dtype) + (self.row + self.column).flatten(0, 1)
+        h = torch.cat([words, patches], dim=1)
+        for layer in self.layers:
+            h = layer(h, c)
+        h = h[:, text.shape[1]:]
+        return F.layer_norm(h, h.shape[-1:])
+
+
+def gaussian_head(width, zeros, rank, token_dim):
+    """A linear layer to `zeros` + R numbers for each number of a token: zero at initialisation, but for the R
+    directions, which are small: at zero their gradient would be zero as well."""
+    head = zeroed(nn.Linear(width, (zeros + rank) * token_dim))
+    nn.init.normal_(head.weight[zeros * token_dim:], std=0.01 / width**0.5)
+    return head
+
+
+class Predictor(nn.Module):
+    """f_P of Eq. (10): the network of the Gaussian p(u_s | u_t, y). No mask; a row is one level of one trajectory."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.trunk = CaptionedTransformer(config, times=3)
+        self.head = gaussian_head(config.width, 2, config.rank, config.token_dim)
+
+    def forward(self, u, t, s, steps, text):
+        """u (B, N, D), t, s, steps (B,), text (B, L) to 2 + R tensors like u, in full precision."""
+        h = self.trunk(u, text, torch.stack([t, s, 1 / steps], dim=1))
+        return full_precision(self.head, h).split(u.shape[-1], dim=-1)
