@@ -20,7 +20,7 @@ from configurator import Settings
 from model import NTM, Denoiser, ImageModel, NTMConfig
 from plumbing import checkpoint, optim, runtime
 from plumbing.images import to_pixels
-from plumbing.loader import Batches, Order, examine, key, validation_batches
+from plumbing.loader import Batches, Order, examine, key, leave_signals_to_the_trainer, validation_batches
 from plumbing.log import Log
 from plumbing.optim import learning_rate, make_optimizers
 from plumbing.tokenizer import NULL, PAD
@@ -133,6 +133,17 @@ def test_every_epoch_has_each_example_once():
     epochs = [sequence[i:i + 10] for i in range(0, 100, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 10  # each shuffled anew
+
+
+def test_data_workers_outlive_what_interrupts_the_trainer():
+    """A terminal's Ctrl-C reaches them too."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        leave_signals_to_the_trainer(0)
+        assert all(signal.getsignal(number) == signal.SIG_IGN for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_batch_larger_than_the_data_set():
