@@ -24,7 +24,7 @@ from plumbing import checkpoint
 from plumbing.images import contact_sheet, save_image
 from plumbing.loader import Batches, validation_batches
 from plumbing.log import Progress
-from plumbing.optim import default_optimizer, learning_rate, make_optimizers, step, update_average
+from plumbing.optim import learning_rate, make_optimizers, step, update_average
 from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, for_training, gradients_meet,
                               job, leave_ranks, one_line_errors, start_ranks)
 
@@ -51,7 +51,7 @@ t_min = 0.02  # the noise level it starts from
 batch_size = 64  # examples per update, over all ranks and accumulation passes
 grad_accum = 1  # passes per update and rank
 max_iters = 200
-optimizer = ""  # "muon" or "adamw"; empty: muon where torch has it (2.9 or newer)
+optimizer = "muon"  # or "adamw"
 lr = 5e-3  # for muon; adamw wants about 2e-3
 min_lr = 1e-6
 warmup_iters = 20
@@ -105,7 +105,6 @@ def main(config):
         for name, value in trained["settings"].items():  # the data and the captions are the model's
             config.setdefault(name, value)
         config["data_dir"] = config["data_dir"] or trained["settings"]["data_dir"]
-        config["optimizer"] = config["optimizer"] or default_optimizer()
         train_set, val_set = (open_dataset(config, split) for split in ("train", "val"))
         tokenizer = get_tokenizer(config["tokenizer"], trained.get("vocabulary"))
         ts = teacher.config.time_grid(config["t_min"], config["steps"]).to(device)

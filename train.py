@@ -28,7 +28,7 @@ from plumbing import checkpoint
 from plumbing.images import contact_sheet, save_image
 from plumbing.loader import Batches, examine, validation_batches
 from plumbing.log import Progress
-from plumbing.optim import default_optimizer, learning_rate, make_optimizers, step, update_average
+from plumbing.optim import learning_rate, make_optimizers, step, update_average
 from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, for_training, gathered,
                               gradients_meet, job, leave_ranks, one_line_errors, start_ranks)
 from plumbing.shards import find_shards, first_example
@@ -79,7 +79,7 @@ aux_weight = 2.5  # weight of staying close to the flow-matching model it starts
 batch_size = 64  # examples per update, over all ranks and accumulation passes
 grad_accum = 1  # passes per update and rank
 max_iters = 2000
-optimizer = ""  # "muon" or "adamw"; empty: muon where torch has it (2.9 or newer)
+optimizer = "muon"  # or "adamw"
 lr = 5e-3  # for muon; adamw wants about 2e-3
 min_lr = 1e-6
 warmup_iters = 100
@@ -225,7 +225,6 @@ def main(config):
         base, resumed, vocabulary = start(config, device)
         if config["objective"] not in NETWORKS:
             raise ValueError(f"objective {config['objective']!r} is unknown: choose 'ntm' or 'fm'")
-        config["optimizer"] = config["optimizer"] or default_optimizer()
         train_set, val_set = (open_dataset(config, split) for split in ("train", "val"))
         tokenizer = get_tokenizer(config["tokenizer"], vocabulary)
         if config["dataset"] == "shards" and train_set.latent:  # for whoever decodes what the model samples
