@@ -22,6 +22,7 @@ MAX_OBJECTS = 4
 MARGIN = 0.045  # from an object to its rectangle's edge: at 16x16, 1.4 pixels of ground between any two objects
 MIN_RADIUS = 0.15  # 2.4 pixels at 16x16: below that a circle is a square
 LONE_RADIUS = 0.19, 0.36  # a single object is larger
+DRAWS = 8 + 3 * MAX_OBJECTS  # random numbers that make a scene
 CUT = 0.4, 0.6  # where a cut may fall; the narrowest rectangle still holds 2 (MIN_RADIUS + MARGIN)
 
 
@@ -56,7 +57,11 @@ def uniforms(seed, indices, n):
 
 def scenes(seed, indices):
     """Scenes number `indices` (B integers, which may be negative) of the endless sequence `seed`, as a Scene."""
-    u = uniforms(seed, indices, 8 + 3 * MAX_OBJECTS)
+    return compose(uniforms(seed, indices, DRAWS))
+
+
+def compose(u):
+    """The Scene that B rows of uniform numbers, (B, DRAWS) in [0, 1), stand for."""
     kind, relation = (u[:, 0] * len(KINDS)).astype(int), (u[:, 1] * len(RELATIONS)).astype(int)
     count = np.select([kind == 0, kind == 1], [1, 2 + (u[:, 2] * len(NUMBERS)).astype(int)], 2)
 
@@ -106,23 +111,26 @@ def captions(scene):
 def coverage(shape, x, y, radius, image_size):
     """The fraction of each pixel that a shape covers, anti-aliased: float32 (..., image_size, image_size) in [0, 1].
     `shape` indexes SHAPES; x, y and radius are as in a Scene; the four broadcast to (...,)."""
+    shape, *places = np.broadcast_arrays(shape, *(np.asarray(a, dtype=np.float32) for a in (x, y, radius)))
     pixel = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
-    centre_x, centre_y, r = (np.asarray(a, dtype=np.float32)[..., None, None] for a in (x, y, radius))
-    dx, dy = np.abs(pixel - centre_x), pixel[:, None] - centre_y  # (..., 1, W) and (..., H, 1)
-
-    # signed distances to the outline, negative inside; coverage falls from one to zero across one pixel
-    distance = np.select(
-        [np.asarray(shape)[..., None, None] == k for k in range(2)],
-        [np.sqrt(dx**2 + dy**2) - r, np.maximum(dx, np.abs(dy)) - r],
-        np.maximum(dy - r, (2 * dx - dy - r) / np.sqrt(np.float32(5))))  # base 2r, height 2r, apex up
+    distance = np.empty((*shape.shape, image_size, image_size), dtype=np.float32)
+    for k in range(len(SHAPES)):
+        these = shape == k
+        centre_x, centre_y, r = (a[these][:, None, None] for a in places)
+        dx, dy = np.abs(pixel - centre_x), pixel[:, None] - centre_y  # (n, 1, W) and (n, H, 1)
+        # signed distance to the outline, negative inside; coverage falls from one to zero across one pixel
+        distance[these] = (np.sqrt(dx**2 + dy**2) - r if k == 0 else np.maximum(dx, np.abs(dy)) - r if k == 1 else
+                           # base 2r, height 2r, apex up
+                           np.maximum(dy - r, (2 * dx - dy - r) / np.sqrt(np.float32(5))))
     return np.clip(0.5 - distance * image_size, 0, 1)
 
 
 def render(scene, image_size):
     """A Scene as images, uint8 (B, 3, image_size, image_size)."""
-    cover = coverage(scene.shape, scene.x, scene.y, scene.radius, image_size)
+    most = scene.count.max(initial=0)
+    cover = coverage(*(column[:, :most] for column in (scene.shape, scene.x, scene.y, scene.radius)), image_size)
     ground = np.array(GROUND, dtype=np.float32)
-    paint = np.array(list(COLOURS.values()), dtype=np.float32)[scene.colour] - ground
-    paint *= (np.arange(MAX_OBJECTS) < scene.count[:, None])[:, :, None]
+    paint = np.array(list(COLOURS.values()), dtype=np.float32)[scene.colour[:, :most]] - ground
+    paint *= (np.arange(most) < scene.count[:, None])[:, :, None]
     images = paint.transpose(0, 2, 1) @ cover.reshape(*cover.shape[:2], -1) + ground[:, None]
     return (images + 0.5).astype(np.uint8).reshape(-1, 3, image_size, image_size)
