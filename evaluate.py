@@ -9,6 +9,7 @@
   Gaussians fitted to pixels, class of the nearest training image, the exact detector of shapes
 - classifier: which of ten captions makes a held-out image most likely
 - outliers: does the likelihood tell images of another data set from held-out ones?
+- truth: of shapes, whose true density is known, how many nats each step is above it (plumbing/truth.py); takes minutes
 
 Prints each part as it is done, and leaves out_dir/evaluate.json and in out_dir/evaluate/ the first samples and, for
 several step counts or guidances, quality.png. Flow matching has samples only, a model of latents the likelihood only.
@@ -30,7 +31,8 @@ from tqdm import tqdm
 
 from configurator import configure
 from data import dataset_class_captions, get_dataset, open_dataset
-from flow import forward_trajectory, gaussian_nll
+from flow import forward_log_prob, forward_trajectory, gaussian_nll
+from plumbing import shapes, truth
 from plumbing.detector import TASKS, follows, task_prompts
 from plumbing.images import contact_sheet, dequantize, plot, save_image
 from plumbing.layouts import make_folder
@@ -39,13 +41,15 @@ from plumbing.runtime import gathered, leave_ranks, note, one_line_errors, rank_
 from sample import TrainedModel, bits_per_dim
 
 out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
-parts = ""  # some of likelihood,samples,classifier,outliers; empty: all that the model has
+parts = ""  # some of likelihood,samples,classifier,outliers,truth; empty: all that the model has
 val_examples = 500  # held-out images for the likelihood, and for what it is good for
 num_samples = 1000  # for each step count and way to denoise
 steps: int | tuple = 0  # T, or for samples several; 0: as trained, or 50 for flow matching
 denoise = "none,score,learned"  # of an NTM's samples; "learned" is left out where there is no denoiser.pt
 guidance: float | tuple = 1.0  # of samples; or several
+best_of = 1  # candidates for each sample, of which the likeliest is kept
 t_min = 0.02  # where trajectories end
+truth_examples = 50  # held-out images that steps are compared with the truth on
 trajectories = 4  # forward trajectories of each image that the classifier sees, shared by its captions
 data_dir = ""  # where fashion's files are; empty: as for the model
 seed = 0
@@ -101,11 +105,11 @@ def first_images(dataset, count):
                       for start in numbers[::100]])
 
 
-def held_out(model, dataset):
+def held_out(model, dataset, count=0):
     """This rank's batches of held-out images (tokens, text, captions, generator), always with the same noise."""
-    (rank, world), length = rank_and_world(), model.network.config.text_len
-    batches = validation_batches(dataset, model.tokenizer, length, val_examples, model.device, rank, world, batch_size)
-    total = len(range(0, min(val_examples, len(dataset)), batch_size)[rank::world])
+    (rank, world), length, count = rank_and_world(), model.network.config.text_len, count or val_examples
+    batches = validation_batches(dataset, model.tokenizer, length, count, model.device, rank, world, batch_size)
+    total = len(range(0, min(count, len(dataset)), batch_size)[rank::world])
     for images, *rest in tqdm(batches, "held-out images", total, leave=False, unit="batch", disable=rank > 0):
         yield model.network.patchify(images), *rest
 
@@ -201,6 +205,31 @@ def evaluate_outliers(model, dataset):
     return results
 
 
+def evaluate_truth(model, dataset):
+    """Nats by which -log p(x_s | x_t, caption) of each step but the last is above the true one, cleanest first; and the
+    same of the Gaussians nearest to the truth of the first step, which starts from pure noise."""
+    network, ts, rank_world = model.network, model.ts, rank_and_world()
+    above, nearest = [], []
+    for batch, (x0, text, _, generator) in enumerate(held_out(model, dataset, truth_examples)):
+        x = forward_trajectory(x0, ts.expand(len(x0), -1), generator)
+        nll = network.trajectory_nll(x, ts.expand(len(x0), -1), text)[:, 1:-1].cpu()
+        transitions = torch.stack([forward_log_prob(x[:, k:k + 2], ts[k:k + 2].expand(len(x), 2))
+                                   for k in range(1, len(ts) - 1)], dim=1).cpu()
+        first = (rank_world[0] + batch * rank_world[1]) * batch_size
+        for i, levels in enumerate(tqdm(x[:, 1:-1].cpu(), "truth", leave=False, disable=rank_world[0] > 0)):
+            draws = shapes.uniforms(dataset.seed, dataset.numbers([first + i]), shapes.DRAWS)[0]
+            rng, images = np.random.default_rng([seed, first + i]), network.unpatchify(levels).numpy()
+            log_q = [truth.log_density(image, t, draws, rng) for image, t in zip(images, ts[1:-1].tolist())]
+            log_q.append(-gaussian_nll(x[i:i + 1, -1:]).item())  # pure noise, whatever the caption
+            log_q = torch.tensor(log_q)
+            above.append(nll[i] + log_q[:-1] + transitions[i] - log_q[1:])
+            nearest.append(log_q[-2] - torch.tensor(truth.log_gaussians(images[-1], ts[-2].item(), draws, rng)))
+    above, nearest = (torch.stack(sum(gathered(rows), [])) for rows in (above, nearest))
+    return {f"step {k}": mean_and_error(above[:, k - 1]) for k in range(1, len(ts) - 1)} | {
+        f"step {len(ts) - 2}, nearest {name} Gaussian": mean_and_error(nearest[:, k])
+        for k, name in enumerate(("diagonal", "full"))}
+
+
 def evaluate_samples(model, dataset, guidance):
     """Images/s; of shapes, the proportions that show exactly what they should and that pass each GenEval task, and the
     tasks' mean; of others how near the samples are to the data and, if labelled, whether they are of their class."""
@@ -213,7 +242,8 @@ def evaluate_samples(model, dataset, guidance):
     starts = range(0, len(captions), batch_size)[rank::world]
     for start in tqdm(starts, "samples", leave=False, unit="batch", disable=rank > 0):
         numbers = range(len(captions))[start:start + batch_size]
-        samples[start] = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed)[0].cpu()
+        samples[start] = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
+                                                   best_of=best_of)[0].cpu()
     samples = ChainMap(*gathered(samples))
     images, seconds = torch.cat([samples[start] for start in sorted(samples)]), gathered(sum(model.seconds.values()))
     if rank == 0:
@@ -257,7 +287,7 @@ def plot_quality(measured):
 
 
 PARTS = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "classifier": evaluate_classifier,
-         "outliers": evaluate_outliers}
+         "outliers": evaluate_outliers, "truth": evaluate_truth}
 
 
 @one_line_errors()
@@ -269,7 +299,8 @@ def main(config):
         raise ValueError(f"there are several steps, {steps}, and several guidances, {guidance}: vary one at a time")
     model = TrainedModel(out_dir, where, counts[0], "none", t_min)
     possible = [part for part in PARTS if (model.kind == "ntm" or part == "samples")
-                and (not model.latents or part == "likelihood")]
+                and (not model.latents or part == "likelihood")
+                and (part != "truth" or (model.settings["dataset"], model.network.config.channels) == ("shapes", 3))]
     chosen = parts.split(",") if parts else possible or ["samples"]
     if wrong := [part for part in chosen if part not in possible]:
         what = ("flow matching" if model.kind == "fm" else "an NTM") + (" on latents" if model.latents else "")

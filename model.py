@@ -300,6 +300,19 @@ class NTM(ImageModel):
         x = self.transporter.inverse(u.flatten(0, 1), ts.flatten(), steps, method, tol)
         return x.unflatten(0, (B, levels))
 
+    @torch.no_grad()
+    def guided_score(self, x0, ts, text, guidance, noise):
+        """Eq. (32), nats (B,), to compare candidates x0 (B, N, D) for captions (B, L): the density that guidance stands
+        for, of the middle steps of R forward trajectories. ts (T+1,), T > 1; noise (R, T+1, N, D)."""
+        T, score = torch.full((len(x0),), len(ts) - 1, device=x0.device), 0.0
+        ts = ts[:max(3, len(ts) - 1)].expand(len(x0), -1)
+        for noise_of_one in noise[:, :ts.shape[1]]:
+            x = forward_trajectory(x0, ts, noise=noise_of_one.expand(len(x0), -1, -1, -1))[:, 1:]
+            u, logdet = self.transport(x, ts[:, 1:], T)
+            for weight, caption in [(1 + guidance, text), (-guidance, null_caption(text))][:2 if guidance else 1]:
+                score -= weight * self.transitions_in_u(u, logdet, ts[:, 1:], caption, T)[0].sum(dim=1)
+        return score / len(noise)
+
     def score_denoise(self, x, ts, text, chunk=0):
         """Eq. (21): E[x_0 | x_{t_0}, ..., x_{t_T}] under the model, (B, N, D), Tweedie's formula for the trajectory.
 

@@ -41,6 +41,7 @@ prompts = ""  # a text file with one caption a line, an empty line asking for an
 num_samples = 16  # images of the one prompt or of each line of the file; without either, images in all
 steps = 0  # T; 0: as trained, or 50 for flow matching
 guidance = 1.0  # weight of classifier-free guidance; 0: none
+best_of = 1  # candidates for each image, of which the one is kept that the model finds likeliest
 denoise = "learned"  # by the denoiser in one pass; "score": by the model's own score; "none": as sampled, at t_min
 t_min = 0.02  # the noise level where sampling ends; the denoiser knows its own
 seed = 0  # the same seed gives the same images, whatever the batch size
@@ -52,6 +53,7 @@ decoder = ""  # of a model of latents: a program saved by torch.export, latents 
 device = ""  # cuda, mps or cpu; empty: the best there is
 
 SHIPPED = Path(__file__).parent / "assets" / "shapes"
+TRAJECTORIES = 2  # of each candidate that best_of compares
 
 
 class LogLikelihood(NamedTuple):
@@ -139,46 +141,61 @@ class TrainedModel:
             raise ValueError(f"captions is {captions!r}: give a list of at least one string")
         return self.tokenizer.encode(captions, self.network.config.text_len).to(self.device)
 
-    def sample(self, captions, guidance=1.0, seed=0):
+    def sample(self, captions, guidance=1.0, seed=0, best_of=1):
         """An image for each of B captions: (B, C, H, W), in [-1, 1] but for what a pixel or two overshoots."""
         self.remark(captions)
-        return self.sample_trajectories(captions, range(len(captions)), guidance, seed)[0]
+        return self.sample_trajectories(captions, range(len(captions)), guidance, seed, best_of=best_of)[0]
 
     @torch.no_grad()
-    def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, levels=False):
+    def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, levels=False, best_of=1):
         """Samples an image for each caption; image `number` is the same in whatever batch it is sampled.
 
-        levels: carry the trajectory back to x-space even if the denoiser does not need it. Returns images (B, C, H, W);
-        the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), each None if there is none.
+        levels: carry the trajectory back to x-space even if the denoiser does not need it. best_of: candidates for each
+        image, of which the one with the greatest guided_score is kept; the first is what there is without others.
+        Returns images (B, C, H, W); the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), or None, None.
         """
         if not 0 <= guidance < math.inf:
             raise ValueError(f"guidance is {guidance}, but must be at least 0")
+        if type(best_of) is not int or best_of < 1 or (best_of > 1 and (self.kind != "ntm" or len(self.ts) < 3)):
+            raise ValueError(f"best_of is {best_of!r}, but must be an int of at least 1, and 1 for flow matching, "
+                             "which has no likelihood to choose by, and for an NTM of one step")
         # each image has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
         network, ts, text = self.network, self.ts, self.encode(captions)
-        shape = len(ts) if self.kind == "ntm" else 1, network.config.num_tokens, network.config.token_dim
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
-        along = torch.stack([torch.randn(len(ts) - 1, network.config.rank, generator=generator)
-                             for generator in generators]).to(self.device)
-        stage = f"sampling in {len(ts) - 1} steps"
-        x = nll = None
-        with coarse_products(self.device):
-            if self.kind == "fm":
-                x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, noise=noise[:, 0])
-            else:
-                u = self.clock(stage, network.sample, text, ts, guidance, noise=noise, along=along)
-        if self.kind == "ntm" and (self.denoise != "learned" or levels):
-            x = self.clock("inversion", network.invert, u, ts)
-            nll = network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)
-        if self.denoise == "learned":
-            tokens = self.clock("learned denoising", self.denoiser, u[:, 0], text)
-        elif self.denoise == "score":
-            tokens = self.clock("score denoising", network.score_denoise, x, ts, text)
-        else:
-            tokens = x[:, 0]
+        drawn = [self.draw(text, guidance, generators, levels) for _ in range(best_of)]
+        tokens, x = drawn[0]
+        if best_of > 1:
+            noise = torch.randn(TRAJECTORIES, len(ts), *tokens.shape[1:], generator=torch.Generator().manual_seed(seed))
+            scores = [self.clock("choosing", network.guided_score, candidate, ts, text, guidance, noise.to(self.device))
+                      for candidate, _ in drawn]
+            best = torch.stack(scores).argmax(dim=0), torch.arange(len(text), device=self.device)
+            tokens, x = (None if of_all[0] is None else torch.stack(of_all)[best] for of_all in zip(*drawn))
         if not tokens.isfinite().all():
             raise ValueError(f"some samples are not finite: choose another guidance than {guidance:g}")
+        inverted = self.kind == "ntm" and x is not None
+        nll = network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1) if inverted else None
         return network.unpatchify(tokens), x, nll
+
+    def draw(self, text, guidance, generators, levels):
+        """Clean tokens (B, N, D), and the trajectory x (B, T+1, N, D), None if nothing needs it."""
+        network, ts = self.network, self.ts
+
+        def randn(*shape):
+            return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+
+        stage, tokens = f"sampling in {len(ts) - 1} steps", (network.config.num_tokens, network.config.token_dim)
+        with coarse_products(self.device):
+            if self.kind == "fm":
+                x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, noise=randn(1, *tokens)[:, 0])
+                return x[:, 0], x
+            u = self.clock(stage, network.sample, text, ts, guidance, noise=randn(len(ts), *tokens),
+                           along=randn(len(ts) - 1, network.config.rank))
+        x = self.clock("inversion", network.invert, u, ts) if self.denoise != "learned" or levels else None
+        if self.denoise == "learned":
+            return self.clock("learned denoising", self.denoiser, u[:, 0], text), x
+        if self.denoise == "score":
+            return self.clock("score denoising", network.score_denoise, x, ts, text), x
+        return x[:, 0], x
 
     @torch.no_grad()
     def log_likelihood(self, images, captions, trajectories=8, seed=0, t_min=0.02):
@@ -298,7 +315,7 @@ def main(config):
     for start in range(0, len(wanted), batch_size):
         numbers = wanted[start:start + batch_size]
         samples, x, nll = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
-                                                    levels=show_trajectory)
+                                                    show_trajectory, best_of)
         images = decoded(samples)
         nlls += [] if nll is None else nll.tolist()
         shown += [images] if layout == "sheet" else []

@@ -361,7 +361,7 @@ def test_classifier_adds_its_trajectories(monkeypatch):
 
 def fake_model(dataset, images_of):
     """A model whose sample of a caption and number is images_of(caption, number)."""
-    def sample_trajectories(captions, numbers, *_):
+    def sample_trajectories(captions, numbers, *_, **__):
         return torch.stack([images_of(caption, i) for caption, i in zip(captions, numbers)]), None, None
 
     settings = {"dataset": dataset, "image_size": 8, "channels": 1, "seed": 0, "data_dir": ""}

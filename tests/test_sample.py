@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, SAMPLE, TRAIN, contents, fails, pixels, run, run_with_notes
+from test_model import make_model, make_text
 
 import sample
+from flow import forward_trajectory
+from model import null_caption
 from plumbing import checkpoint, shapes
 from plumbing.layouts import read_prompts
 from plumbing.runtime import coarse_products
@@ -211,3 +214,54 @@ def test_only_steps_are_coarse(trained, monkeypatch):
     model.sample(["the digit one"])
     assert precision == {"predict": "high", "invert": "highest", "trajectory_nll": "highest",
                          "score_denoise": "highest"}
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("T, steps", [(4, [1, 2]), (3, [1]), (2, [1])])
+def test_guided_score_is_of_the_middle_steps(guidance, T, steps):
+    """(1 + w) log p(x | y) - w log p(x), by trajectory_nll, a trajectory at a time. Of two steps it is the first."""
+    model = make_model(steps=T)
+    x0, ts, text = torch.randn(3, 6, 4).double(), model.config.time_grid(0.02).double(), make_text(3)
+    noise = torch.randn(2, T + 1, 6, 4).double()
+    expected = 0
+    for drawn in noise:
+        x, times = forward_trajectory(x0, ts.expand(3, -1), noise=drawn.expand(3, -1, -1, -1)), ts.expand(3, -1)
+        given, alone = (-model.trajectory_nll(x, times, caption)[:, steps].sum(dim=1)
+                        for caption in (text, null_caption(text)))
+        expected = expected + ((1 + guidance) * given - guidance * alone) / 2
+    torch.testing.assert_close(model.guided_score(x0, ts, text, guidance, noise), expected)
+
+
+@pytest.mark.parametrize("denoise", ["learned", "none"])
+def test_the_best_of_three_is_the_one_that_the_model_finds_likeliest(trained, denoise, monkeypatch):
+    model, captions = load(trained, device="cpu", denoise=denoise), ["the digit one", "the digit two", "the digit three"]
+    candidates, scores, draw, guided_score = [], [], model.draw, model.network.guided_score
+    monkeypatch.setattr(model, "draw", lambda *args: candidates.append(draw(*args)) or candidates[-1])
+    monkeypatch.setattr(model.network, "guided_score", lambda *args: scores.append(guided_score(*args)) or scores[-1])
+    images, x, nll = model.sample_trajectories(captions, [4, 5, 6], 1.0, seed=2, best_of=3)
+    assert len(candidates) == 3 and "choosing" in model.seconds
+    best = torch.stack(scores).argmax(dim=0).tolist()
+    assert len(set(best)) > 1  # or this shows nothing
+    for i, m in enumerate(best):
+        torch.testing.assert_close(images[i], model.network.unpatchify(candidates[m][0])[i])
+    if denoise == "none":
+        assert torch.equal(x, torch.stack([candidates[m][1][i] for i, m in enumerate(best)])) and nll.shape == (3,)
+    first, *_ = model.sample_trajectories(captions, [4, 5, 6], 1.0, seed=2)
+    torch.testing.assert_close(first, model.network.unpatchify(candidates[0][0]))
+    alone, *_ = model.sample_trajectories(captions[1:2], [5], 1.0, seed=2, best_of=3)
+    torch.testing.assert_close(alone[0], images[1], atol=1e-4, rtol=1e-4)
+
+
+def test_best_of_from_the_scripts(copied):
+    assert "choosing: " in noted(copied, "--best_of=2")[0]
+    assert "best_of is 0, but must be at least 1" in fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--best_of=0")
+    run("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--parts=samples", "--num_samples=20", "--best_of=2",
+        "--denoise=learned")
+    assert json.loads((copied / "evaluate.json").read_text())["config"]["best_of"] == 2
+
+
+def test_flow_matching_has_nothing_to_choose_by(tmp_path):
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--objective=fm", "--max_iters=1")
+    assert "best_of is 2" in fails("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--best_of=2", "--steps=2")
+    with pytest.raises(ValueError, match="best_of is 1.5"):
+        load(tmp_path, device="cpu", steps=2).sample(["the digit one"], best_of=1.5)
