@@ -131,6 +131,13 @@ class TimeEmbedding(nn.Module):
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
+def rotated(x, rotation):
+    """x (B, heads, N, d), each of its d/2 pairs of numbers turned by an angle; rotation: (2, N, d/2), cos and sin."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with normalised queries and keys; causal, or over all tokens."""
 
@@ -140,11 +147,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, causal=False, cache=None, position=0):
+    def forward(self, x, causal=False, cache=None, position=0, rotation=None):
         """x: (B, N, width). With a cache (2, B, heads, N, width/heads), x is the one token at `position`: its key
-        and value are written to the cache, and it attends to all tokens up to itself."""
+        and value are written to the cache, and it attends to all tokens up to itself. rotation: as rotated's, of
+        queries and keys, whose products then depend on the distance between their tokens."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        q, k = (F.layer_norm(a, a.shape[-1:]).to(v.dtype) for a in (q, k))  # bounds the logits
+        q, k = (F.layer_norm(a, a.shape[-1:]) for a in (q, k))  # bounds the logits
+        q, k = ((a if rotation is None else rotated(a, rotation)).to(v.dtype) for a in (q, k))
         if cache is not None:
             cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
             k, v = cache[:, :, :, : position + 1]
@@ -163,15 +172,15 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(width, 6 * width)))
 
-    def forward(self, x, c, causal=False):
+    def forward(self, x, c, causal=False, rotation=None):
         """x: (B, N, width); c: (B, width). Returns (B, N, width)."""
-        return self.modulated(x, self.modulation(c), causal)
+        return self.modulated(x, self.modulation(c), causal, rotation=rotation)
 
-    def modulated(self, x, modulation, causal=False, cache=None, position=0):
+    def modulated(self, x, modulation, causal=False, cache=None, position=0, rotation=None):
         """The same with self.modulation(c), (B, 6 width), computed before: it is the same for all tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=-1)
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale1) + shift1
-        x = x + gate1 * self.attention(h, causal, cache, position)
+        x = x + gate1 * self.attention(h, causal, cache, position, rotation)
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2
         return x + gate2 * self.mlp(h)
 

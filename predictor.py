@@ -5,7 +5,7 @@ as a whole. With R directions V the covariance is diag(sigma^2) + V^T V, and eve
 takes the inverse and the determinant of an R x R matrix.
 
 Text and image tokens share one full-attention Transformer, with adaptive norms for (t, s, T), normalised queries and
-keys, and 2-D positions. "Eq. (3)" is equation (3) of docs/method.md.
+keys, and rotary positions. "Eq. (3)" is equation (3) of docs/method.md.
 """
 
 import functools
@@ -94,29 +94,39 @@ class Gaussian(NamedTuple):
         return 0.5 * torch.log(torch.exp(2 * self.log_std) + self.directions.square().sum(dim=-3))
 
 
+def rotations(text_len, rows, columns, pairs):
+    """cos and sin of the angle by which each pair of numbers of a query or key is turned, (2, L+N, pairs): words by
+    their place in the caption, patches by row and column (rotary positions, arXiv:2104.09864). Pairs take turns to
+    measure one of the three, in wavelengths from 6 places to 100 times as many."""
+    place = torch.zeros(text_len + rows * columns, 3)
+    place[text_len:, :2] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    place[:text_len, 2] = torch.arange(1, text_len + 1)
+    pair = torch.arange(pairs)
+    angles = place[:, pair % 3] * 100.0 ** (-(pair // 3) / (pairs / 3))
+    return torch.stack([angles.cos(), angles.sin()])
+
+
 class CaptionedTransformer(nn.Module):
     """Full attention over [caption tokens; image tokens], conditioned on times: the trunk of predictor and denoiser."""
 
     def __init__(self, config, times):
         super().__init__()
-        rows, columns = config.patches
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        if config.width % (2 * config.heads):
+            raise ValueError(f"width {config.width} is not divisible by twice {config.heads} heads")
+        self.embed = nn.Embedding(config.vocab_size, config.width)  # of variance 1: a patch must not drown a word
         self.proj_in = nn.Linear(config.token_dim, config.width)
-        self.word_position = nn.Parameter(0.02 * torch.randn(config.text_len, config.width))
-        self.row = nn.Parameter(0.02 * torch.randn(rows, 1, config.width))
-        self.column = nn.Parameter(0.02 * torch.randn(1, columns, config.width))
         self.time = TimeEmbedding(times, config.width)
         self.layers = nn.ModuleList(Layer(config.width, config.heads) for _ in range(config.depth))
-        nn.init.normal_(self.embed.weight, std=0.02)
+        rotation = rotations(config.text_len, *config.patches, config.width // config.heads // 2)
+        self.register_buffer("rotation", rotation, persistent=False)
 
     def forward(self, tokens, text, times):
         """tokens (B, N, D), text (B, L), times (B, count) to hidden states of the image tokens (B, N, width)."""
         c = self.time(times)
-        words = self.embed(text) + self.word_position
-        patches = self.proj_in(tokens).to(words.dtype) + (self.row + self.column).flatten(0, 1)
-        h = torch.cat([words, patches], dim=1)
+        words = self.embed(text)
+        h = torch.cat([words, self.proj_in(tokens).to(words.dtype)], dim=1)
         for layer in self.layers:
-            h = layer(h, c)
+            h = layer(h, c, rotation=self.rotation)
         h = h[:, text.shape[1]:]
         return F.layer_norm(h, h.shape[-1:])
 

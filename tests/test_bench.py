@@ -103,6 +103,6 @@ def test_flops_are_counted():
 
 @pytest.mark.parametrize("settings, part", [
     (["--repeats=0"], "repeats is 0"), (["--out_dir=nowhere"], "nowhere/ckpt.pt"),
-    (["--width=30", "--heads=4"], "width 30 is not divisible by 4 heads")])
+    (["--width=30", "--heads=4"], "width 30 is not divisible by twice 4 heads")])
 def test_wrong_settings_are_named(settings, part):
     assert part in fails("bench.py", "--device=cpu", *settings)

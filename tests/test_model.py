@@ -555,28 +555,27 @@ def test_trajectories_that_fit():
 
 
 def test_size_of_the_default_model():
-    """Predictor: four layers of 18 w^2 + 15 w numbers, 514 words, 8 + 4 + 4 positions, patches of 4 numbers in and
-    2 x 4 out, three times of 64 waves; the transporter: two times, and three blocks of two layers."""
+    """Predictor: four layers of 18 w^2 + 15 w numbers, 514 words, patches of 4 numbers in and 2 x 4 out, three times of 64 waves; the transporter: two times, and three blocks of two layers."""
     def layer(w):
         return 18 * w**2 + 15 * w
 
-    predictor = 4 * layer(128) + (514 + 8 + 4 + 4) * 128 + (4 + 1) * 128 + (128 + 1) * 8 + (192 + 1 + 128 + 1) * 128
+    predictor = 4 * layer(128) + 514 * 128 + (4 + 1) * 128 + (128 + 1) * 8 + (192 + 1 + 128 + 1) * 128
     block = 2 * layer(64) + (4 + 1) * 64 + (1 + 16) * 64 + (64 + 1) * 8
     model = NTM(NTMConfig())
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     assert count == {"predictor": predictor, "transporter": 3 * block + (128 + 1 + 64 + 1) * 64}
-    assert predictor == 1_298_056 and model.predictor.trunk.layers[0].attention.heads == 4
+    assert predictor == 1_296_008 and model.predictor.trunk.layers[0].attention.heads == 4
     assert model.transporter.blocks[0].layers[0].attention.heads == 2
     assert model.config.max_t_min == 0.05 and model.config.steps == (4,)
 
 
-def test_embeddings_start_small():
-    """Standard deviation 0.02 of words and of all positions; a flow's start token at 0."""
+def test_words_start_as_large_as_patches_and_a_flows_positions_small():
+    """Standard deviation 1 of words and 0.02 of the places in the scan; a flow's start token at 0."""
     torch.manual_seed(0)
     model = NTM(NTMConfig(width=512, transporter_width=512, vocab_size=50))
     trunk, block = model.predictor.trunk, model.transporter.blocks[0]
-    for parameter in (trunk.embed.weight, trunk.word_position, trunk.row, trunk.column, block.position):
-        assert parameter.std().item() == pytest.approx(0.02, rel=0.1)
+    assert trunk.embed.weight.std().item() == pytest.approx(1, rel=0.1)
+    assert block.position.std().item() == pytest.approx(0.02, rel=0.1)
     assert (block.start == 0).all()
 
 

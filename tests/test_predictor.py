@@ -11,10 +11,10 @@ from torch.distributions import MultivariateNormal
 
 import train
 from configurator import Settings
-from flow import forward_trajectory, reverse_posterior
+from flow import forward_trajectory, reverse_posterior, rotated
 from fm import FlowMatching
 from model import NTM, NTMConfig
-from predictor import Gaussian
+from predictor import Gaussian, rotations
 
 
 def make_gaussian(R, batch=(2, 5), dtype=torch.float64):
@@ -200,3 +200,22 @@ def test_closed_form_is_the_mean_of_the_sampled_loss(pairs):
 def test_closed_form_needs_a_model_without_a_transporter():
     with pytest.raises(ValueError, match="closed_form is True, which needs transporter_blocks 0, not 2"):
         NTMConfig(closed_form=True, transporter_blocks=2)
+
+
+def test_rotary_positions_are_distances():
+    """Products of a rotated query and key: those of words by how far apart they are in the caption, of patches by rows
+    and columns; and no two of them alike."""
+    L, rows, columns, pairs = 5, 4, 3, 6
+    rotation = rotations(L, rows, columns, pairs).double()
+    q, k = torch.randn(2, 2 * pairs).double()
+    products = torch.einsum("nd,md->nm", *(rotated(a.expand(L + rows * columns, -1), rotation) for a in (q, k)))
+    torch.testing.assert_close(products[:L, :L][1:, 1:], products[:L, :L][:-1, :-1], atol=1e-5, rtol=0)
+    patches = products[L:, L:].view(rows, columns, rows, columns)
+    torch.testing.assert_close(patches[1:, 1:, 1:, 1:], patches[:-1, :-1, :-1, :-1], atol=1e-5, rtol=0)
+    distances = torch.cat([products[0, 1:L], patches[0, 0].flatten()])
+    assert (distances[:, None] - distances).abs().add(torch.eye(len(distances))).min() > 1e-4
+
+
+def test_width_of_an_odd_head_is_named():
+    with pytest.raises(ValueError, match="width 15 is not divisible by twice 3 heads"):
+        NTM(NTMConfig(width=15, heads=3))

@@ -678,6 +678,8 @@ def test_config_runs(tmp_path, config):
     if config.endswith("_tune.py"):
         run("train.py", str(ROOT / "config" / config.replace("_tune", "_fm")), *small, f"--out_dir={tmp_path / 'fm'}")
         small += [f"--init_from={tmp_path / 'fm' / 'ckpt.pt'}"]
+        if "closed_form = True" in (ROOT / "config" / config).read_text():
+            small = [setting for setting in small if "transporter_blocks" not in setting]
     if config.endswith("_more.py"):
         small = [setting for setting in small if setting not in SMALL and "transporter" not in setting]
         small += [f"--init_from={ROOT / 'assets' / 'shapes' / 'ckpt.pt'}"]
@@ -690,7 +692,6 @@ def test_config_runs(tmp_path, config):
 
 def test_denoiser_of_another_model_is_named(copied):
     held = contents(copied / "denoiser.pt")
-    held["ema"]["trunk.word_position"] = held["ema"]["trunk.word_position"][:2]
     checkpoint.save(copied / "denoiser.pt", **held | {"model_config": held["model_config"] | {"text_len": 2}})
     line = fails("sample.py", *SAMPLE, f"--out_dir={copied}")
     assert "its text_len is 2, the model's 4" in line
