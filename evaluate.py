@@ -208,15 +208,15 @@ def evaluate_outliers(model, dataset):
 def evaluate_truth(model, dataset):
     """Nats by which -log p(x_s | x_t, caption) of each step but the last is above the true one, cleanest first; and the
     same of the Gaussians nearest to the truth of the first step, which starts from pure noise."""
-    network, ts, rank_world = model.network, model.ts, rank_and_world()
+    network, ts, (rank, world) = model.network, model.ts, rank_and_world()
     above, nearest = [], []
     for batch, (x0, text, _, generator) in enumerate(held_out(model, dataset, truth_examples)):
         x = forward_trajectory(x0, ts.expand(len(x0), -1), generator)
         nll = network.trajectory_nll(x, ts.expand(len(x0), -1), text)[:, 1:-1].cpu()
         transitions = torch.stack([forward_log_prob(x[:, k:k + 2], ts[k:k + 2].expand(len(x), 2))
                                    for k in range(1, len(ts) - 1)], dim=1).cpu()
-        first = (rank_world[0] + batch * rank_world[1]) * batch_size
-        for i, levels in enumerate(tqdm(x[:, 1:-1].cpu(), "truth", leave=False, disable=rank_world[0] > 0)):
+        first = (rank + batch * world) * batch_size
+        for i, levels in enumerate(tqdm(x[:, 1:-1].cpu(), "truth", leave=False, disable=rank > 0)):
             draws = shapes.uniforms(dataset.seed, dataset.numbers([first + i]), shapes.DRAWS)[0]
             rng, images = np.random.default_rng([seed, first + i]), network.unpatchify(levels).numpy()
             log_q = [truth.log_density(image, t, draws, rng) for image, t in zip(images, ts[1:-1].tolist())]
@@ -300,7 +300,8 @@ def main(config):
     model = TrainedModel(out_dir, where, counts[0], "none", t_min)
     possible = [part for part in PARTS if (model.kind == "ntm" or part == "samples")
                 and (not model.latents or part == "likelihood")
-                and (part != "truth" or (model.settings["dataset"], model.network.config.channels) == ("shapes", 3))]
+                and (part != "truth" or (model.settings["dataset"], model.network.config.channels) == ("shapes", 3)
+                     and len(model.ts) > 2)]  # with one step there is none but the last
     chosen = parts.split(",") if parts else possible or ["samples"]
     if wrong := [part for part in chosen if part not in possible]:
         what = ("flow matching" if model.kind == "fm" else "an NTM") + (" on latents" if model.latents else "")

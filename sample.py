@@ -162,24 +162,24 @@ class TrainedModel:
         # each image has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
         network, ts, text = self.network, self.ts, self.encode(captions)
-        drawn = [self.draw(text, guidance, generators, levels) for _ in range(best_of)]
-        tokens, x = drawn[0]
+        drawn = [self.draw(text, guidance, generators) for _ in range(best_of)]
+        tokens, x, u = drawn[0]
         if best_of > 1:
             noise = torch.randn(TRAJECTORIES, len(ts), *tokens.shape[1:], generator=torch.Generator().manual_seed(seed))
             scores = [self.clock("choosing", network.guided_score, candidate, ts, text, guidance, noise.to(self.device))
-                      for candidate, _ in drawn]
+                      for candidate, *_ in drawn]
             best = torch.stack(scores).argmax(dim=0), torch.arange(len(text), device=self.device)
-            tokens, x = (None if of_all[0] is None else torch.stack(of_all)[best] for of_all in zip(*drawn))
+            tokens, x, u = (None if of_all[0] is None else torch.stack(of_all)[best] for of_all in zip(*drawn))
         if not tokens.isfinite().all():
             raise ValueError(f"some samples are not finite: choose another guidance than {guidance:g}")
-        inverted = self.kind == "ntm" and x is not None
-        nll = network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1) if inverted else None
+        if levels and x is None:
+            x = self.clock("inversion", network.invert, u, ts)
+        nll = None if u is None or x is None else network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)
         return network.unpatchify(tokens), x, nll
 
-    def draw(self, text, guidance, generators, levels):
-        """Clean tokens (B, N, D), and the trajectory x (B, T+1, N, D), None if nothing needs it."""
+    def draw(self, text, guidance, generators):
+        """Clean tokens (B, N, D); the trajectory x (B, T+1, N, D), or None if not needed; and u, of an NTM."""
         network, ts = self.network, self.ts
-
         def randn(*shape):
             return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
 
@@ -187,15 +187,15 @@ class TrainedModel:
         with coarse_products(self.device):
             if self.kind == "fm":
                 x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, noise=randn(1, *tokens)[:, 0])
-                return x[:, 0], x
+                return x[:, 0], x, None
             u = self.clock(stage, network.sample, text, ts, guidance, noise=randn(len(ts), *tokens),
                            along=randn(len(ts) - 1, network.config.rank))
-        x = self.clock("inversion", network.invert, u, ts) if self.denoise != "learned" or levels else None
         if self.denoise == "learned":
-            return self.clock("learned denoising", self.denoiser, u[:, 0], text), x
+            return self.clock("learned denoising", self.denoiser, u[:, 0], text), None, u
+        x = self.clock("inversion", network.invert, u, ts)
         if self.denoise == "score":
-            return self.clock("score denoising", network.score_denoise, x, ts, text), x
-        return x[:, 0], x
+            return self.clock("score denoising", network.score_denoise, x, ts, text), x, u
+        return x[:, 0], x, u
 
     @torch.no_grad()
     def log_likelihood(self, images, captions, trajectories=8, seed=0, t_min=0.02):

@@ -52,13 +52,14 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrices):
     """U V^T of each matrix U S V^T, roughly: singular values end between 0.7 and 1.2. matrices: (K, m, n)."""
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    tall = matrices.shape[1] > matrices.shape[2]  # the iteration is cheaper on the smaller of x x^T and x^T x
+    x = matrices.mT if tall else matrices
     x = x.bfloat16() if x.is_cuda else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):  # Newton and Schulz's iteration, with the coefficients that lift small values fastest
         gram = x @ x.mT
         x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
-    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def learning_rate(config, i):

@@ -555,7 +555,8 @@ def test_trajectories_that_fit():
 
 
 def test_size_of_the_default_model():
-    """Predictor: four layers of 18 w^2 + 15 w numbers, 514 words, patches of 4 numbers in and 2 x 4 out, three times of 64 waves; the transporter: two times, and three blocks of two layers."""
+    """Predictor: four layers of 18 w^2 + 15 w numbers, 514 words, patches of 4 numbers in and 2 x 4 out,
+    three times of 64 waves; the transporter: two times, and three blocks of two layers."""
     def layer(w):
         return 18 * w**2 + 15 * w
 

@@ -285,7 +285,7 @@ def by_hand(out, captions, denoise, guidance=1.0):
 
 @pytest.mark.parametrize("denoise, stages, strips", [
     ("learned", ["sampling in 4 steps", "learned denoising"], False),
-    ("learned", ["sampling in 4 steps", "inversion", "learned denoising"], True),
+    ("learned", ["sampling in 4 steps", "learned denoising", "inversion"], True),
     ("score", ["sampling in 4 steps", "inversion", "score denoising"], True),
     ("none", ["sampling in 4 steps", "inversion"], False)])
 def test_pictures_and_their_likelihood(copied, denoise, stages, strips):

@@ -115,5 +115,9 @@ def test_of_shapes_alone(tmp_path, trained):
     results = json.loads((tmp_path / "evaluate.json").read_text())["truth"]
     assert results.keys() == {"step 1", "step 2", "step 3", "step 3, nearest diagonal Gaussian",
                               "step 3, nearest full Gaussian"}
+    out = [f"--out_dir={tmp_path / 'one'}", "--device=cpu"]
+    run("train.py", *SHORT, *SMALL, *out, "--dataset=shapes", f"--image_size={SIZE}", "--channels=3", "--text_len=8",
+        "--transporter_blocks=0", "--max_iters=1", "--steps=1")
+    assert "part 'truth' is unknown of an NTM" in fails("evaluate.py", *out, "--parts=truth")
     assert "part 'truth' is unknown of an NTM" in fails("evaluate.py", f"--out_dir={trained}", "--device=cpu",
                                                         "--parts=truth")
