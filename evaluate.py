@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from data import dataset_class_captions, get_dataset, open_dataset
-from flow import forward_log_prob, forward_trajectory, gaussian_nll
+from flow import forward_log_prob, forward_trajectory, gaussian_nll, reverse_posterior
 from plumbing import shapes, truth
 from plumbing.detector import TASKS, follows, task_prompts
 from plumbing.images import contact_sheet, dequantize, plot, save_image
@@ -206,28 +206,26 @@ def evaluate_outliers(model, dataset):
 
 
 def evaluate_truth(model, dataset):
-    """Nats by which -log p(x_s | x_t, caption) of each step but the last is above the true one, cleanest first; and the
-    same of the Gaussians nearest to the truth of the first step, which starts from pure noise."""
-    network, ts, (rank, world) = model.network, model.ts, rank_and_world()
-    above, nearest = [], []
+    """Nats by which -log p(x_s | x_t, caption) of each step but the last is above the true one, cleanest first; and by
+    which the Gaussians nearest to the truth are, that with independent numbers and that with the full covariance."""
+    network, ts, (rank, world), rows = model.network, model.ts, rank_and_world(), []
     for batch, (x0, text, _, generator) in enumerate(held_out(model, dataset, truth_examples)):
-        x = forward_trajectory(x0, ts.expand(len(x0), -1), generator)
-        nll = network.trajectory_nll(x, ts.expand(len(x0), -1), text)[:, 1:-1].cpu()
-        transitions = torch.stack([forward_log_prob(x[:, k:k + 2], ts[k:k + 2].expand(len(x), 2))
-                                   for k in range(1, len(ts) - 1)], dim=1).cpu()
-        first = (rank + batch * world) * batch_size
-        for i, levels in enumerate(tqdm(x[:, 1:-1].cpu(), "truth", leave=False, disable=rank > 0)):
+        grid, first = ts.expand(len(x0), -1), (rank + batch * world) * batch_size
+        x = forward_trajectory(x0, grid, generator)
+        nll, x = network.trajectory_nll(x, grid, text)[:, 1:-1].cpu(), x[:, 1:].cpu()
+        forward = [forward_log_prob(x[:, k:k + 2], grid[:, k + 1:k + 3].cpu()) for k in range(len(ts) - 2)]
+        for i, levels in enumerate(tqdm(x, "truth", leave=False, disable=rank > 0)):
             draws = shapes.uniforms(dataset.seed, dataset.numbers([first + i]), shapes.DRAWS)[0]
-            rng, images = np.random.default_rng([seed, first + i]), network.unpatchify(levels).numpy()
-            log_q = [truth.log_density(image, t, draws, rng) for image, t in zip(images, ts[1:-1].tolist())]
-            log_q.append(-gaussian_nll(x[i:i + 1, -1:]).item())  # pure noise, whatever the caption
-            log_q = torch.tensor(log_q)
-            above.append(nll[i] + log_q[:-1] + transitions[i] - log_q[1:])
-            nearest.append(log_q[-2] - torch.tensor(truth.log_gaussians(images[-1], ts[-2].item(), draws, rng)))
-    above, nearest = (torch.stack(sum(gathered(rows), [])) for rows in (above, nearest))
-    return {f"step {k}": mean_and_error(above[:, k - 1]) for k in range(1, len(ts) - 1)} | {
-        f"step {len(ts) - 2}, nearest {name} Gaussian": mean_and_error(nearest[:, k])
-        for k, name in enumerate(("diagonal", "full"))}
+            rng, images = np.random.default_rng([seed, first + i]), network.unpatchify(levels)
+            log_q, *scenes = zip(*(truth.posterior(image.numpy(), t, draws, rng)
+                                   for image, t in zip(images, ts[1:].tolist())))
+            for k, (s, t) in enumerate(itertools.pairwise(ts[1:].cpu())):
+                true = log_q[k] + forward[k][i].item() - log_q[k + 1]
+                nearest = truth.log_gaussians(*images[k:k + 2], *reverse_posterior(t, s), *(of[k + 1] for of in scenes))
+                rows.append([true + nll[i, k].item(), true - nearest[0], true - nearest[1]])
+    rows = torch.tensor(sum(gathered(rows), [])).view(-1, len(ts) - 2, 3)
+    return {f"step {k + 1}{name}": mean_and_error(rows[:, k, column]) for k in range(len(ts) - 2)
+            for column, name in enumerate(["", ", nearest diagonal Gaussian", ", nearest full Gaussian"])}
 
 
 def evaluate_samples(model, dataset, guidance):

@@ -41,8 +41,9 @@ def pixels(scene, image_size):
     return (render(scene, image_size).reshape(len(scene.kind), -1) + np.float32(0.5)) / 128 - 1
 
 
-def log_density(x, t, draws, rng, particles=1000, moves=5):
-    """log q(x_t | caption) in nats of a noisy image x (3, size, size) float32; draws: of any scene of that caption."""
+def posterior(x, t, draws, rng, particles=1000, moves=5):
+    """Of a noisy image x (3, size, size) float32, log q(x_t | caption) in nats and scenes of q(x_0 | x_t, caption):
+    images (P, 3 size^2) and weights (P,), which sum to 1. draws: of any scene of that caption."""
     scale, variance = moments_of_noise(t)
 
     def log_likelihood(z):
@@ -56,7 +57,8 @@ def log_density(x, t, draws, rng, particles=1000, moves=5):
         weights = np.exp(rise * (fit - fit.max()))
         log_q, power = log_q + rise * fit.max() + math.log(weights.mean()), power + rise
         if power >= 1:
-            return log_q
+            scenes = torch.from_numpy(pixels(some_scenes(draws, z), x.shape[-1])).double()
+            return log_q, scenes, torch.from_numpy(weights / weights.sum())
         shares = np.cumsum(weights) / weights.sum()
         chosen = np.searchsorted(shares, (np.arange(particles) + rng.random()) / particles).clip(max=len(z) - 1)
         z, fit, enough = z[chosen], fit[chosen], particles / 2
@@ -85,12 +87,12 @@ def next_rise(fit, most, enough):
     return low
 
 
-def log_gaussians(x, t, draws, rng, scenes=10_000):
-    """log-density in nats of a noisy image x (3, size, size) under the two Gaussians nearest to q(x_t | caption): with
-    independent numbers, and with the full covariance."""
-    scale, variance = moments_of_noise(t)
-    means = scale * torch.from_numpy(pixels(some_scenes(draws, rng.standard_normal((scenes, DRAWS))), x.shape[-1]))
-    mean, covariance = means.mean(dim=0).double(), means.T.cov().double() + variance * torch.eye(x.size)
-    x = torch.from_numpy(x).flatten().double()
-    independent = Normal(mean, covariance.diagonal().sqrt()).log_prob(x).sum()
-    return independent.item(), MultivariateNormal(mean, covariance).log_prob(x).item()
+def log_gaussians(x_s, x_t, A, B, C, scenes, weights):
+    """log-density in nats of x_s, shaped like x_t, under the two Gaussians nearest to p(x_s | x_t, caption), a mixture
+    of N(A x_t + B x_0, C^2 I) over posterior's scenes x_0: with independent numbers, and with the full covariance."""
+    x_s, x_t = x_s.flatten().double(), x_t.flatten().double()
+    scenes = A * x_t + B * scenes
+    mean = weights @ scenes
+    covariance = (scenes - mean).T @ ((scenes - mean) * weights[:, None]) + C**2 * torch.eye(len(x_s))
+    independent = Normal(mean, covariance.diagonal().sqrt()).log_prob(x_s).sum()
+    return independent.item(), MultivariateNormal(mean, covariance).log_prob(x_s).item()
