@@ -123,9 +123,8 @@ def starting_point(name, device, heads=None):
     decided, vocabulary = {key: trained["settings"][key] for key in NETWORK}, trained.get("vocabulary")
     if trained["kind"] == "fm":
         return network, decided | {"parametrization": "posterior", "predictor": "captions"}, vocabulary
-    kept = ["parametrization", "predictor"]  # a model that has no transporter, or directions, may be given them
-    kept += [*(TRANSPORTER if network.config.transporter_blocks else ()), *(["rank"] if network.config.rank else ())]
-    decided |= {key: getattr(network.config, key) for key in kept}
+    kept = TRANSPORTER if network.config.transporter_blocks else ()  # what has no transporter may be given one
+    decided |= {key: getattr(network.config, key) for key in ("parametrization", "predictor", "rank", *kept)}
     return network, decided | {"aux_weight": 0.0}, vocabulary  # there is no flow-matching model to stay close to
 
 
@@ -151,6 +150,7 @@ def start(config, device):
         raise ValueError("only an NTM starts from another model: leave objective or init_from out")
     heads = config["heads"] if "heads" in config.given else None
     base, decided, vocabulary = starting_point(init_from, device, heads)
+    decided["rank"] = max(decided.get("rank", 0), config["rank"])  # directions may be added, not taken away
     for key in config.given & decided.keys():
         if checkpoint.plain(config[key]) != checkpoint.plain(decided[key]):
             raise ValueError(f"{key} is {config[key]!r}, but {init_from} decides it, {decided[key]!r}: leave it out")

@@ -280,6 +280,19 @@ def test_an_ntm_goes_on_from_another_on_other_terms(trained, tmp_path):
     assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
 
 
+def test_directions_may_be_added_and_not_taken_away(trained, tmp_path):
+    still = [*TRAIN, "--max_iters=1", "--lr=0", "--min_lr=0", "--weight_decay=0"]
+    run("train.py", *still, f"--init_from={trained / 'ckpt.pt'}", f"--out_dir={tmp_path / 'two'}", "--rank=2")
+    from_two = [*still, f"--init_from={tmp_path / 'two' / 'ckpt.pt'}"]
+    for name, settings in {"same": [], "five": ["--rank=5"]}.items():
+        run("train.py", *from_two, *settings, f"--out_dir={tmp_path / name}")
+    two, same_rank, five = (contents(tmp_path / name / "ckpt.pt") for name in ("two", "same", "five"))
+    assert [held["model_config"]["rank"] for held in (two, same_rank, five)] == [2, 2, 5]
+    head, added = two["ema"]["predictor.head.weight"], five["model"]["predictor.head.weight"]
+    assert torch.equal(added[:len(head)], head) and len(added) == len(head) / 4 * 7
+    assert "rank is 1, but" in fails("train.py", *from_two, "--rank=1", f"--out_dir={tmp_path / 'one'}")
+
+
 def test_scale_much_too_small_is_taken_in_its_stride(base, tmp_path):
     """At t_min far below the data's spread the first losses are in the thousands; no update is lost over it."""
     run("train.py", *TRAIN, f"--init_from={base / 'ckpt.pt'}", f"--out_dir={tmp_path}", "--max_t_min=0.002",
