@@ -5,7 +5,7 @@ to data, p(x_s | x_t) has pieces, one for each place the point may have come fro
 diffusion model's step is a Gaussian, here an NTM without a transporter: it covers the pieces and what lies between
 them, however long it trains. NTM's step is a flow and has pieces where the data have them.
 
-    python toy2d.py --dataset=moons
+    python toy2d.py --squares=4 --shift=2
 
 Both models train for the same processor time, side by side, each on one core. Leaves the figure in out/toy2d.png.
 """
@@ -14,7 +14,6 @@ import copy
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from plumbing.images import INK, PAPER, check_writable, save_image
 from plumbing.optim import HIDDEN, make_optimizers, step, update_average
 from plumbing.runtime import one_line_errors
 
-dataset = "checkerboard"  # or "moons"
+squares = 2  # a side of the checkerboard, of which the data are the dark squares; 4: many more pieces, and harder
 figure = "out/toy2d.png"
 seed = 0
 steps = 4  # T
@@ -49,55 +48,28 @@ panel = 180  # pixels, the side of a density in the figure
 num_samples = 10_000  # of each model; its bound is measured on ten times as many fresh examples
 
 NAMES = ["Gaussian", "NTM"]
+ENTROPY = math.log(2)  # of the data, in nats: half of [-1, 1]^2 is dark
 CAPTION = torch.ones(1, 1, dtype=torch.long)  # the null caption: there is nothing to say about a point
 
 
-class DataSet(NamedTuple):
-    sample: callable  # (count, generator) to points (count, 2)
-    inside: callable  # points (..., 2) to whether each is on the support
-    entropy: float  # nats
-    places: tuple  # two clean points x_0; the figure shows the steps from x_t = (1 - t) x_0
-
-
-def sample_checkerboard(count, generator):
-    column, half = torch.randint(4, (2, count), generator=generator)
-    corner = torch.stack([column, column % 2 + half // 2 * 2], dim=1)
-    return (corner + torch.rand(count, 2, generator=generator)) / 2 - 1
-
-
-def on_checkerboard(x):
-    return ((2 * x).floor().sum(dim=-1) % 2 == 0) & (x.abs() < 1).all(dim=-1)
-
-
-INNER, OUTER, MOON = 0.52, 0.68, torch.tensor([0.3, 0.15])  # radii, and the centre of the moon that opens upwards
-
-
-def sample_moons(count, generator):
-    radius = (INNER**2 + (OUTER**2 - INNER**2) * torch.rand(count, generator=generator)).sqrt()
-    angle = math.pi * torch.rand(count, generator=generator)
-    side = 1 - 2 * torch.randint(2, (count, 1), generator=generator)  # one moon is the other, turned by pi
-    return side * (radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1) - MOON)
-
-
-def on_moons(x):
-    x = torch.stack([MOON + x, MOON - x])  # from the centre of either moon, which then opens downwards
-    radius = x.norm(dim=-1)
-    return ((radius > INNER) & (radius < OUTER) & (x[..., 1] > 0)).any(dim=0)
-
-
-DATA_SETS = {
-    "checkerboard": DataSet(sample_checkerboard, on_checkerboard, math.log(2), ((0, 0), (0.25, -0.25))),
-    "moons": DataSet(sample_moons, on_moons, math.log(math.pi * (OUTER**2 - INNER**2)), ((0, 0), (0.3, 0.0)))}
+PLACES = (0, 0), (0.25, -0.25)  # two clean points x_0: the figure shows the steps from x_t = (1 - t) x_0
 
 
 def sample_data(count, generator):
     """Points in [-1, 1]^2 as two tokens of one number, (count, 2, 1)."""
-    return DATA_SETS[dataset].sample(count, generator)[..., None]
+    column, half = (torch.randint(n, (count,), generator=generator) for n in (squares, squares // 2))
+    corner = torch.stack([column, column % 2 + 2 * half], dim=1)
+    return (2 * (corner + torch.rand(count, 2, generator=generator)) / squares - 1)[..., None]
+
+
+def inside(x):
+    """Whether each of the points (..., 2) lies on a dark square."""
+    return (((x + 1) * squares / 2).floor().sum(dim=-1) % 2 == 0) & (x.abs() < 1).all(dim=-1)
 
 
 def proportion_inside(x):
     """The proportion of points (B, 2, 1) that lie on the data's support."""
-    return DATA_SETS[dataset].inside(x[..., 0]).float().mean().item()
+    return inside(x[..., 0]).float().mean().item()
 
 
 def posterior_weights(x_t, t, x0):
@@ -220,7 +192,7 @@ def make_figure(models, ts, clean, samples):
         half = 1.1 * (1 + s.item())  # the panel shows [-half, half]^2
         axis = half * ((2 * torch.arange(panel) + 1) / panel - 1)  # the pixels' centres
         write(f"t = {t:.2f}\nto {s:.2f}", LABEL / 2, y + panel / 2)
-        for group, place in enumerate(DATA_SETS[dataset].places):
+        for group, place in enumerate(PLACES):
             x, x_t = LABEL + group * (3 * cell + GROUP_GAP), (1 - t) * torch.tensor(place)
             across, up = ((x_t / half + 1) / 2 * panel).tolist()
             densities = [true_density(x_t, s, t, clean, axis), *(model_density(m, x_t, s, t, axis) for m in models)]
@@ -244,8 +216,8 @@ def make_figure(models, ts, clean, samples):
 @one_line_errors()
 def main(config):
     """Returns the two averaged models and how many updates each took."""
-    if dataset not in DATA_SETS:
-        raise ValueError(f"dataset {dataset!r} is unknown: choose {', '.join(map(repr, DATA_SETS))}")
+    if squares % 2:
+        raise ValueError(f"squares is {squares}, but must be even")
     for name, least in {"t_min": 1e-4, "num_samples": 2, "transporter_blocks": 1}.items():
         if config[name] < least:
             raise ValueError(f"{name} is {config[name]}, but must be at least {least}")
@@ -258,13 +230,13 @@ def main(config):
     generator = torch.Generator().manual_seed(seed + 1)
     clean = sample_data(num_samples, generator)
     noisy = forward_trajectory(clean, ts[:1].expand(num_samples, 1), generator)[:, 0]
-    entropy, best = DATA_SETS[dataset].entropy, best_gaussian_bound(ts, generator)
-    print(f"{dataset}: entropy {entropy:.3f} nats, best bound of any Gaussian steps {best:.3f}. "
+    best = best_gaussian_bound(ts, generator)
+    print(f"Checkerboard: entropy {ENTROPY:.3f} nats, best bound of any Gaussian steps {best:.3f}. "
           f"On the support: {proportion_inside(clean):.1%}, {proportion_inside(noisy):.1%} at t = {t_min}")
     for K in (4, 8, 50):
         nats = euler_estimate(noisy[:1000, :, 0], torch.linspace(t_min, 1, K + 1), clean[..., 0])
         print(f"Flow matching's estimate in {K} Euler steps, with the exact velocity: {nats.mean():.3f} nats, no bound")
-    samples = [(clean, f"entropy {entropy:.3f} nats\n{proportion_inside(clean):.1%} on the support")]
+    samples = [(clean, f"entropy {ENTROPY:.3f} nats\n{proportion_inside(clean):.1%} on the support")]
     for name, model, count, aside in zip(NAMES, models, updates, (f" (no Gaussian below {best:.3f})", "")):
         nats = torch.cat([bound(model, ts, num_samples, generator) for _ in range(10)])
         x = model.invert(model.sample(CAPTION.expand(num_samples, 1), ts, generator=generator), ts)
