@@ -1,5 +1,5 @@
 # Flow matching on coloured shapes, 16x16, with the network of config/shapes.py: a start for config/shapes_tune.py.
-# 50 minutes on one core (85 images a second).
+# An hour on one core (70 to 85 images a second).
 objective = "fm"
 out_dir = "out/shapes_fm"
 dataset = "shapes"
