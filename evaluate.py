@@ -47,6 +47,7 @@ num_samples = 1000  # for each step count and way to denoise
 steps: int | tuple = 0  # T, or for samples several; 0: as trained, or 50 for flow matching
 denoise = "none,score,learned"  # of an NTM's samples; "learned" is left out where there is no denoiser.pt
 guidance: float | tuple = 1.0  # of samples; or several
+restarts = 0  # times that each step of a sample but the first and the last is taken again
 best_of = 1  # candidates for each sample, of which the likeliest is kept
 t_min = 0.02  # where trajectories end
 truth_examples = 50  # held-out images that steps are compared with the truth on
@@ -241,7 +242,7 @@ def evaluate_samples(model, dataset, guidance):
     for start in tqdm(starts, "samples", leave=False, unit="batch", disable=rank > 0):
         numbers = range(len(captions))[start:start + batch_size]
         samples[start] = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
-                                                   best_of=best_of)[0].cpu()
+                                                   False, best_of, restarts)[0].cpu()
     samples = ChainMap(*gathered(samples))
     images, seconds = torch.cat([samples[start] for start in sorted(samples)]), gathered(sum(model.seconds.values()))
     if rank == 0:

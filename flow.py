@@ -57,11 +57,16 @@ def forward_trajectory(x0, ts, generator=None, noise=None):
     """
     if noise is None:
         noise = torch.randn(*ts.shape, *x0.shape[1:], generator=generator, dtype=x0.dtype, device=x0.device)
-    times = ts[:, :, None, None]
-    levels = [(1 - times[:, 0]) * x0 + times[:, 0] * noise[:, 0]]
+    t0 = ts[:, 0, None, None]
+    return forward_chain((1 - t0) * x0 + t0 * noise[:, 0], ts, noise[:, 1:])
+
+
+def forward_chain(x, ts, noise):
+    """Eq. (2) from a level x (B, N, D) on: it and the noisier ones, (B, K, N, D). ts (B, K), noise (B, K-1, N, D)."""
+    levels, times = [x], ts[:, :, None, None]
     for k in range(1, ts.shape[1]):
         alpha, beta = forward_kernel(times[:, k], times[:, k - 1])
-        levels.append(alpha * levels[-1] + beta * noise[:, k])
+        levels.append(alpha * levels[-1] + beta * noise[:, k - 1])
     return torch.stack(levels, dim=1)
 
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from flow import (TimeEmbedding, Transporter, forward_log_prob, forward_trajectory, full_precision, gaussian_nll,
-                  reverse_posterior, time_grid, trajectory_covariance, zeroed)
+from flow import (TimeEmbedding, Transporter, forward_chain, forward_log_prob, forward_trajectory, full_precision,
+                  gaussian_nll, reverse_posterior, time_grid, trajectory_covariance, zeroed)
 from predictor import CaptionedTransformer, Gaussian, Predictor, gaussian_head
 
 
@@ -268,36 +268,36 @@ class NTM(ImageModel):
         return mean, log_std, torch.stack(directions, dim=1) * torch.exp(log_std)[:, None]  # in units of sigma
 
     @torch.no_grad()
-    def sample(self, text, ts, guidance=0.0, generator=None, noise=None, along=None):
+    def sample(self, text, ts, guidance=0.0, generator=None, restarts=0, noise=None, randn=None):
         """Eq. (19): a trajectory sampled in u-space, noisiest level first, all tokens in parallel.
 
-        text (B, L); ts (T+1,); guidance: weight w >= 0, 0 for the conditional model itself; noise (B, T+1, N, D), and
-        `along` the directions, (B, T, R), standard normal, by `generator` when None. Returns u (B, T+1, N, D), cleanest
-        level first.
+        text (B, L); ts (T+1,); guidance: w >= 0; restarts: of each middle step, Eq. (34). noise (B, T+1, N, D), and
+        what else is standard normal, randn(*shape), (B, *shape), by `generator`. Returns u, cleanest level first.
         """
-        B, T = len(text), len(ts) - 1
+        B, T, shape = len(text), len(ts) - 1, (self.config.num_tokens, self.config.token_dim)
         kwargs = dict(generator=generator, dtype=self.predictor.head.weight.dtype, device=text.device)
-        if noise is None:
-            noise = torch.randn(B, T + 1, self.config.num_tokens, self.config.token_dim, **kwargs)
-        if along is None:
-            along = torch.randn(B, T, self.config.rank, **kwargs)
-        steps = torch.full((B,), T, device=text.device)
-        u = noise.clone()  # the last level is the noise itself
+        randn = randn or (lambda *shape: torch.randn(B, *shape, **kwargs))
+        u = randn(T + 1, *shape) if noise is None else noise.clone()  # each level's noise, then the levels
+        along, steps, ts = randn(T, self.config.rank), torch.full((B,), T, device=text.device), ts.expand(B, -1)
         for k in reversed(range(T)):
-            t, s = ts[k + 1].expand(B), ts[k].expand(B)
-            gaussian = Gaussian(*self.predict(u[:, k + 1], t, s, steps, text))
-            if guidance:
-                unconditional = Gaussian(*self.predict(u[:, k + 1], t, s, steps, null_caption(text)))
-                gaussian = gaussian.guided(unconditional, guidance)
-            u[:, k] = gaussian.sample(noise[:, k], along[:, k])
+            for again in range(1 + restarts * (0 < k < T - 1)):
+                if again:
+                    x = self.transporter.inverse(u[:, k], ts[:, k], steps)
+                    x = forward_chain(x, ts[:, k:], randn(T - k, *shape))
+                    u[:, k + 1:] = self.transport(x, ts[:, k:], steps)[0][:, 1:]
+                step = u[:, k + 1], ts[:, k + 1], ts[:, k], steps
+                gaussian = Gaussian(*self.predict(*step, text))
+                if guidance:
+                    gaussian = gaussian.guided(Gaussian(*self.predict(*step, null_caption(text))), guidance)
+                z, w = (randn(*shape), randn(self.config.rank)) if again else (u[:, k], along[:, k])
+                u[:, k] = gaussian.sample(z, w)
         return u
 
     def invert(self, u, ts, method="cache", tol=1e-5):
         """Every level of u (B, T+1, N, D) back to x-space, as one batch. ts: (T+1,) or (B, T+1); tol: as in Eq. (9)."""
         B, levels = u.shape[:2]
-        ts = ts.expand(B, levels)
         steps = torch.full((B * levels,), levels - 1, device=u.device)
-        x = self.transporter.inverse(u.flatten(0, 1), ts.flatten(), steps, method, tol)
+        x = self.transporter.inverse(u.flatten(0, 1), ts.expand(B, levels).flatten(), steps, method, tol)
         return x.unflatten(0, (B, levels))
 
     @torch.no_grad()

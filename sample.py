@@ -41,6 +41,7 @@ prompts = ""  # a text file with one caption a line, an empty line asking for an
 num_samples = 16  # images of the one prompt or of each line of the file; without either, images in all
 steps = 0  # T; 0: as trained, or 50 for flow matching
 guidance = 1.0  # weight of classifier-free guidance; 0: none
+restarts = 0  # times that each step but the first and the last is taken again, from noise added anew
 best_of = 1  # candidates for each image, of which the one is kept that the model finds likeliest
 denoise = "learned"  # by the denoiser in one pass; "score": by the model's own score; "none": as sampled, at t_min
 t_min = 0.02  # the noise level where sampling ends; the denoiser knows its own
@@ -141,28 +142,29 @@ class TrainedModel:
             raise ValueError(f"captions is {captions!r}: give a list of at least one string")
         return self.tokenizer.encode(captions, self.network.config.text_len).to(self.device)
 
-    def sample(self, captions, guidance=1.0, seed=0, best_of=1):
+    def sample(self, captions, guidance=1.0, seed=0, best_of=1, restarts=0):
         """An image for each of B captions: (B, C, H, W), in [-1, 1] but for what a pixel or two overshoots."""
         self.remark(captions)
-        return self.sample_trajectories(captions, range(len(captions)), guidance, seed, best_of=best_of)[0]
+        return self.sample_trajectories(captions, range(len(captions)), guidance, seed, False, best_of, restarts)[0]
 
     @torch.no_grad()
-    def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, levels=False, best_of=1):
+    def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, levels=False, best_of=1, restarts=0):
         """Samples an image for each caption; image `number` is the same in whatever batch it is sampled.
 
-        levels: carry the trajectory back to x-space even if the denoiser does not need it. best_of: candidates for each
-        image, of which the one with the greatest guided_score is kept; the first is what there is without others.
+        levels: carry the trajectory back to x-space even if the denoiser does not need it. restarts: NTM.sample's.
+        best_of: candidates, of which that with the greatest guided_score is kept; the first is what there is without.
         Returns images (B, C, H, W); the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), or None, None.
         """
+        network, ts, text = self.network, self.ts, self.encode(captions)
         if not 0 <= guidance < math.inf:
             raise ValueError(f"guidance is {guidance}, but must be at least 0")
-        if type(best_of) is not int or best_of < 1 or (best_of > 1 and (self.kind != "ntm" or len(self.ts) < 3)):
-            raise ValueError(f"best_of is {best_of!r}, but must be an int of at least 1, and 1 for flow matching, "
-                             "which has no likelihood to choose by, and for an NTM of one step")
+        for name, value, least, fewest in ("best_of", best_of, 1, 2), ("restarts", restarts, 0, 3):
+            if type(value) is not int or value < least or value > least and (self.kind == "fm" or len(ts) <= fewest):
+                raise ValueError(f"{name} is {value!r}, but must be an int of at least {least}, and {least} for flow "
+                                 f"matching, whose steps have no density, and for an NTM of fewer than {fewest} steps")
         # each image has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
-        network, ts, text = self.network, self.ts, self.encode(captions)
-        drawn = [self.draw(text, guidance, generators) for _ in range(best_of)]
+        drawn = [self.draw(text, guidance, restarts, generators) for _ in range(best_of)]
         tokens, x, u = drawn[0]
         if best_of > 1:
             noise = torch.randn(TRAJECTORIES, len(ts), *tokens.shape[1:], generator=torch.Generator().manual_seed(seed))
@@ -177,7 +179,7 @@ class TrainedModel:
         nll = None if u is None or x is None else network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)
         return network.unpatchify(tokens), x, nll
 
-    def draw(self, text, guidance, generators):
+    def draw(self, text, guidance, restarts, generators):
         """Clean tokens (B, N, D); the trajectory x (B, T+1, N, D), or None if not needed; and u, of an NTM."""
         network, ts = self.network, self.ts
         def randn(*shape):
@@ -188,8 +190,7 @@ class TrainedModel:
             if self.kind == "fm":
                 x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, noise=randn(1, *tokens)[:, 0])
                 return x[:, 0], x, None
-            u = self.clock(stage, network.sample, text, ts, guidance, noise=randn(len(ts), *tokens),
-                           along=randn(len(ts) - 1, network.config.rank))
+            u = self.clock(stage, network.sample, text, ts, guidance, restarts=restarts, randn=randn)
         if self.denoise == "learned":
             return self.clock("learned denoising", self.denoiser, u[:, 0], text), None, u
         x = self.clock("inversion", network.invert, u, ts)
@@ -297,8 +298,7 @@ def main(config):
         decode = load_exported(decoder, model.device)
     # what is wrong with captions or folder is told before anything is sampled
     model.remark(captions)
-    to = Path(folder or Path(out_dir or "out") / "images")
-    make_folder(to)
+    make_folder(to := Path(folder or Path(out_dir or "out") / "images"))
     if layout != "sheet":
         ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
         ours |= {"iteration": model.iteration, "denoise": model.denoise,  # "score" until there is a denoiser
@@ -315,7 +315,7 @@ def main(config):
     for start in range(0, len(wanted), batch_size):
         numbers = wanted[start:start + batch_size]
         samples, x, nll = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
-                                                    show_trajectory, best_of)
+                                                    show_trajectory, best_of, restarts)
         images = decoded(samples)
         nlls += [] if nll is None else nll.tolist()
         shown += [images] if layout == "sheet" else []

@@ -9,7 +9,7 @@ from torch.autograd.functional import jacobian
 from torch.distributions import MultivariateNormal, Normal
 from torch.func import functional_call
 
-from flow import forward_log_prob, forward_trajectory, reverse_posterior, time_grid
+from flow import forward_kernel, forward_log_prob, forward_trajectory, reverse_posterior, time_grid
 from model import NTM, Denoiser, NTMConfig, null_caption
 from plumbing.tokenizer import get_tokenizer
 from predictor import Gaussian
@@ -411,16 +411,51 @@ def test_exact_reverse_gives_the_exact_likelihood():
         torch.testing.assert_close(bound[b], -marginal, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("t_min", [0.0, 0.04])
-def test_exact_reverse_samples_the_exact_trajectories(t_min):
-    ts = time_grid(4, torch.tensor(t_min).double(), 2, 1.0)
-    # sampling is affine in the noise: example k has unit noise at level k only, the last none
-    noise = torch.cat([torch.eye(5), torch.zeros(1, 5)]).double()[:, :, None, None].expand(6, 5, 2, 1)
-    x = exact_model().sample(make_text(6), ts, noise=noise)[..., 0]
-    mean, factor = x[5].T, (x[:5] - x[5]).permute(2, 1, 0)
+@pytest.mark.parametrize("t_min, restarts", [(0.0, 0), (0.04, 0), (0.04, 1), (0.04, 2)])
+def test_exact_reverse_samples_the_exact_trajectories(t_min, restarts):
+    """And a step that is taken again, from noise added anew, leaves them as they are, all levels together."""
+    ts, drawn = time_grid(4, torch.tensor(t_min).double(), 2, 1.0), 0
+    draws = 5 + restarts * ((2 + 1) + (3 + 1))  # the levels' noise; noise to the levels above, and of the step
+
+    def randn(*shape):
+        nonlocal drawn
+        if shape[-1] == 0:
+            return torch.zeros(draws + 1, *shape).double()  # there are no directions
+        noise = torch.zeros(draws + 1, *shape).double()
+        count = shape[0] if len(shape) == 3 else 1
+        # sampling is affine in the noise: example k has unit noise in draw k only, the last none
+        noise.view(draws + 1, count, -1)[torch.arange(drawn, drawn + count), torch.arange(count)] = 1
+        drawn += count
+        return noise
+
+    x = exact_model().sample(make_text(draws + 1), ts, restarts=restarts, randn=randn)[..., 0]
+    assert drawn == draws
+    mean, factor = x[draws].T, (x[:draws] - x[draws]).permute(2, 1, 0)
     expected_mean, expected_cov = levels_mean_and_covariance(ts)
     torch.testing.assert_close(mean, expected_mean)
     torch.testing.assert_close(factor @ factor.mT, expected_cov)
+
+
+@torch.no_grad()
+def test_a_restart_adds_the_noise_in_x_space():
+    model, text = make_model(scale=0.5), make_text(2)
+    ts, drawn = torch.tensor([0.02, 0.3, 0.6, 1.0]).double(), []
+    first = torch.randn(2, 4, 6, 4).double()
+
+    def randn(*shape):
+        drawn.append(torch.randn(2, *shape).double())
+        return drawn[-1]
+
+    once, again = (model.sample(text, ts, 1.0, restarts=n, noise=first, randn=randn) for n in (0, 1))
+    before, after = model.invert(once, ts), model.invert(again, ts)
+    assert (before - once).abs().max() > 0.1  # the transporter is no identity
+    noise = next(draw for draw in drawn if draw.shape[1:] == (2, 6, 4))
+    x = before[:, 1]
+    for k in (2, 3):
+        alpha, beta = forward_kernel(ts[k], ts[k - 1])
+        x = alpha * x + beta * noise[:, k - 2]
+        torch.testing.assert_close(after[:, k], x)
+    assert (after[:, 1] - before[:, 1]).abs().max() > 0.1
 
 
 def test_score_denoising_is_the_posterior_mean_from_every_level():

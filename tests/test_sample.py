@@ -260,8 +260,25 @@ def test_best_of_from_the_scripts(copied):
     assert json.loads((copied / "evaluate.json").read_text())["config"]["best_of"] == 2
 
 
+def test_restarts_from_the_scripts(copied):
+    """The levels above a step that is taken again are drawn anew; those of the first and last are not."""
+    model, captions = load(copied, device="cpu", denoise="none"), ["the digit one", "the digit two"]
+    (once, x, _), (again, y, nll) = (
+        model.sample_trajectories(captions, [4, 5], 1.0, seed=2, restarts=restarts) for restarts in (0, 1))
+    assert (once != again).any() and not (x == y).flatten(2).all(-1).any() and nll.isfinite().all()
+    alone, *_ = model.sample_trajectories(captions[1:], [5], 1.0, seed=2, restarts=1)
+    torch.testing.assert_close(alone[0], again[1], atol=1e-4, rtol=1e-4)
+    assert "restarts is -1, but must be at least 0" in fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--restarts=-1")
+    with pytest.raises(ValueError, match="fewer than 3 steps"):
+        load(copied, device="cpu", steps=2).sample(captions, restarts=1)
+    run("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--parts=samples", "--num_samples=20", "--restarts=1",
+        "--denoise=learned")
+    assert json.loads((copied / "evaluate.json").read_text())["config"]["restarts"] == 1
+
+
 def test_flow_matching_has_nothing_to_choose_by(tmp_path):
     run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--objective=fm", "--max_iters=1")
     assert "best_of is 2" in fails("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--best_of=2", "--steps=2")
+    assert "restarts is 1" in fails("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--restarts=1")
     with pytest.raises(ValueError, match="best_of is 1.5"):
         load(tmp_path, device="cpu", steps=2).sample(["the digit one"], best_of=1.5)
