@@ -5,7 +5,7 @@ to data, p(x_s | x_t) has pieces, one for each place the point may have come fro
 diffusion model's step is a Gaussian, here an NTM without a transporter: it covers the pieces and what lies between
 them, however long it trains. NTM's step is a flow and has pieces where the data have them.
 
-    python toy2d.py --squares=4 --shift=2
+    python toy2d.py --squares=4
 
 Both models train for the same processor time, side by side, each on one core. Leaves the figure in out/toy2d.png.
 """
