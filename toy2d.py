@@ -14,6 +14,7 @@ import copy
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from tqdm import tqdm
 from configurator import configure
 from flow import forward_kernel, forward_trajectory, gaussian_nll, reverse_posterior, time_grid
 from model import NTM, NTMConfig
-from plumbing.images import INK, PAPER, check_writable, save_image
+from plumbing.images import INK, PAPER, save_image
+from plumbing.layouts import make_folder
 from plumbing.optim import HIDDEN, make_optimizers, step, update_average
 from plumbing.runtime import one_line_errors
 
@@ -50,8 +52,6 @@ num_samples = 10_000  # of each model; its bound is measured on ten times as man
 NAMES = ["Gaussian", "NTM"]
 ENTROPY = math.log(2)  # of the data, in nats: half of [-1, 1]^2 is dark
 CAPTION = torch.ones(1, 1, dtype=torch.long)  # the null caption: there is nothing to say about a point
-
-
 PLACES = (0, 0), (0.25, -0.25)  # two clean points x_0: the figure shows the steps from x_t = (1 - t) x_0
 
 
@@ -228,7 +228,9 @@ def main(config):
     for name, least in {"t_min": 1e-4, "num_samples": 2, "transporter_blocks": 1}.items():
         if config[name] < least:
             raise ValueError(f"{name} is {config[name]}, but must be at least {least}")
-    check_writable(figure)  # better known now than after training
+    if Path(figure).is_dir():
+        raise ValueError(f"{figure} is a folder: name a file in it")
+    make_folder(Path(figure).parent)  # better known now than after training
     torch.set_num_threads(1)  # of each model: tensors this small gain nothing from more
     ts = time_grid(steps, t_min, 2, shift)
     with ThreadPoolExecutor() as pool:  # torch lets go of Python's lock, so threads are enough for two cores

@@ -100,16 +100,6 @@ def contact_sheet(images, captions=None, columns=None, scale=None):
     return sheet
 
 
-def check_writable(path):
-    """Makes the folder of a file that is yet to be made. Raises OSError where save_image could not write it."""
-    part = Path(path).with_name(Path(path).name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file in it")
-    part.touch()
-    part.unlink()
-
-
 def save_image(image, path):
     """Writes a PIL.Image as PNG, whole or not at all; makes the folder."""
     path = Path(path)
