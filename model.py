@@ -284,7 +284,7 @@ class NTM(ImageModel):
                 if again:
                     x = self.transporter.inverse(u[:, k], ts[:, k], steps)
                     x = forward_chain(x, ts[:, k:], randn(T - k, *shape))
-                    u[:, k + 1:] = self.transport(x, ts[:, k:], steps)[0][:, 1:]
+                    u[:, k + 1:] = self.transport(x[:, 1:], ts[:, k + 1:], steps)[0]
                 step = u[:, k + 1], ts[:, k + 1], ts[:, k], steps
                 gaussian = Gaussian(*self.predict(*step, text))
                 if guidance:

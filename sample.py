@@ -161,7 +161,7 @@ class TrainedModel:
         for name, value, least, fewest in ("best_of", best_of, 1, 2), ("restarts", restarts, 0, 3):
             if type(value) is not int or value < least or value > least and (self.kind == "fm" or len(ts) <= fewest):
                 raise ValueError(f"{name} is {value!r}, but must be an int of at least {least}, and {least} for flow "
-                                 f"matching, whose steps have no density, and for an NTM of fewer than {fewest} steps")
+                                 f"matching and for an NTM of fewer than {fewest} steps")
         # each image has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
         drawn = [self.draw(text, guidance, restarts, generators) for _ in range(best_of)]

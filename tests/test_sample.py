@@ -261,7 +261,7 @@ def test_best_of_from_the_scripts(copied):
 
 
 def test_restarts_from_the_scripts(copied):
-    """The levels above a step that is taken again are drawn anew; those of the first and last are not."""
+    """They change every level, and an image is the same in whatever batch it is sampled."""
     model, captions = load(copied, device="cpu", denoise="none"), ["the digit one", "the digit two"]
     (once, x, _), (again, y, nll) = (
         model.sample_trajectories(captions, [4, 5], 1.0, seed=2, restarts=restarts) for restarts in (0, 1))
