@@ -271,7 +271,7 @@ class NTM(ImageModel):
     def sample(self, text, ts, guidance=0.0, generator=None, restarts=0, noise=None, randn=None):
         """Eq. (19): a trajectory sampled in u-space, noisiest level first, all tokens in parallel.
 
-        text (B, L); ts (T+1,); guidance: w >= 0; restarts: of each middle step, Eq. (34). noise (B, T+1, N, D), and
+        text (B, L); ts (T+1,); guidance: w >= 0; restarts: of Eq. (34)'s steps. noise (B, T+1, N, D), and
         what else is standard normal, randn(*shape), (B, *shape), by `generator`. Returns u, cleanest level first.
         """
         B, T, shape = len(text), len(ts) - 1, (self.config.num_tokens, self.config.token_dim)
@@ -280,7 +280,7 @@ class NTM(ImageModel):
         u = randn(T + 1, *shape) if noise is None else noise.clone()  # each level's noise, then the levels
         along, steps, ts = randn(T, self.config.rank), torch.full((B,), T, device=text.device), ts.expand(B, -1)
         for k in reversed(range(T)):
-            for again in range(1 + restarts * (0 < k < T - 1)):
+            for again in range(1 + restarts * (k in range(T // 2, T - 1))):
                 if again:
                     x = self.transporter.inverse(u[:, k], ts[:, k], steps)
                     x = forward_chain(x, ts[:, k:], randn(T - k, *shape))

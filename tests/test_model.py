@@ -415,7 +415,7 @@ def test_exact_reverse_gives_the_exact_likelihood():
 def test_exact_reverse_samples_the_exact_trajectories(t_min, restarts):
     """And a step that is taken again, from noise added anew, leaves them as they are, all levels together."""
     ts, drawn = time_grid(4, torch.tensor(t_min).double(), 2, 1.0), 0
-    draws = 5 + restarts * ((2 + 1) + (3 + 1))  # the levels' noise; noise to the levels above, and of the step
+    draws = 5 + restarts * (2 + 1)  # the levels' noise; of the second step that of the levels above, and its own
 
     def randn(*shape):
         nonlocal drawn
