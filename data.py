@@ -230,7 +230,7 @@ def show(args):
 
 
 def main():
-    from plumbing import latents, prepare  # which make data sets; training does not need them
+    from plumbing import emoji, latents, prepare  # which make data sets; training does not need them
     parser = argparse.ArgumentParser(description="Checks data sets and makes them.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"data.py: {message}")
     commands = parser.add_subparsers(dest="name", metavar="NAME", required=True)
@@ -251,6 +251,7 @@ def main():
         sub.add_argument("--count", type=int, default=36, help="images on the contact sheet; up to 10 make one row")
         sub.add_argument("--out", help="the contact sheet, default out/NAME.png")
     prepare.add_commands(command, caption_vocabulary)
+    emoji.add_commands(command)
     latents.add_commands(command)
     args = parser.parse_args()
     for name, (low, high) in RANGES.items():

@@ -1,9 +1,10 @@
 """Shards: captioned images, or latents, in WebDataset tars, read in any order through an index.
 
 A shard is a tar as img2dataset writes it. An example is a run of members of one KEY: KEY.jpg, .jpeg, .png or .webp, or
-for a latent KEY.npy, an array (C, h, w); and its caption in KEY.txt, or as the "caption" of KEY.json. The index, mapped
-into memory that all processes have in common, holds the 512-byte block where each example begins, so that shuffling is
-global and resuming needs no state.
+for a latent KEY.npy, an array (C, h, w); and its caption in KEY.txt, or as the "caption" of KEY.json, or as one of the
+"captions" there, drawn anew in each epoch; "mirror": false there forbids flips. The index, mapped into memory that all
+processes have in common, holds the 512-byte block where each example begins, so that shuffling is global and resuming
+needs no state.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ def find_shards(data_dir, split):
     and whether they are the split's own: a folder may have train/ and val/ in it. Raises FileNotFoundError where there
     are none, or one of a range is missing."""
     folder = Path(data_dir)
-    own = (folder / "train").is_dir()
+    own = any((folder / name).is_dir() for name in ("train", "val"))
     if data_dir and folder.is_dir():
         paths = sorted((folder / split if own else folder).glob("*.tar"))
     elif "{" in data_dir:
@@ -148,16 +149,17 @@ def read_members(path, start, stop):
         raise Unusable(f"its shard is truncated ({error})") from error
 
 
-def caption_of(members):
-    """The caption of an example's members. Raises Unusable where it is missing or empty."""
+def captions_of(members):
+    """An example's captions, each of them true, and whether its mirror image is as good. Raises Unusable."""
     try:
-        caption = members["txt"].decode("utf-8-sig") if "txt" in members else json.loads(members["json"])["caption"]
-        caption = caption.strip().encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+        record = {"caption": members["txt"].decode("utf-8-sig")} if "txt" in members else json.loads(members["json"])
+        captions = [caption.strip().encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+                    for caption in record.get("captions") or [record["caption"]]]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Unusable("it has no caption") from error
-    if not caption:
+    if not all(captions):
         raise Unusable("its caption is empty")
-    return caption
+    return captions, record.get("mirror") is not False
 
 
 def decode_image(members):
@@ -247,20 +249,21 @@ class Shards:
         """The captions of examples one after another, of those that have any, without decoding images."""
         for number in numbers:
             with contextlib.suppress(Unusable):
-                yield caption_of(self.members(number))
+                yield from captions_of(self.members(number))[0]
 
     def example(self, number):
         """(image, caption) of a number that runs on from epoch to epoch. Raises Unusable."""
         members = self.members(number % len(self))
-        caption = caption_of(members)
+        captions, symmetric = captions_of(members)
+        across, down, mirrored, which = uniforms(self.seed, [number], 4)[0]
+        caption = captions[int(which * len(captions))]
         if self.latent:
             if "npy" not in members:
                 raise Unusable("it has no latent")
             return (decode_latent(members["npy"], self.shape) - self.mean) * self.scale, caption
-        across, down, mirrored = uniforms(self.seed, [number], 3)[0]
         place = (across, down) if self.crop == "random" else (0.5, 0.5)
         image = resize_and_crop(decode_image(members), *self.shape[1:], *place)
-        image = ImageOps.mirror(image) if self.flip and mirrored < 0.5 else image
+        image = ImageOps.mirror(image) if self.flip and symmetric and mirrored < 0.5 else image
         array = np.atleast_3d(np.array(image.convert("L" if self.shape[0] == 1 else "RGB")))
         return to_pixels(array.transpose(2, 0, 1)), caption
 
@@ -277,7 +280,7 @@ class Shards:
         raise ValueError(f"{ATTEMPTS} examples in a row are unusable, the first is {fault}")
 
     def fetch(self, numbers):
-        """A list of (image, caption, fault or ""); numbers run on from epoch to epoch, and crops and flips are new."""
+        """A list of (image, caption, fault or ""); numbers run on from epoch to epoch, and captions and crops vary."""
         return [self.usable(int(number)) for number in numbers]
 
     def __getitem__(self, i):

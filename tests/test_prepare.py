@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from PIL import Image
 from torch import nn
 
 import data
+import plumbing.emoji
 from plumbing import latents
 from sample import load
 from plumbing.images import to_uint8
 from plumbing.latents import measure_latents
-from plumbing.prepare import TONES, emoji_caption
 from plumbing.shards import Shards, write_shards
 
 
@@ -35,72 +36,154 @@ def examples_of(folder, split):
 # Emoji
 
 
-def emoji(name, code, subcategory="food-fruit", category="Food & Drink", **more):
-    return {"name": name, "short_names": [name.lower().replace(" ", "_")], "unified": code.upper(),
-            "image": f"{code}.png", "category": category, "subcategory": subcategory, **more}
+STYLES = ("google", "twitter", "openmoji", "fluent")
+PEOPLE = [  # as openmoji.json has them: hexcode, base, annotation
+    ("1F44B", "", "waving hand"), ("1F44B-1F3FB", "1F44B", "waving hand: light skin tone"),
+    ("1F44B-1F3FF", "1F44B", "waving hand: dark skin tone")]
+
+
+def emoji(code, annotation, group="food-drink", tags="", base=""):
+    return {"hexcode": code, "annotation": annotation, "group": group, "tags": tags, "skintone_base_hexcode": base}
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """Two packages as npm packs them, of 60 plain emoji and one with skin tones; the second lacks one image."""
+    """The four packages as npm packs them, of 80 plain emoji, one with skin tones and a picture without a name."""
     folder = tmp_path_factory.mktemp("packages")
-    table = [emoji(f"RED APPLE {i}", f"{i:04x}") for i in range(60)]
-    variations = {tone: {"image": f"wave-{tone.lower()}.png"} for tone in (*TONES, "1F3FB-1F3FF")}
-    table.append(emoji("WAVING HAND", "wave", "hand-fingers-open", "People & Body", skin_variations=variations))
-    names = [entry["image"] for entry in table] + [variant["image"] for variant in variations.values()]
-    names = [name.replace("wave", "aaaa") for name in names]
-    text = json.dumps(table).replace("wave", "aaaa").encode()
+    table = [emoji(f"{0x1F500 + i:X}", f"{i} apple", tags="fruit, apple") for i in range(80)]
+    table += [emoji(code, annotation, "people-body", base=base) for code, base, annotation in PEOPLE]
+    table += [emoji("1F55A-FE0F", "fruit", tags="yay"), emoji("E000", "a logo", "extras-openmoji")]
+    table = json.dumps(table)
+    codes = [entry["hexcode"] for entry in json.loads(table)]
+    webp = io.BytesIO()
+    Image.new("RGBA", (256, 256), (0, 0, 0, 0)).save(webp, "webp")
+    files = {"google": {f"img/google/64/{code.lower()}.png": png((i, 0, 0)) for i, code in enumerate(codes)},
+             "twitter": {f"img/twitter/64/{code.lower()}.png": png((0, i, 0)) for i, code in enumerate(codes[1:])},
+             "openmoji": {f"color/svg/{code}.svg": b"<svg/>" for code in codes},
+             "fluent": {f"assets/{code.lower()}.webp": webp.getvalue() for code in codes}}
+    files["openmoji"]["data/openmoji.json"] = table.encode()
     paths = []
-    for vendor, missing in (("google", 0), ("twitter", 1)):
-        paths.append(folder / f"emoji-datasource-{vendor}-1.0.0.tgz")
+    for style in STYLES:
+        name = plumbing.emoji.PACKAGES[style][0].rpartition("@")[0]
+        files[style] |= {"package.json": json.dumps({"name": name}).encode(), f"img/{style}/sheets/64.png": b""}
+        paths.append(folder / f"{style}.tgz")
         with tarfile.open(paths[-1], "w:gz") as tar:
-            members = {"package/emoji.json": text, f"package/img/{vendor}/sheets/64.png": b""}
-            for i, name in enumerate(names[missing:]):
-                members[f"package/img/{vendor}/64/{name}"] = png((i, 0, 0, 255 * (i % 2)), mode="RGBA")
-            for name, content in members.items():
-                info = tarfile.TarInfo(name)
+            for path, content in files[style].items():
+                info = tarfile.TarInfo(f"package/{path}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return paths
 
 
-def test_emoji_become_captioned_shards(packages, tmp_path):
-    printed = command("emoji", *(f"--source={path}" for path in packages), f"--out={tmp_path}")
-    train, val = (list(Shards(str(tmp_path), split, 3, 16, 16)) for split in ("train", "val"))
-    assert len(train) + len(val) == 2 * 67 - 1 and f"train: {len(train)} images" in printed
-    assert {image.shape for image, _ in train} == {(3, 16, 16)}
-    whites = [image for image, _ in train + val if image.min() > 0.99]
-    assert len(whites) > 50  # every second image was transparent
-    captions = [caption for _, caption in train + val]
-    assert all(caption.endswith(("google style", "twitter style")) for caption in captions)
-    assert sum("skin tone" in caption for caption in captions) == 12
-    assert any("with light and dark skin tone" in caption for caption in captions)
-    assert any(", food fruit, " in caption for caption in captions)
-    assert any(", food and drink, " in caption for caption in captions)
-    assert "Apache" in (tmp_path / "LICENCES.txt").read_text() and "CC BY" in (tmp_path / "LICENCES.txt").read_text()
+def prepared(packages, out, monkeypatch, *arguments):
+    """What the command prints, and the examples, a list of (KEY.json with its key and split, pixels (64, 64, 3))."""
+    monkeypatch.setattr(plumbing.emoji, "rasterize", lambda svgs: {code: png((0, 0, 9)) for code in svgs})
+    printed, found = command("emoji", *(f"--source={path}" for path in packages), f"--out={out}", *arguments), []
+    for path in sorted(out.rglob("*.tar")):
+        with tarfile.open(path) as tar:
+            members = {name: tar.extractfile(name).read() for name in tar.getnames()}
+        for name in members:
+            if name.endswith(".json"):
+                key, split = name.removesuffix(".json"), path.parent.relative_to(out).as_posix()
+                image = np.asarray(Image.open(io.BytesIO(members[f"{key}.png"])))
+                found.append(({"key": key, "split": split, **json.loads(members[name])}, image))
+    return printed, found
 
 
-def test_no_emoji_is_in_both_splits_and_the_split_is_always_the_same(packages, tmp_path):
-    for name in ("a", "b"):
-        command("emoji", *(f"--source={path}" for path in packages), f"--out={tmp_path / name}")
-    splits = {}
-    for split in ("train", "val"):
-        tars = [(tmp_path / name / split / "00000.tar").read_bytes() for name in ("a", "b")]
-        assert tars[0] == tars[1]
-        with tarfile.open(tmp_path / "a" / split / "00000.tar") as tar:
-            splits[split] = {name.split("-")[1].split(".")[0] for name in tar.getnames()}
-    assert splits["train"] and splits["val"] and not splits["train"] & splits["val"]
+def test_emoji_become_captioned_shards(packages, tmp_path, monkeypatch):
+    printed, examples = prepared(packages, tmp_path, monkeypatch)
+    assert len(examples) == 4 * 84 - 1  # one is not in twitter's package, and logos have no name
+    assert {image.shape for _, image in examples} == {(64, 64, 3)}
+    by_key = {record["key"]: (record, image) for record, image in examples}
+    assert by_key["fluent-1f501"][1].min() == 255 and by_key["openmoji-1f501"][1].max() == 9  # transparent, over white
+    assert by_key["google-1f501"][0]["captions"] == [
+        "a 1 apple, google style", "a 1 apple, google style", "an apple, google style", "a fruit, google style",
+        "a 1 apple", "an apple"]
+    assert by_key["fluent-1f44b-1f3ff"][0]["captions"][-1] == "a waving hand with dark skin tone"
+    assert by_key["fluent-1f55a"][0]["captions"] == ["a fruit, fluent style"] * 2 + ["a fruit"]  # no emoji is named yay
+    trained = [caption for _, caption in Shards(str(tmp_path), "train", 3, 64, 64)]
+    assert any(caption.endswith(" style") for caption in trained) and not all(" style" in c for c in trained)
+    licences = (tmp_path / "LICENCES.txt").read_text()
+    assert "Apache" in licences and "CC BY-SA 4.0" in licences and "MIT" in licences
+    assert f"train: {sum(record['split'] == 'train' for record, _ in examples)} images" in printed
 
 
-@pytest.mark.parametrize("name, caption", [
-    ("RED APPLE", "a red apple"), ("ORANGE", "an orange"), ("WOMEN HOLDING HANDS", "women holding hands"),
-    ("GLASS OF MILK", "a glass of milk"), ("CACTUS", "a cactus"), ("Man: Red Hair", "a man with red hair"),
-    ("Ceuta & Melilla Flag", "a ceuta and melilla flag"), ("BUSTS IN SILHOUETTE", "busts in silhouette"),
+def test_what_is_held_out_of_emoji(packages, tmp_path, monkeypatch):
+    """Emoji in every style and tone; and pairs of an emoji and a style, where both are known. Always the same."""
+    (_, first), (_, again) = (prepared(packages, tmp_path / name, monkeypatch) for name in "ab")
+    assert [record for record, _ in first] == [record for record, _ in again]
+    concepts = {split: {record["concept"] for record, _ in first if record["split"] == split}
+                for split in ("train", "val", "combinations/val")}
+    pairs = {split: {(record["concept"], record["style"]) for record, _ in first if record["split"] == split}
+             for split in concepts}
+    assert all(concepts.values()) and not concepts["val"] & (concepts["train"] | concepts["combinations/val"])
+    assert concepts["combinations/val"] <= concepts["train"]
+    assert not pairs["combinations/val"] & pairs["train"]
+    known = Shards(str(tmp_path / "a" / "combinations"), "val", 3, 32, 32)
+    assert len(known) == sum(record["split"] == "combinations/val" for record, _ in first)
+
+
+def test_styles_of_emoji_can_be_left_out(packages, tmp_path, monkeypatch):
+    _, examples = prepared([packages[0], packages[2]], tmp_path, monkeypatch, "--styles=google")
+    assert {record["style"] for record, _ in examples} == {"google"}
+    assert {record["split"] for record, _ in examples} == {"train", "val"}  # known in no other style
+    assert "OpenMoji" not in (tmp_path / "LICENCES.txt").read_text()
+    source = f"--source={packages[0]}"
+    assert "needs for names" in fails("data.py", "emoji", source, "--styles=google", f"--out={tmp_path / 'out'}")
+    assert "'apple': choose among google," in fails("data.py", "emoji", source, "--styles=apple")
+
+
+@pytest.mark.parametrize("annotation, name, having", [
+    ("red apple", "a red apple", ""), ("orange", "an orange", ""), ("women holding hands", "women holding hands", ""),
+    ("glass of milk", "a glass of milk", ""), ("cactus", "a cactus", ""), ("man: red hair", "a man", " with red hair"),
+    ("glasses", "glasses", ""), ("flag: Ceuta & Melilla", "the flag of ceuta & melilla", ""),
+    ("man: dark skin tone, bald", "a man", " with bald head and dark skin tone"),
+    ("couple with heart: woman, man, light skin tone, dark skin tone", "a couple with heart of woman and man",
+     " with light and dark skin tone"),
+    ("person walking: light skin tone, facing right", "a person walking facing right", " with light skin tone"),
+    ("keycap: 5", "the key 5", ""), ("Japanese “bargain” button", "a japanese bargain button", ""),
 ])
-def test_captions_of_emoji(name, caption):
-    texts = {emoji_caption({**emoji(name, f"{i:04x}"), "short_names": ["flag-xx"]}, [], "google") for i in range(80)}
-    assert texts == {f"{caption}, google style", f"{caption}, food fruit, google style",
-                     f"{caption}, food and drink, google style"}
+def test_names_of_emoji(annotation, name, having):
+    assert plumbing.emoji.described(annotation) == (name, having)
+
+
+def test_mirror_images_of_emoji():
+    words = plumbing.emoji.read_words([
+        emoji("A", "red apple"), emoji("B", "left-facing fist", "people-body"), emoji("C", "flag: Chad", "flags"),
+        emoji("D", "hundred points", "smileys-emotion")])
+    assert [about["mirror"] for _, about in words.values()] == [True, False, False, False]
+
+
+def test_captions_and_mirror_images_by_epoch(tmp_path):
+    """One of an example's captions in each epoch, as (seed, number) has it; a flip only where the example allows it."""
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:, 4:] = 255
+    file = io.BytesIO()
+    Image.fromarray(half).save(file, "png")
+    for name, mirror in ("both", {}), ("one", {"mirror": False}):
+        record = json.dumps({"captions": ["a", "b", "c"], **mirror}).encode()
+        write_shards(tmp_path / name / "train", [("0", {"png": file.getvalue(), "json": record})])
+        shards = Shards(str(tmp_path / name), "train", 3, 8, 8, flip=True)
+        epochs = shards.fetch(range(60))
+        assert {caption for _, caption, _ in epochs} == {"a", "b", "c"} == set(shards.captions([0]))
+        assert {bool(image[0, 0, 0] > 0) for image, _, _ in epochs} == ({True, False} if name == "both" else {False})
+        assert [caption for _, caption, _ in shards.fetch(range(60))] == [caption for _, caption, _ in epochs]
+
+
+def test_svg_is_drawn_by_npm_or_openmoji_left_out(tmp_path, monkeypatch):
+    def npm(command, cwd, **kwargs):
+        if command[0] == "node":
+            assert "options = { fitTo: { mode: \"width\", value: 64 } }" in command[2]
+            for path in Path(cwd).glob("*.svg"):
+                path.with_suffix(".png").write_bytes(path.read_bytes()[::-1])
+    monkeypatch.setattr(subprocess, "run", npm)
+    assert plumbing.emoji.rasterize({"1f34e": b"abc"}) == {"1f34e": b"cba"}
+
+    def no_npm(*args, **kwargs):
+        raise FileNotFoundError("npm")
+    monkeypatch.setattr(subprocess, "run", no_npm)
+    with pytest.raises(OSError, match="leave it out, --styles=google,twitter,fluent"):
+        plumbing.emoji.rasterize({"1f34e": b"abc"})
 
 
 def test_sources_that_are_no_packages_are_named(packages, tmp_path, monkeypatch):
@@ -108,10 +191,9 @@ def test_sources_that_are_no_packages_are_named(packages, tmp_path, monkeypatch)
     (tmp_path / "half.tgz").write_bytes(packages[0].read_bytes()[:1000])
     with tarfile.open(tmp_path / "empty.tgz", "w:gz"):
         pass
-    for name, fault in (("other", "cannot be read"), ("half", "cannot be read"),
-                        ("empty", "is not one of emoji-datasource-google")):
+    for name in "other", "half", "empty":
         line = fails("data.py", "emoji", f"--source={tmp_path / name}.tgz", f"--out={tmp_path / 'out'}")
-        assert f"{name}.tgz {fault}" in line
+        assert f"{name}.tgz cannot be read as a package of npm's" in line
 
     def no_npm(*args, **kwargs):
         raise FileNotFoundError("npm")
@@ -424,4 +506,4 @@ def test_vocabulary_of_shards(photographs, tmp_path):
     tokenizer = data.get_tokenizer(str(tmp_path / "mine.tiktoken"))
     assert len(tokenizer.tokens("train 77")) == 2
     assert "needs --out" in fails("data.py", "vocab", f"--data_dir={photographs}")
-    assert data.get_tokenizer("emoji").vocab_size == 4098
+    assert data.get_tokenizer("emoji").vocab_size == 4055

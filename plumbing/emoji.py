@@ -1,0 +1,211 @@
+"""Makes shards of emoji: some 3,700 things, each drawn in up to four styles, with captions that a person would type.
+
+    python data.py emoji                                      14,000 images in four styles, fetched by npm
+    python data.py emoji --styles=google,twitter,fluent       without OpenMoji, the only one drawn from SVG
+
+Names and tags are those of the Unicode CLDR, by way of the openmoji package, which is fetched for them in any case.
+Held out, in every tone of skin, are emoji that are never trained on, out/val, and emoji in a style in which they are
+not trained on, but in another, out/combinations/val.
+"""
+
+import io
+import json
+import re
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing.images import resize_and_crop
+from plumbing.prepare import hashed, write_splits
+from plumbing.shards import decode_image
+
+PACKAGES = {  # style: the npm package, where its pictures are in it, and what they may be used for
+    "google": ("emoji-datasource-google@16.0.0", r"img/google/64/(.+)\.png",
+               "Noto Emoji, https://github.com/googlefonts/noto-emoji, Apache License 2.0"),
+    "twitter": ("emoji-datasource-twitter@16.0.0", r"img/twitter/64/(.+)\.png",
+                "Twemoji, https://github.com/twitter/twemoji, CC BY 4.0, copyright Twitter and other contributors"),
+    "openmoji": ("openmoji@17.0.0", r"color/svg/(.+)\.svg",
+                 "OpenMoji, https://openmoji.org, CC BY-SA 4.0, by the OpenMoji project; here as pixels"),
+    "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", r"assets/(.+)\.webp",
+               "Fluent Emoji, https://github.com/microsoft/fluentui-emoji, MIT License, copyright Microsoft"),
+}
+NAMES = "data/openmoji.json"  # in the package openmoji
+SIZE = 64  # pixels
+RASTERIZER = "@resvg/resvg-js@2.6.2"
+RASTERIZE = """const svg = require("@resvg/resvg-js"), fs = require("fs");
+const options = { fitTo: { mode: "width", value: %d } };
+for (const name of fs.readdirSync("."))
+    if (name.endsWith(".svg"))
+        fs.writeFileSync(name.replace("svg", "png"), new svg.Resvg(fs.readFileSync(name), options).render().asPng());
+""" % SIZE
+VAL, COMBINATIONS = 0.05, 0.05  # the fractions of emoji, and of an emoji's styles, that are held out
+PEOPLE = ("man", "woman", "person", "boy", "girl", "adult", "child")
+# where a mirror image is as good, but for names that speak of left, right or writing
+SYMMETRIC = ("smileys-emotion", "people-body", "animals-nature", "food-drink")
+ONE_SIDED = re.compile(r"left|right|speech|thought|hundred|anger|zzz|facing")
+
+
+def code_of(text):
+    """The code points of an emoji's file name or hexcode in one form, without variation selectors, skin tones kept."""
+    points = [int(point, 16) for point in re.split("[-_]", text)]
+    return "-".join(f"{point:x}" for point in points if point != 0xFE0F)
+
+
+def with_article(name):
+    """ "a red apple", "an apple", "women holding hands"."""
+    noun = re.split(r" (?:with|of|in|on|from|holding|and) ", name)[0].split()[-1]
+    if noun in ("women", "men", "people", "hands") or noun.endswith("s") and not noun.endswith(("ss", "us")):
+        return name
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def described(annotation):
+    """The name of an emoji as one would say it, from CLDR's, such as "man: dark skin tone, beard"; and what it is said
+    to have, which belongs to its synonyms as well."""
+    name, _, rest = annotation.lower().replace("’", "'").replace("“", "").replace("”", "").partition(": ")
+    if name in ("flag", "keycap"):
+        return (f"the flag of {rest}" if name == "flag" else f"the key {rest}"), ""
+    parts = [part for part in rest.split(", ") if part]
+    people = [part for part in parts if part in PEOPLE]
+    tones = [part.removesuffix(" skin tone") for part in parts if part.endswith(" skin tone")]
+    facing = [part for part in parts if part.startswith("facing ")]
+    having = ["bald head" if part == "bald" else part for part in parts
+              if part not in people + facing and not part.endswith(" skin tone")]
+    having += [f"{' and '.join(tones)} skin tone"] if tones else []
+    words = [with_article(name)] + ([f"of {' and '.join(people)}"] if people else []) + facing
+    return " ".join(words), f" with {' and '.join(having)}" if having else ""
+
+
+def head(annotation):
+    """The noun of a name: "apple" of "red apple", "face" of "kissing face with closed eyes"."""
+    return re.split(r": | (?:with|of|in|on|from) ", annotation.lower())[0].split()[-1]
+
+
+def read_words(table):
+    """{code: (names, the first CLDR's; what else is stored of an emoji)}, from the entries of openmoji.json."""
+    table = [emoji for emoji in table if emoji["group"] not in ("extras-openmoji", "extras-unicode", "component")]
+    things = [emoji for emoji in table if emoji["group"] not in ("people-body", "flags", "symbols")]
+    nouns = {head(emoji["annotation"]) for emoji in things}
+    named = {code_of(emoji["hexcode"]): emoji for emoji in table}
+    words = {}
+    for code, emoji in named.items():
+        concept = code_of(emoji["skintone_base_hexcode"] or emoji["hexcode"])
+        name, having = described(emoji["annotation"])
+        # of its tags those by which other emoji are named: "apple" and "fruit", but not "diet" or "yay"
+        tags = emoji["tags"].lower().split(", ") if emoji in things else []
+        others = [head(emoji["annotation"]), *tags] if emoji in things else []
+        names = dict.fromkeys([name + having, *(with_article(tag) for tag in others if tag in nouns)])
+        symmetric = emoji["group"] in SYMMETRIC and not ONE_SIDED.search(emoji["annotation"].lower())
+        words[code] = list(names)[:3], {"concept": concept, "group": emoji["group"], "mirror": symmetric}
+    return words
+
+
+def fetch(packages, folder):
+    """Has npm put packages, by name, into a folder. Returns {name: path of its .tgz}."""
+    command = ["npm", "pack", "--json", *packages]
+    try:
+        packed = json.loads(subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise OSError(f"npm could not fetch {', '.join(packages)} ({error}): install npm, or name files that "
+                      "`npm pack` made elsewhere with --source=FILE.tgz") from error
+    return [Path(folder) / package["filename"] for package in packed]
+
+
+def read_packages(paths):
+    """The npm name of each .tgz and its files, {name: {path: bytes}}, of those that any style needs."""
+    wanted = re.compile("|".join([*(pattern for _, pattern, _ in PACKAGES.values()), r"package\.json", NAMES]))
+    packages = {}
+    for path in tqdm(paths, desc="read", leave=False):
+        try:
+            with tarfile.open(path, "r:gz") as tar:
+                files = {name: tar.extractfile(member).read() for member in tar if member.isfile()
+                         and wanted.fullmatch(name := member.name.removeprefix("package/"))}
+            packages[json.loads(files["package.json"])["name"]] = files
+        except (tarfile.TarError, EOFError, OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} cannot be read as a package of npm's ({error!r}): fetch it again with "
+                             "`npm pack`") from error
+    return packages
+
+
+def rasterize(svgs):
+    """{code: SVG bytes} to {code: PNG bytes}, by a library of npm's, since no Python package here draws SVG."""
+    with tempfile.TemporaryDirectory() as folder:
+        for code, svg in svgs.items():
+            (Path(folder) / f"{code}.svg").write_bytes(svg)
+        try:
+            for command in ["npm", "install", "--silent", RASTERIZER], ["node", "-e", RASTERIZE]:
+                subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise OSError(f"OpenMoji's SVG cannot be drawn ({error}): install npm and node, or leave it out, "
+                          f"--styles={','.join(style for style in PACKAGES if style != 'openmoji')}") from error
+        return {code: (Path(folder) / f"{code}.png").read_bytes() for code in svgs}
+
+
+def on_white(suffix, data):
+    """A picture of any size as PNG bytes of SIZE x SIZE pixels, transparency over white."""
+    file = io.BytesIO()
+    resize_and_crop(decode_image({suffix: data}), SIZE, SIZE).save(file, "png")
+    return file.getvalue()
+
+
+def captions_of(names, style):
+    """What is said of a picture, one of these at random in each epoch: the name with the style, twice as likely, and
+    without; its synonyms likewise."""
+    first, *others = names
+    styled = [f"{name}, {style} style" for name in (first, first, *others)]
+    return [*styled, first, *others[:1]]
+
+
+def splits_of(pairs):
+    """{(concept, style): split} of pairs (concept, style), each by a hash of itself, so that more styles move none."""
+    def split_of(concept, style):
+        if hashed(concept) < VAL:
+            return "val"
+        return "combinations/val" if hashed(f"{concept} {style}") < COMBINATIONS else "train"
+
+    splits = {pair: split_of(*pair) for pair in pairs}
+    known = {concept for (concept, _), split in splits.items() if split == "train"}
+    return {pair: split if pair[0] in known else "val" for pair, split in splits.items()}
+
+
+def prepare_emoji(args):
+    styles = args.styles.split(",")
+    if unknown := [style for style in styles if style not in PACKAGES]:
+        raise ValueError(f"--styles has {unknown[0]!r}: choose among {','.join(PACKAGES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        needed = dict.fromkeys(PACKAGES[style][0] for style in (*styles, "openmoji"))  # which has the names
+        packages = read_packages(args.source or fetch(needed, folder))
+    for package in needed:
+        if package.rpartition("@")[0] not in packages:
+            raise ValueError(f"--source has no {package}, which --styles={args.styles} needs for names or pictures")
+    words, pictures = read_words(json.loads(packages["openmoji"][NAMES])), {}
+    for style in styles:
+        package, pattern, _ = PACKAGES[style]
+        found = {code_of(match[1]): (path.rpartition(".")[2], data) for path, data in
+                 packages[package.rpartition("@")[0]].items() if (match := re.fullmatch(pattern, path))}
+        found = {code: found[code] for code in words.keys() & found.keys()}
+        if style == "openmoji":
+            found = {code: ("png", png) for code, png in rasterize({c: svg for c, (_, svg) in found.items()}).items()}
+        for code, (suffix, data) in tqdm(found.items(), desc=style, leave=False):
+            pictures[code, style] = on_white(suffix, data)
+    splits, examples = splits_of((words[code][1]["concept"], style) for code, style in pictures), []
+    for code, style in sorted(pictures, key=lambda picture: hashed(str(picture))):  # for readers that stream
+        names, about = words[code]
+        record = {"captions": captions_of(names, style), "style": style, **about}
+        members = {"png": pictures[code, style], "json": json.dumps(record).encode()}
+        examples.append((f"{style}-{code}", splits[about["concept"], style], members))
+    write_splits(Path(args.out), examples)
+    licences = "".join(f"{style}: {PACKAGES[style][2]}, from npm's {PACKAGES[style][0]}.\n" for style in styles)
+    (Path(args.out) / "LICENCES.txt").write_text(licences + "Names: Unicode CLDR, Unicode License v3.\n")
+    print(f"wrote {args.out}")
+
+
+def add_commands(command):
+    """The command of data.py, by command(name, function, help) -> parser."""
+    sub = command("emoji", prepare_emoji, "makes shards of emoji in four styles, fetched by npm")
+    sub.add_argument("--styles", default=",".join(PACKAGES), help="which, default %(default)s")
+    sub.add_argument("--source", action="append", metavar="FILE", help="a .tgz that `npm pack` made; may be repeated")
+    sub.add_argument("--out", default="out/data/emoji")
