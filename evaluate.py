@@ -31,14 +31,14 @@ from tqdm import tqdm
 
 from configurator import configure
 from data import dataset_class_captions, get_dataset, open_dataset
-from flow import forward_log_prob, forward_trajectory, gaussian_nll, reverse_posterior
+from flow import bits_per_dim, forward_log_prob, forward_trajectory, gaussian_nll, reverse_posterior
 from plumbing import shapes, truth
 from plumbing.detector import TASKS, follows, task_prompts
 from plumbing.images import contact_sheet, dequantize, plot, save_image
 from plumbing.layouts import make_folder
 from plumbing.loader import collate, validation_batches
 from plumbing.runtime import gathered, leave_ranks, note, one_line_errors, rank_and_world, start_ranks
-from sample import TrainedModel, bits_per_dim
+from sample import TrainedModel
 
 out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
 parts = ""  # some of likelihood,samples,classifier,outliers,truth; empty: all that the model has

@@ -87,6 +87,11 @@ def gaussian_nll(z):
     return (0.5 * z**2 + 0.5 * math.log(2 * math.pi)).sum(dim=(2, 3))
 
 
+def bits_per_dim(nats, dims):
+    """Eq. (15): nats of dequantised 8-bit data in [-1, 1], whose bins are 2^-7 wide, to bits per number."""
+    return nats / dims / math.log(2) + 7
+
+
 def reverse_posterior(t, s):
     """A, B, C of q(x_s | x_t, x_0) = N(A x_t + B x_0, C^2 I), s < t, Eqs. (3) and (4); each shaped like t."""
     alpha, beta = forward_kernel(t, s)

@@ -6,8 +6,8 @@
     python sample.py --prompts=evaluation_metadata.jsonl --layout=geneval --num_samples=4
 
 Leaves in out_dir/images: sheet.png with the prompts under the images, the single images 0000.png, 0001.png, ... and,
-with --show_trajectory=True, a strip of levels from noise to image for each, 0000_trajectory.png, ... Where the
-trajectory was carried back to x-space, for the strips or for --denoise=score|none, its -log p stands beside the prompt.
+with --show_trajectory=True, the levels from noise to image for each, a strip 0000_trajectory.png and a film .gif. Where
+the trajectory was carried back to x-space, for these or for --denoise=score|none, its -log p stands beside the prompt.
 A model of latents leaves them as 0000.npy, ... and makes images with --decoder; without, the PNGs are a first look.
 
 For judges of many images there are two other layouts (plumbing/layouts.py), which an interrupted run continues.
@@ -26,11 +26,11 @@ import torch
 
 from configurator import configure
 from data import dataset_class_captions, get_tokenizer, open_dataset
-from flow import forward_trajectory
+from flow import bits_per_dim, forward_trajectory
 from fm import EULER_STEPS, FlowMatching
 from model import NTM, Denoiser
 from plumbing import checkpoint
-from plumbing.images import contact_sheet, save_image, to_pil
+from plumbing.images import contact_sheet, save_film, save_image, to_pil
 from plumbing.layouts import LAYOUTS, make_folder, path_of, read_prompts, write_geneval_sheets
 from plumbing.runtime import claim, coarse_products, find_device, note, one_line_errors
 from plumbing.tokenizer import words
@@ -47,7 +47,8 @@ denoise = "learned"  # by the denoiser in one pass; "score": by the model's own 
 t_min = 0.02  # the noise level where sampling ends; the denoiser knows its own
 seed = 0  # the same seed gives the same images, whatever the batch size
 batch_size = 64
-show_trajectory = False  # also a strip of every level for each image
+show_trajectory = False  # also a strip and a film of every level for each image
+scale = 1  # how many times single images are enlarged
 layout = "sheet"  # "flat": single images and nothing else; "geneval": a folder for each prompt
 folder = ""  # where the images go; empty: out_dir/images
 decoder = ""  # of a model of latents: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
@@ -245,11 +246,6 @@ class TrainedModel:
         return result
 
 
-def bits_per_dim(nats, dims):
-    """Eq. (15) of docs/method.md: nats of dequantised 8-bit data in [-1, 1], bins 2^-7 wide, to bits per number."""
-    return nats / dims / math.log(2) + 7
-
-
 load = TrainedModel  # as programs of one's own call it
 
 
@@ -324,10 +320,11 @@ def main(config):
             if model.latents:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 np.save(path.with_suffix(".npy"), model.plain_latents(samples[j]).half().cpu().numpy())
-            save_image(to_pil(images[j]), path)  # the last: a run that continues looks for it
+            save_image(to_pil(images[j], scale), path)  # the last: a run that continues looks for it
             if show_trajectory:
                 levels = decoded(model.network.unpatchify(x[j]))
                 save_image(strip(levels, images[j], model), path.with_name(f"{i:04d}_trajectory.png"))
+                save_film(torch.cat([levels.flip(0), images[j:j + 1]]), path.with_name(f"{i:04d}_trajectory.gif"))
     if layout == "sheet":
         labels = [f"{caption}\n-log p = {nll:.1f}" for caption, nll in zip(captions, nlls)] or captions
         save_image(contact_sheet(torch.cat(shown), labels), to / "sheet.png")

@@ -71,9 +71,9 @@ def pixels_of(images):
     return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
 
 
-def to_pil(image):
-    """One image (C, H, W) in [-1, 1], pixel for pixel, as an RGB PIL.Image."""
-    return Image.fromarray(pixels_of(image))
+def to_pil(image, scale=1):
+    """One image (C, H, W) in [-1, 1], each pixel a square of `scale`, as an RGB PIL.Image."""
+    return Image.fromarray(pixels_of(image).repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 def contact_sheet(images, captions=None, columns=None, scale=None):
@@ -100,13 +100,20 @@ def contact_sheet(images, captions=None, columns=None, scale=None):
     return sheet
 
 
-def save_image(image, path):
-    """Writes a PIL.Image as PNG, whole or not at all; makes the folder."""
+def save_image(image, path, **how):
+    """Writes a PIL.Image, as PNG unless `how` has another format, whole or not at all; makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    image.save(part, format="PNG")
+    image.save(part, **{"format": "PNG", **how})
     os.replace(part, path)
+
+
+def save_film(images, path):
+    """Writes images (n, C, H, W) in [-1, 1] as an endless GIF: two seconds for all, and two for the last."""
+    first, *others = [to_pil(image, -(-MIN_CELL // image.shape[-1])) for image in images]
+    durations = [max(20, 2000 // (len(others) or 1))] * len(others) + [2000]  # milliseconds
+    save_image(first, path, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def ticks(low, high):

@@ -17,6 +17,7 @@ from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, SMALL, TRAIN, contents,
                      load, pixels, png, read_log, read_log_without_speed, run, same, same_training, start,
                      training_lines)
 from test_data import write_idx
+from PIL import Image, ImageSequence
 from torch.distributions import Normal
 
 import distill
@@ -312,6 +313,18 @@ def test_pictures_and_their_likelihood(copied, denoise, stages, strips):
         strip = pixels(copied / "images" / f"{i:04d}_trajectory.png")
         assert strip.shape[1] == 6 * cell + GAP  # five levels and the picture, which comes last
         assert np.array_equal(strip[GAP:][:96:12, 5 * cell + GAP:][:, :96:12], singles[i])
+        with Image.open(copied / "images" / f"{i:04d}_trajectory.gif") as film:
+            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]
+        assert len(frames) == 6 and frames[0].shape == (96, 96, 3)
+        assert abs(frames[-1][::12, ::12].astype(int) - singles[i]).max() <= 2  # a GIF has 256 colours
+
+
+def test_single_images_can_be_enlarged(copied):
+    run("sample.py", *SAMPLE, f"--out_dir={copied}", "--num_samples=2")
+    plain = pixels(copied / "images" / "0001.png")
+    run("sample.py", *SAMPLE, f"--out_dir={copied}", "--num_samples=2", "--scale=8")
+    assert np.array_equal(pixels(copied / "images" / "0001.png"), plain.repeat(8, axis=0).repeat(8, axis=1))
+    assert "scale is 0, but must be at least 1" in fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--scale=0")
 
 
 def test_prompts_from_a_file_are_drawn_in_order_and_written_underneath(copied, tmp_path):
