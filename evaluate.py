@@ -5,8 +5,8 @@
     python evaluate.py --out_dir=out/shapes --parts=samples --guidance=0,1,2,4 --denoise=learned --num_samples=600
 
 - likelihood: nats of each step and of the trajectory, and the bound on the image's own, of held-out images
-- samples: do they look like the data, and show what their captions say? No judge is learned: Frechet distance between
-  Gaussians fitted to pixels, class of the nearest training image, the exact detector of shapes
+- samples: do they look like the data, and show what their captions say? By Frechet distance between Gaussians fitted to
+  pixels, class of the nearest training image, the exact detector of shapes, or the judge of emoji (plumbing/judge.py)
 - classifier: which of ten captions makes a held-out image most likely
 - outliers: does the likelihood tell images of another data set from held-out ones?
 - truth: of shapes, whose true density is known, how many nats each step is above it (plumbing/truth.py); takes minutes
@@ -32,9 +32,11 @@ from tqdm import tqdm
 from configurator import configure
 from data import dataset_class_captions, get_dataset, open_dataset
 from flow import bits_per_dim, forward_log_prob, forward_trajectory, gaussian_nll, reverse_posterior
+from plumbing import judge as judges
 from plumbing import shapes, truth
 from plumbing.detector import TASKS, follows, task_prompts
 from plumbing.images import contact_sheet, dequantize, plot, save_image
+from plumbing.judge import frechet_distance, nearest_labels
 from plumbing.layouts import make_folder
 from plumbing.loader import collate, validation_batches
 from plumbing.runtime import gathered, leave_ranks, note, one_line_errors, rank_and_world, start_ranks
@@ -49,6 +51,7 @@ denoise = "none,score,learned"  # of an NTM's samples; "learned" is left out whe
 guidance: float | tuple = 1.0  # of samples; or several
 restarts = 0  # times that each step of a sample's first half but the first is taken again
 best_of = 1  # candidates for each sample, of which the likeliest is kept
+judge = ""  # of shards with labels: a file of `python -m plumbing.judge`, which says what samples show
 t_min = 0.02  # where trajectories end
 truth_examples = 50  # held-out images that steps are compared with the truth on
 trajectories = 4  # forward trajectories of each image that the classifier sees, shared by its captions
@@ -75,22 +78,6 @@ def proportion(hits):
 def auroc(inside, outside):
     """The probability that a number of `outside` (m,) exceeds one of `inside` (n,); ties count half."""
     return ((outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside).double()).mean().item()
-
-
-def frechet_distance(a, b):
-    """Between Gaussians fitted to the pixels of two sets of images, (n, C, H, W) and (m, C, H, W), n and m at least 2:
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). Blur shows in it as missing variance, and so do few images:
-    compare equal numbers."""
-    a, b = a.flatten(1).double(), b.flatten(1).double()
-    # S_a = A^T A and S_b = B^T B, and so the root of S_a S_b has the singular values of A B^T as its eigenvalues
-    A, B = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R for x in (a, b))
-    cross = torch.linalg.svdvals(A @ B.T).sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * cross).item()
-
-
-def nearest_labels(images, examples, labels):
-    """The label (n,) of the example (m, C, H, W) nearest to each image (n, C, H, W), by squared distance."""
-    return labels[torch.cdist(images.flatten(1), examples.flatten(1)).argmin(dim=1)]
 
 
 def shrunk(images):
@@ -235,6 +222,8 @@ def evaluate_samples(model, dataset, guidance):
     classes, tasks = dataset_class_captions(model.settings["dataset"]), ()
     if model.settings["dataset"] == "shapes":
         tasks, captions = zip(*task_prompts(-(-num_samples // len(TASKS))))
+    elif judge:
+        captions = [record["captions"][0] for record in judges.labels_of(dataset, num_samples)]
     else:
         captions = [classes[i % len(classes)] if classes else dataset[i % len(dataset)][1] for i in range(num_samples)]
     samples, (rank, world) = {}, rank_and_world()
@@ -258,6 +247,9 @@ def evaluate_samples(model, dataset, guidance):
         means, errors = zip(*(results[task].values() for task in TASKS))
         results["overall"] = {"mean": sum(means) / len(TASKS), "standard_error": math.hypot(*errors) / len(TASKS)}
         return results
+    if judge:
+        found = judges.compare(judge, images, dataset, open_dataset(model.settings, "train"))
+        return results | {key: proportion(value) if type(value) is list else value for key, value in found.items()}
     truth = first_images(dataset, 5000)
     if min(len(images), len(truth)) >= 10:
         results["frechet_distance"] = frechet_distance(shrunk(images), truth)

@@ -62,8 +62,8 @@ def load(path, *kinds):
     try:
         contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
-        script = "distill.py" if "denoiser" in kinds else "train.py"
-        raise CheckpointError(f"there is no checkpoint {path}: make it with {script}, or set out_dir") from None
+        script = {"denoiser": "distill.py", "judge": "python -m plumbing.judge"}.get(kinds[0], "train.py")
+        raise CheckpointError(f"there is no checkpoint {path}: make it with {script}, or name another") from None
     except Exception as error:  # what reading garbage raises depends on the garbage
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = f"cannot read checkpoint {path}: it is truncated or not a checkpoint ({reason})"
