@@ -8,7 +8,6 @@ labels in KEY.json, such as emoji, a small convolutional network that has learne
 import argparse
 import json
 import math
-import sys
 
 import numpy as np
 import torch
@@ -164,4 +163,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
