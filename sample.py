@@ -35,7 +35,7 @@ from plumbing.layouts import LAYOUTS, make_folder, path_of, read_prompts, write_
 from plumbing.runtime import claim, coarse_products, find_device, note, one_line_errors
 from plumbing.tokenizer import words
 
-out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: the model in assets/, images go to out/
+out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: assets/shapes. Nothing goes into assets/
 prompt = ""  # one caption; empty, and without `prompts`: captions of the data the model was trained on
 prompts = ""  # a text file with one caption a line, an empty line asking for anything; or .jsonl, a "prompt" each
 num_samples = 16  # images of the one prompt or of each line of the file; without either, images in all
@@ -294,7 +294,8 @@ def main(config):
         decode = load_exported(decoder, model.device)
     # what is wrong with captions or folder is told before anything is sampled
     model.remark(captions)
-    make_folder(to := Path(folder or Path(out_dir or "out") / "images"))
+    shipped = not out_dir or Path(out_dir).resolve().parent == SHIPPED.parent.resolve()  # assets/ is not written to
+    make_folder(to := Path(folder or Path("out" if shipped else out_dir) / "images"))
     if layout != "sheet":
         ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
         ours |= {"iteration": model.iteration, "denoise": model.denoise,  # "score" until there is a denoiser

@@ -812,3 +812,9 @@ def test_shipped_model_follows_prompts(tmp_path):
 def test_sample_without_a_model_takes_the_shipped_one(tmp_path):
     _, printed = run("sample.py", "--device=cpu", "--prompt=a red circle", "--num_samples=2", f"--folder={tmp_path}")
     assert "learned denoising" in printed and pixels(tmp_path / "0001.png").shape == (16, 16, 3)
+
+
+def test_images_of_a_shipped_model_do_not_go_into_assets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("sample.py", "--device=cpu", "--prompt=a red circle", "--num_samples=1", f"--out_dir={ROOT / 'assets/shapes'}")
+    assert (tmp_path / "out" / "images" / "0000.png").exists()
