@@ -26,7 +26,7 @@ from plumbing.loader import Batches, validation_batches
 from plumbing.log import Progress
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
 from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, for_training, gradients_meet,
-                              job, leave_ranks, one_line_errors, start_ranks)
+                              in_bfloat16, job, leave_ranks, one_line_errors, start_ranks)
 
 # ---- run
 out_dir = "out/digits"  # holds the model's ckpt.pt, and gets denoiser.pt
@@ -113,7 +113,8 @@ def main(config):
         model_config = replace(teacher.config, **{name: config[name] for name in ("width", "depth", "heads")})
         denoiser = Denoiser(model_config).to(device)
         ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        optimizers = make_optimizers(denoiser, config["optimizer"], config["weight_decay"], device)
+        optimizers = make_optimizers(denoiser, config["optimizer"], config["weight_decay"], device,
+                                     in_bfloat16(config, device))
         if resumed:
             checkpoint.resume(resumed, path, denoiser, ema, optimizers, config, "optimizer", "t_min", "steps")
         first, counts = (resumed["iter"], resumed.get("counts", {})) if resumed else (0, {})

@@ -133,7 +133,8 @@ def train(name, model, ts):
     """Maximum likelihood for `seconds` of this thread's processor time. Returns the averaged model and its updates."""
     average, generator = copy.deepcopy(model).requires_grad_(False), torch.Generator().manual_seed(seed)
     # Muon for the modulation as well: left to AdamW, as train.py leaves it, the bound ended 0.15 nats higher
-    optimizers = make_optimizers(model, "muon", weight_decay, torch.device("cpu"), (*HIDDEN, "modulation.1.weight"))
+    hidden = *HIDDEN, "modulation.1.weight"
+    optimizers = make_optimizers(model, "muon", weight_decay, torch.device("cpu"), hidden=hidden)
     text, T = CAPTION.expand(batch_size, 1), torch.full((batch_size,), steps)
     start, i, done = time.thread_time(), 0, 0
     with tqdm(total=100, desc=name, bar_format="{l_bar}{bar}| {elapsed}", position=NAMES.index(name)) as bar:

@@ -30,7 +30,7 @@ from plumbing.loader import Batches, examine, validation_batches
 from plumbing.log import Progress
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
 from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, for_training, gathered,
-                              gradients_meet, job, leave_ranks, one_line_errors, start_ranks)
+                              gradients_meet, in_bfloat16, job, leave_ranks, one_line_errors, start_ranks)
 from plumbing.shards import find_shards, first_example
 
 # ---- run
@@ -247,7 +247,8 @@ def main(config):
         if frozen:
             frozen.predictor.load_state_dict(resumed["frozen"] if resumed else model.predictor.state_dict())
         ema = copy.deepcopy(model).eval().requires_grad_(False)
-        optimizers = make_optimizers(model, config["optimizer"], config["weight_decay"], device)
+        optimizers = make_optimizers(model, config["optimizer"], config["weight_decay"], device,
+                                     in_bfloat16(config, device))
         if resumed:
             checkpoint.resume(resumed, path, model, ema, optimizers, config, "objective", "optimizer", "tokenizer")
         kept = resumed or {}

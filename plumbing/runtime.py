@@ -90,11 +90,15 @@ def start_ranks(device_name=""):
     return device, rank, world
 
 
+def in_bfloat16(config, device):
+    """Whether networks and Muon compute in bfloat16: unless the config says, on CUDA only. On a CPU it pays where there
+    are instructions for it, twofold; where there are none it is several times slower."""
+    return device.type == "cuda" if config["bfloat16"] is None else config["bfloat16"]
+
+
 def autocast(config, device):
-    """The precision of the networks. On CUDA bfloat16; on CPUs float32, which was faster for models this small: most
-    of their time is not in the matrix products, and casting back and forth cost more than those gained."""
-    bfloat16 = device.type == "cuda" if config["bfloat16"] is None else config["bfloat16"]
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
+    """The precision of the networks."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16(config, device))
 
 
 @contextlib.contextmanager

@@ -3,11 +3,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import covariance, randomize
 from torch.autograd.functional import jacobian
 from torch.distributions import MultivariateNormal, Normal
 
-from flow import (Transporter, forward_log_prob, forward_trajectory, reverse_posterior, time_grid,
+from flow import (Transporter, attend, forward_log_prob, forward_trajectory, reverse_posterior, time_grid,
                   trajectory_covariance)
 
 TOKENS, DIM = 5, 3
@@ -395,3 +396,17 @@ def test_inversion_computes_a_modulation_once(monkeypatch):
             layer.modulation.register_forward_hook(lambda *_: calls.append(1))
     transporter.inverse(torch.randn(2, 6, 4), torch.full((2,), 0.3), torch.full((2,), 4))
     assert len(calls) == 2 * 3
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_bfloat16_is_that_of_float64(causal):
+    """Written out on a CPU; its gradients too. Rounded to eight bits, sums of ten numbers err by some hundredths."""
+    exact = torch.randn(3, 2, 2, 10, 8, dtype=torch.float64, requires_grad=True)
+    rounded = exact.detach().bfloat16().requires_grad_()
+    of_exact, of_rounded = F.scaled_dot_product_attention(*exact, is_causal=causal), attend(*rounded, causal)
+    weights = torch.randn_like(of_exact)
+    (of_exact * weights).sum().backward()
+    (of_rounded * weights).sum().backward()
+    assert of_rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(of_rounded.double(), of_exact, atol=0.03, rtol=0)
+    torch.testing.assert_close(rounded.grad.double(), exact.grad, atol=0.06, rtol=0.03)

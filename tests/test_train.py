@@ -316,11 +316,12 @@ def test_two_steps_of_adamw():
     assert model.weight.item() == pytest.approx(-0.5 * (1 + 2.052632 / 5.102564**0.5), rel=1e-5)
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon before 2.9")
-def test_muon_does_as_torchs():
+def test_muon_does_as_torchs(bfloat16):
     ours, theirs = NTM(TINY), NTM(TINY)
     theirs.load_state_dict(ours.state_dict())
-    muon, _ = make_optimizers(ours, "muon", 0.1, torch.device("cpu"))
+    muon, _ = make_optimizers(ours, "muon", 0.1, torch.device("cpu"), bfloat16)
     names = [name for name, p in ours.named_parameters() if any(p is q for q in muon.param_groups[0]["params"])]
     copies = [dict(theirs.named_parameters())[name] for name in names]
     other = torch.optim.Muon(copies, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
@@ -332,7 +333,7 @@ def test_muon_does_as_torchs():
         optim.step([muon, other], 0.01)
         for name, matrix, copied, old in zip(names, muon.param_groups[0]["params"], copies, before):
             difference = (matrix - copied).norm() / (copied - old).norm()
-            assert difference < 0.05, name  # of an update: torch computes in bfloat16
+            assert difference < (0.1 if bfloat16 else 0.05), name  # of an update: torch computes in bfloat16
             copied.data.copy_(matrix)
 
 
