@@ -162,9 +162,10 @@ def main(config):
                     part.backward()
                 loss += part.detach() / world
 
-            grad_norm = clip_grad_norm_(denoiser.parameters(), config["grad_clip"]).item()
-            totals = all_sums({"loss": loss, "asked": interrupt.asked, **batches.counts}, device)
-            finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
+            grad_norm = clip_grad_norm_(denoiser.parameters(), config["grad_clip"]) / world
+            losses = {"loss": loss, "grad_norm": grad_norm}
+            totals = all_sums({**losses, "asked": interrupt.asked, **batches.counts}, device)
+            finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
             lr = learning_rate(config, i)
             if finite:
                 step(optimizers, lr)
@@ -174,7 +175,7 @@ def main(config):
             # Log, save, validate.
             i += 1  # iterations done
             totals["skipped"] = not finite
-            progress.update(i, {"loss": totals["loss"]}, lr, grad_norm, totals, batches.waited)
+            progress.update(i, {"loss": totals["loss"]}, lr, totals, batches.waited)
             if progress.validation_due(i) or totals["asked"] or progress.spoilt:
                 save(i)  # before the validation, so that nothing that goes wrong there costs the weights
             progress.stop_if_spoilt(i, batches.faults)

@@ -184,17 +184,17 @@ class NTM(ImageModel):
         They leave each step's optimum where it is. Without them the gradients of the last step, tens of times those of
         the first, drown what the first have to learn: what the image shows.
         """
-        grids = {T: self.config.time_grid(self.config.max_t_min / 2 or 0.01, T).to(ts) for T in self.config.steps}
-        powers = {T: grid[:-1] ** self.config.level_weight for T, grid in grids.items()}
-        mean = sum(torch.where(steps == T, power.mean(), 0.0) for T, power in powers.items())
-        return ts[:, :-1] ** self.config.level_weight / mean[:, None]
+        config, t_min = self.config, ts.new_full((), self.config.max_t_min / 2 or 0.01)
+        grids = {T: time_grid(T, t_min, config.num_tokens, config.shift)[:-1] for T in config.steps}
+        mean = sum(torch.where(steps == T, (s ** config.level_weight).mean(), 0.0) for T, s in grids.items())
+        return ts[:, :-1] ** config.level_weight / mean[:, None]
 
     def randomness(self, batch, device=None, generator=None):
         """What is random about a batch: steps (B,), times ts (B, K) and noise (B, K, N, D). K = T+1: whole trajectories
         of one T; or 2: a step of one at random, which has the same expected loss, each example with its own T."""
         config, several, kwargs = self.config, self.config.steps, dict(generator=generator, device=device)
         choice = torch.randint(len(several), (batch if config.pairs and len(several) > 1 else 1,), **kwargs)
-        T = torch.tensor(several, device=device)[choice].expand(batch)
+        T = torch.tensor(several).to(device, non_blocking=True)[choice].expand(batch)
         t_min = config.max_t_min * (1 - torch.rand(batch, **kwargs))  # never 0, where a posterior has no density
         grids = [time_grid(steps, t_min, config.num_tokens, config.shift) for steps in several]
         if config.pairs:

@@ -179,7 +179,8 @@ def training_losses(network, frozen, images, text, randomness, config, i):
     parts = network(images, text, randomness, target, parts=True)
     weight = config["aux_weight"] * 0.5 * (1 + math.cos(math.pi * i / config["max_iters"])) if frozen else 0.0
     aux = weight * parts["aux"] if frozen else 0.0
-    return {"objective": parts.pop("objective") + aux, "loss": parts["nll"] + aux, **parts, "aux_weight": weight}
+    return {"objective": parts.pop("objective") + aux, "loss": parts["nll"] + aux, **parts,
+            "aux_weight": parts["nll"].new_full((), weight)}
 
 
 @torch.no_grad()
@@ -300,13 +301,13 @@ def main(config):
                         parts = training_losses(network, frozen, images, text, randomness, config, i)
                     (parts.get("objective", parts["loss"]) / batches.passes).backward()
                 for name, part in parts.items():
-                    losses[name] += torch.as_tensor(part).detach() / (batches.passes * world)
+                    losses[name] += part.detach() / (batches.passes * world)
 
             # Clip the gradient, and guard: every rank has the same numbers, so all of them skip an update or none does.
-            grad_norm = clip_grad_norm_(model.parameters(), config["grad_clip"]).item()
-            totals = all_sums({**losses, "asked": interrupt.asked, **batches.counts}, device)
+            grad_norm = clip_grad_norm_(model.parameters(), config["grad_clip"]) / world
+            totals = all_sums({**losses, "grad_norm": grad_norm, "asked": interrupt.asked, **batches.counts}, device)
             losses = {name: totals[name] for name in losses}
-            finite = math.isfinite(losses["loss"]) and math.isfinite(grad_norm)
+            finite = math.isfinite(losses["loss"]) and math.isfinite(totals["grad_norm"])
 
             # Step, and average.
             lr = learning_rate(config, i)
@@ -318,7 +319,7 @@ def main(config):
             # Log, save, validate.
             i += 1  # iterations done
             totals["skipped"] = not finite
-            progress.update(i, losses, lr, grad_norm, totals, batches.waited)
+            progress.update(i, losses, lr, totals, batches.waited)
             if progress.validation_due(i) or totals["asked"] or progress.spoilt:
                 save(i)  # before the validation, so that nothing that goes wrong there costs the weights
             progress.stop_if_spoilt(i, batches.faults)

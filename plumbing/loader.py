@@ -116,7 +116,7 @@ class Batches:
         self.words |= words(captions) if len(self.words) < MOST_WORDS else set()
         with one_line_errors():
             cut = self.tokenizer.cut
-            text = self.tokenizer.encode(captions, self.text_len).to(self.device)
+            text = self.tokenizer.encode(captions, self.text_len).to(self.device, non_blocking=True)
         self.counts["unusable"] += len(faults)
         self.counts["cut"] += self.tokenizer.cut - cut
         generator = self.generator.manual_seed(key(self.config["seed"], self.iteration, 1))

@@ -81,10 +81,10 @@ class Progress:
         due = self.start > 0 and self.validation_due(self.start)
         return due and gathered(self.log and self.log.lacks_validation)[0]
 
-    def update(self, i, losses, lr, grad_norm, totals, waited):
+    def update(self, i, losses, lr, totals, waited):
         """Counts iteration i, and logs it at every log_interval and where a run ends or validates. totals, over all
-        ranks: whether this update was "skipped" and an end was "asked" for; examples "unusable" and captions "cut"
-        since the start. waited: seconds for data so far. Raises SystemExit after too many skips in a row."""
+        ranks: "grad_norm"; whether this update was "skipped" and an end "asked" for; examples "unusable" and captions
+        "cut" since the start. waited: seconds for data so far. Raises SystemExit after too many skips in a row."""
         self.counts = {"skipped": self.counts["skipped"] + totals["skipped"],
                        **{name: self.before[name] + int(totals[name]) for name in ("unusable", "cut")}}
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if totals["skipped"] else 0
@@ -99,12 +99,12 @@ class Progress:
             self.since, self.logged, self.waited = now, i, waited
             self.bar.set_postfix(loss=f"{losses['loss']:.3f}", images_per_s=f"{rate:.0f}", data_wait=f"{wait:.0%}",
                                  **{name: count for name, count in self.counts.items() if count})
-            self.log.write(iter=i, **losses, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
-                           data_wait=round(wait, 3), **self.counts)
+            self.log.write(iter=i, **losses, lr=lr, grad_norm=totals["grad_norm"],
+                           images_per_s=round(rate, 1), data_wait=round(wait, 3), **self.counts)
         if self.skipped_in_a_row == PATIENCE:
             raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {losses['loss']}, "
-                             f"gradient norm {grad_norm}); stopped at iteration {i}, none of it in {self.path}: "
-                             f"lower lr (now {lr:.1e}) or grad_clip, or lengthen warmup_iters")
+                             f"gradient norm {totals['grad_norm']}); stopped at iteration {i}, none of it in "
+                             f"{self.path}: lower lr (now {lr:.1e}) or grad_clip, or lengthen warmup_iters")
 
     def stop_if_spoilt(self, i, faults):
         """Raises SystemExit where too many examples are unusable; faults: what was wrong with those of this rank."""

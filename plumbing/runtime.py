@@ -143,9 +143,13 @@ def all_sum(tensor):
 
 
 def all_sums(values, device):
-    """The sums over all ranks of {name: number or scalar tensor}, {name: float}, by one reduction."""
-    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
-    return dict(zip(values, all_sum(stacked).tolist()))
+    """The sums over all ranks of {name: number or scalar tensor on the device}, {name: float}, by one reduction. Its
+    result is all that an update waits for the device for."""
+    tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
+    numbers = {name: value for name, value in values.items() if name not in tensors}
+    on_device = torch.tensor([*numbers.values()], dtype=torch.float32).to(device, non_blocking=True)
+    stacked = torch.cat([torch.stack([*tensors.values()]).float(), on_device])
+    return dict(zip([*tensors, *numbers], all_sum(stacked).tolist()))
 
 
 def leave_ranks():

@@ -16,6 +16,10 @@ from plumbing.runtime import note  # noqa: E402
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for one another
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: takes a GPU, and is skipped where there is none")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -1,0 +1,162 @@
+"""What a GPU will need. Without one: graphs that are whole and compiled once, and no wait for the device in an update;
+with one, `pytest -m cuda` runs the scripts on it in bfloat16, compiled."""
+import pytest
+import torch
+from helpers import DISTILL, NETWORKS, SAMPLE, TRAIN, contents, run, torchrun, training_lines
+from test_memory import of_config
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.utils import clip_grad_norm_
+
+import train
+from model import NTMConfig
+from plumbing.optim import make_optimizers, step, update_average
+from plumbing.runtime import autocast
+
+TINY = dict(image_size=4, width=16, depth=1, heads=2, transporter_width=8, transporter_blocks=1)
+WAYS = {"pairs": dict(pairs=True), "trajectories": {}, "several T": dict(pairs=True, steps=(2, 4)),
+        "flow matching": {}, "directions": dict(pairs=True, rank=2, level_weight=0.5),
+        "closed form": dict(pairs=True, transporter_blocks=0, rank=2, closed_form=True, level_weight=1.0,
+                            parametrization="posterior")}
+
+
+def an_update(way, device, size=TINY, batch=8):
+    """A function that makes one update as train.py does, with Muon, and returns the gradient's norm."""
+    kind, config = NETWORKS["fm" if way == "flow matching" else "ntm"], NTMConfig(**size | WAYS[way])
+    with device:
+        model, average = kind(config), kind(config).requires_grad_(False)
+    optimizers = make_optimizers(model, "muon", 1e-4, device, bfloat16=True)
+    settings = {"bfloat16": True, "level_weight": model.config.level_weight, "aux_weight": 0.0, "max_iters": 9}
+    images = torch.zeros(batch, model.config.channels, *model.config.image_size, device=device)
+    text = torch.ones(batch, model.config.text_len, dtype=torch.long, device=device)
+
+    def update(i):
+        randomness = model.randomness(batch, device)
+        with autocast(settings, device):
+            parts = train.training_losses(model, None, images, text, randomness, settings, i)
+        parts.get("objective", parts["loss"]).backward()
+        norm = clip_grad_norm_(model.parameters(), 1.0)
+        step(optimizers, 1e-3)
+        update_average(average, model, 0.999, i)
+        model.zero_grad(set_to_none=True)
+        return norm
+
+    return update
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_update_waits_for_nothing(way):
+    """Tensors without values, on which whatever needs a value fails, as the norm's does here."""
+    with FakeTensorMode():
+        update = an_update(way, torch.device("cpu"))
+        update(0)
+        with pytest.raises(DataDependentOutputException):
+            update(1).item()
+
+
+def test_the_training_loop_waits_once_an_update(tmp_path, monkeypatch):
+    """For the sums of losses, norm and counts. What the loader does is on the CPU."""
+    waits, tolist, item = [], torch.Tensor.tolist, torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append("sums") or tolist(self))
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: waits.append(str(self.dtype)) or item(self))
+    counts = []
+    for iterations in 2, 6:
+        waits.clear()
+        run("train.py", *TRAIN, f"--out_dir={tmp_path / str(iterations)}", f"--max_iters={iterations}",
+            "--num_samples=1", "--val_interval=100")
+        counts.append({name: waits.count(name) for name in ("sums", "torch.float32")})
+    assert counts[1]["sums"] - counts[0]["sums"] == 4 and counts[1]["torch.float32"] == counts[0]["torch.float32"]
+
+
+@pytest.mark.parametrize("way", ["pairs", "closed form", "flow matching"])
+def test_a_graph_is_whole_and_compiled_once(tmp_path, monkeypatch, way):
+    """Captured as on CUDA, and run by Python."""
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="eager"))
+    objective = "fm" if way == "flow matching" else "ntm"
+    torch._dynamo.reset()
+    counters.clear()
+    run("train.py", *TRAIN, *(f"--{name}={value}" for name, value in {"pairs": False, **WAYS[way]}.items()
+                              if name != "parametrization"),
+        f"--objective={objective}", "--compile=True", "--max_iters=5", "--val_interval=100", "--val_examples=2",
+        "--num_samples=1", f"--out_dir={tmp_path}")
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]
+GPU = "--device=cuda"  # after SHORT's, of which the last one counts
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory):
+    """A folder after train.py and distill.py, in bfloat16 and compiled, as is the default on CUDA."""
+    out = tmp_path_factory.mktemp("gpu")
+    torch._dynamo.reset()
+    counters.clear()
+    run("train.py", *TRAIN, GPU, f"--out_dir={out}", "--optimizer=muon", "--max_iters=8")
+    (out / "graphs").write_text(str(counters["stats"]["unique_graphs"]))
+    run("distill.py", *DISTILL, GPU, f"--out_dir={out}")
+    return out
+
+
+class TestCuda:
+    pytestmark = cuda
+
+    def test_scripts_run(self, on_gpu):
+        assert all(loss["loss"] < 10 for loss in training_lines(on_gpu / "log.jsonl"))
+        for denoise in "learned", "score", "none":
+            run("sample.py", *SAMPLE, GPU, f"--out_dir={on_gpu}", f"--denoise={denoise}", "--show_trajectory=True")
+        run("evaluate.py", GPU, f"--out_dir={on_gpu}", "--val_examples=20", "--num_samples=20", "--trajectories=1")
+        run("bench.py", GPU, f"--out_dir={on_gpu}", "--repeats=1", "--batch_size=4", "--image_sizes=(8,)")
+
+    def test_what_is_compiled_is_compiled_once(self, on_gpu):
+        assert int((on_gpu / "graphs").read_text()) == 1
+
+    def test_a_run_goes_on(self, on_gpu):
+        run("train.py", GPU, f"--out_dir={on_gpu}", "--init_from=resume", "--max_iters=10")
+        assert contents(on_gpu / "ckpt.pt")["iter"] == 10
+
+    def test_bfloat16_is_near_float32(self, on_gpu, tmp_path):
+        run("train.py", *TRAIN, GPU, f"--out_dir={tmp_path}", "--optimizer=muon", "--max_iters=8", "--bfloat16=False",
+            "--compile=False")
+        losses = [[line["loss"] for line in training_lines(out / "log.jsonl")][:8] for out in (on_gpu, tmp_path)]
+        assert losses[0] == pytest.approx(losses[1], abs=0.03)
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_an_update_waits_for_nothing(self, way):
+        update = an_update(way, torch.device("cuda"))
+        update(0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            norm = update(1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert norm.isfinite()
+
+    def test_encode(self, tmp_path):
+        from test_prepare import Encoder
+        from plumbing.latents import load_exported
+        batch = torch.export.Dim("batch", min=1, max=63)
+        program = torch.export.export(Encoder(), (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+        torch.export.save(program, tmp_path / "encoder.pt2")
+        encode, images = load_exported(tmp_path / "encoder.pt2", torch.device("cuda")), torch.rand(5, 3, 32, 32)
+        torch.testing.assert_close(encode(images.cuda()).cpu(), Encoder()(images), atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl takes one GPU a rank")
+    def test_two_ranks_are_one(self, tmp_path):
+        for ranks in 1, 2:
+            status, _, err = torchrun(ranks, "train.py", *TRAIN, GPU, f"--out_dir={tmp_path / str(ranks)}")
+            assert status == 0, err
+        one, two = ([line["loss"] for line in training_lines(tmp_path / ranks / "log.jsonl")] for ranks in "12")
+        assert two == pytest.approx(one, abs=0.03)
+
+    def test_t2i_small_fits_into_24_gb(self):
+        config = of_config("t2i_small")
+        update = an_update("pairs", torch.device("cuda"), {name: getattr(config, name) for name in vars(config)}, 32)
+        torch.cuda.reset_peak_memory_stats()
+        update(0)
+        assert torch.cuda.max_memory_allocated() < 24e9
