@@ -310,16 +310,19 @@ class Transporter(nn.Module):
         """u (B, N, D) to x (B, N, D), exactly ("cache", or "jacobi" with tol=0) or to a tolerance ("jacobi")."""
         if method not in ("cache", "jacobi"):
             raise ValueError(f"inversion method {method!r} is unknown: choose 'cache' or 'jacobi'")
-        x, self.sweeps = u, []
+        self.sweeps, mapped = [], (t < 1).nonzero()[:, 0]  # pure noise is left out
+        if not len(mapped):
+            return u
+        x = u[mapped]
         with torch.autocast(u.device.type, enabled=False):  # bfloat16 is too coarse for an inverse
-            c = self.condition(t, steps)
+            c = self.condition(t[mapped], steps[mapped])
             for block in reversed(self.blocks):
                 if method == "cache":
                     x = block.inverse_cache(x, c)
                 else:
                     x, sweeps = block.inverse_jacobi(x, c, tol)
                     self.sweeps.insert(0, sweeps)
-        return torch.where(t[:, None, None] < 1, x, u)
+        return u.index_copy(0, mapped, x)
 
     def condition(self, t, steps):
         return self.time(torch.stack([t, 1 / steps], dim=1)) if self.blocks else None

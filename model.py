@@ -293,10 +293,10 @@ class NTM(ImageModel):
                 u[:, k] = gaussian.sample(z, w)
         return u
 
-    def invert(self, u, ts, method="cache", tol=1e-5):
-        """Every level of u (B, T+1, N, D) back to x-space, as one batch. ts: (T+1,) or (B, T+1); tol: as in Eq. (9)."""
+    def invert(self, u, ts, method="cache", tol=1e-5, steps=0):
+        """Levels of u (B, K, N, D) to x-space, one batch. ts (K,) or (B, K); tol: Eq. (9)'s; steps: T, or 0: K-1."""
         B, levels = u.shape[:2]
-        steps = torch.full((B * levels,), levels - 1, device=u.device)
+        steps = torch.full((B * levels,), steps or levels - 1, device=u.device)
         x = self.transporter.inverse(u.flatten(0, 1), ts.expand(B, levels).flatten(), steps, method, tol)
         return x.unflatten(0, (B, levels))
 

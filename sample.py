@@ -152,7 +152,7 @@ class TrainedModel:
     def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, levels=False, best_of=1, restarts=0):
         """Samples an image for each caption; image `number` is the same in whatever batch it is sampled.
 
-        levels: carry the trajectory back to x-space even if the denoiser does not need it. restarts: NTM.sample's.
+        levels: carry the trajectory back to x-space even where only the score needs it. restarts: NTM.sample's.
         best_of: candidates, of which that with the greatest guided_score is kept; the first is what there is without.
         Returns images (B, C, H, W); the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), or None, None.
         """
@@ -165,7 +165,7 @@ class TrainedModel:
                                  f"matching and for an NTM of fewer than {fewest} steps")
         # each image has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
-        drawn = [self.draw(text, guidance, restarts, generators) for _ in range(best_of)]
+        drawn = [self.draw(text, guidance, restarts, generators, levels) for _ in range(best_of)]
         tokens, x, u = drawn[0]
         if best_of > 1:
             noise = torch.randn(TRAJECTORIES, len(ts), *tokens.shape[1:], generator=torch.Generator().manual_seed(seed))
@@ -180,7 +180,7 @@ class TrainedModel:
         nll = None if u is None or x is None else network.trajectory_nll(x, ts.expand(len(x), -1), text).sum(dim=1)
         return network.unpatchify(tokens), x, nll
 
-    def draw(self, text, guidance, restarts, generators):
+    def draw(self, text, guidance, restarts, generators, levels):
         """Clean tokens (B, N, D); the trajectory x (B, T+1, N, D), or None if not needed; and u, of an NTM."""
         network, ts = self.network, self.ts
         def randn(*shape):
@@ -194,6 +194,8 @@ class TrainedModel:
             u = self.clock(stage, network.sample, text, ts, guidance, restarts=restarts, randn=randn)
         if self.denoise == "learned":
             return self.clock("learned denoising", self.denoiser, u[:, 0], text), None, u
+        if self.denoise == "none" and not levels:  # the cleanest level is all there is to see
+            return self.clock("inversion", network.invert, u[:, :1], ts[:1], steps=len(ts) - 1)[:, 0], None, u
         x = self.clock("inversion", network.invert, u, ts)
         if self.denoise == "score":
             return self.clock("score denoising", network.score_denoise, x, ts, text), x, u
@@ -312,7 +314,7 @@ def main(config):
     for start in range(0, len(wanted), batch_size):
         numbers = wanted[start:start + batch_size]
         samples, x, nll = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
-                                                    show_trajectory, best_of, restarts)
+                                                    show_trajectory or model.denoise == "none", best_of, restarts)
         images = decoded(samples)
         nlls += [] if nll is None else nll.tolist()
         shown += [images] if layout == "sheet" else []

@@ -238,7 +238,7 @@ def test_the_best_of_three_is_the_one_that_the_model_finds_likeliest(trained, de
     candidates, scores, draw, guided_score = [], [], model.draw, model.network.guided_score
     monkeypatch.setattr(model, "draw", lambda *args: candidates.append(draw(*args)) or candidates[-1])
     monkeypatch.setattr(model.network, "guided_score", lambda *args: scores.append(guided_score(*args)) or scores[-1])
-    images, x, nll = model.sample_trajectories(captions, [4, 5, 6], 1.0, seed=2, best_of=3)
+    images, x, nll = model.sample_trajectories(captions, [4, 5, 6], 1.0, seed=2, levels=denoise == "none", best_of=3)
     assert len(candidates) == 3 and "choosing" in model.seconds
     best = torch.stack(scores).argmax(dim=0).tolist()
     assert len(set(best)) > 1  # or this shows nothing
@@ -260,11 +260,24 @@ def test_best_of_from_the_scripts(copied):
     assert json.loads((copied / "evaluate.json").read_text())["config"]["best_of"] == 2
 
 
+def test_only_the_level_that_is_needed_is_inverted(copied, monkeypatch):
+    """The cleanest; of a trajectory to show all but noise, which the transporter leaves as it is."""
+    model, lengths = load(copied, device="cpu", denoise="none"), []
+    inverse = model.network.transporter.blocks[0].inverse_cache
+    monkeypatch.setattr(model.network.transporter.blocks[0], "inverse_cache",
+                        lambda u, c: lengths.append(len(u)) or inverse(u, c))
+    (alone, nothing, _), (whole, x, _) = (model.sample_trajectories(["the digit one"] * 3, range(3), levels=levels)
+                                          for levels in (False, True))
+    assert lengths == [3, 12] and nothing is None
+    torch.testing.assert_close(alone, whole)
+    torch.testing.assert_close(whole, model.network.unpatchify(x[:, 0]))
+
+
 def test_restarts_from_the_scripts(copied):
     """They change every level, and an image is the same in whatever batch it is sampled."""
     model, captions = load(copied, device="cpu", denoise="none"), ["the digit one", "the digit two"]
     (once, x, _), (again, y, nll) = (
-        model.sample_trajectories(captions, [4, 5], 1.0, seed=2, restarts=restarts) for restarts in (0, 1))
+        model.sample_trajectories(captions, [4, 5], 1.0, seed=2, levels=True, restarts=restarts) for restarts in (0, 1))
     assert (once != again).any() and not (x == y).flatten(2).all(-1).any() and nll.isfinite().all()
     alone, *_ = model.sample_trajectories(captions[1:], [5], 1.0, seed=2, restarts=1)
     torch.testing.assert_close(alone[0], again[1], atol=1e-4, rtol=1e-4)
