@@ -263,9 +263,7 @@ class NTM(ImageModel):
             # for data of variance 1 is at most sqrt(C^2 + B^2). In units of the distance between the two, delta is
             # about as large at every step: on the digits the loss fell below 1 after 25 updates instead of 60.
             log_std = C.log() + log_std * 0.5 * torch.log1p((B / C) ** 2)
-        if not directions:
-            return mean, log_std
-        return mean, log_std, torch.stack(directions, dim=1) * torch.exp(log_std)[:, None]  # in units of sigma
+        return (mean, log_std, torch.stack(directions, dim=1)) if directions else (mean, log_std)
 
     @torch.no_grad()
     def sample(self, text, ts, guidance=0.0, generator=None, restarts=0, noise=None, randn=None):

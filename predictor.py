@@ -1,7 +1,7 @@
 """The predictor f_P: a deep Transformer without a causal mask, and the Gaussian that it puts on a reverse step.
 
 A diagonal Gaussian, the paper's, draws every number of u_s on its own: it cannot move an object, or brighten an image,
-as a whole. With R directions V the covariance is diag(sigma^2) + V^T V, and everything below stays exact and cheap: it
+as a whole. With R directions S the covariance is sigma (1 + S^T S) sigma, and everything below stays exact and cheap: it
 takes the inverse and the determinant of an R x R matrix.
 
 Text and image tokens share one full-attention Transformer, with adaptive norms for (t, s, T), normalised queries and
@@ -29,9 +29,9 @@ def exact(method):
 
 
 class Gaussian(NamedTuple):
-    """N(mean, diag(sigma^2) + V^T V) over N tokens of D numbers; leading dimensions are a batch.
+    """N(mean, diag(sigma) (1 + S^T S) diag(sigma)) over N tokens of D numbers; leading dimensions are a batch.
 
-    mean, log_std (..., N, D): sigma is exp(log_std). directions: V (..., R, N, D), or None for a diagonal covariance.
+    mean, log_std (..., N, D): sigma is exp(log_std). directions: S (..., R, N, D), or None for a diagonal covariance.
     """
     mean: torch.Tensor
     log_std: torch.Tensor
@@ -41,18 +41,18 @@ class Gaussian(NamedTuple):
         """The same with its first dimension split in two."""
         return Gaussian(*(part if part is None else part.unflatten(0, sizes) for part in self))
 
-    def inner(self):
-        """S (..., R, ND), which is V / sigma as a matrix, and the Cholesky factor L (..., R, R) of M = 1 + S S^T."""
-        S = (self.directions * torch.exp(-self.log_std)[..., None, :, :]).flatten(-2)
+    def factored(self):
+        """S as a matrix (..., R, ND), and the Cholesky factor L (..., R, R) of M = 1 + S S^T."""
+        S = self.directions.flatten(-2)
         return S, torch.linalg.cholesky(S @ S.mT + torch.eye(S.shape[-2], dtype=S.dtype, device=S.device))
 
     @exact
-    def nll(self, u):
-        """Eq. (29): -log N(u) in nats, (...); u like mean."""
+    def nll(self, u, factored=None):
+        """Eq. (29): -log N(u) in nats, (...); u like mean. factored: what factored() has returned already."""
         z, log_scale = ((u - self.mean) * torch.exp(-self.log_std)).flatten(-2), self.log_std.sum(dim=(-2, -1))
         squares = z.square()
         if self.directions is not None:
-            S, L = self.inner()
+            S, L = factored or self.factored()
             w = torch.cholesky_solve(S @ z[..., None], L)[..., 0]  # the likeliest, given z
             # a sum of squares, where z^T (1 - S^T M^-1 S) z would be the difference of two large numbers
             squares = torch.cat([(z - (w[..., None, :] @ S)[..., 0, :]).square(), w.square()], dim=-1)
@@ -62,18 +62,18 @@ class Gaussian(NamedTuple):
     @exact
     def expected_nll(self, mean, std):
         """Eq. (31): the mean of nll(u) over u ~ N(mean, std^2), in nats, (...); mean (..., N, D), std (...)."""
-        trace = torch.exp(-2 * self.log_std).sum(dim=(-2, -1))
+        precision, factored = torch.exp(-2 * self.log_std).flatten(-2), None
         if self.directions is not None:
-            S, L = self.inner()
-            scaled = S * torch.exp(-self.log_std).flatten(-2)[..., None, :]
-            trace = trace - torch.linalg.solve_triangular(L, scaled, upper=False).square().sum(dim=(-2, -1))
-        return self.nll(mean) + 0.5 * std**2 * trace
+            S, L = factored = self.factored()
+            precision = precision * (1 - (S * (torch.cholesky_inverse(L) @ S)).sum(dim=-2))
+        return self.nll(mean, factored) + 0.5 * std**2 * precision.sum(dim=-1)
 
     @exact
     def sample(self, z, w=None):
-        """Eq. (28): mean + sigma z + V^T w, for standard normal z (..., N, D) and w (..., R)."""
-        sample = self.mean + torch.exp(self.log_std) * z
-        return sample if self.directions is None else sample + torch.einsum("...rnd,...r->...nd", self.directions, w)
+        """Eq. (28): mean + sigma (z + S^T w), for standard normal z (..., N, D) and w (..., R)."""
+        if self.directions is not None:
+            z = z + torch.einsum("...rnd,...r->...nd", self.directions, w)
+        return self.mean + torch.exp(self.log_std) * z
 
     def guided(self, unconditional, weight):
         """Eq. (20): the Gaussian proportional to p^(1+w) / p_u^w, number by number by their marginal variances.
@@ -84,14 +84,13 @@ class Gaussian(NamedTuple):
         log_ratio = 2 * (self.marginal_log_std() - unconditional.marginal_log_std()).clamp(max=0)
         d = 1 - weight * torch.expm1(log_ratio)  # 1 + w - w r, without its cancellation for large w
         mean = self.mean + weight * torch.exp(log_ratio) * (self.mean - unconditional.mean) / d
-        directions = None if self.directions is None else self.directions * d.rsqrt()[..., None, :, :]
-        return Gaussian(mean, self.log_std - 0.5 * torch.log(d), directions)
+        return Gaussian(mean, self.log_std - 0.5 * torch.log(d), self.directions)
 
     def marginal_log_std(self):
         """Of each number by itself, (..., N, D)."""
         if self.directions is None:
             return self.log_std
-        return 0.5 * torch.log(torch.exp(2 * self.log_std) + self.directions.square().sum(dim=-3))
+        return self.log_std + 0.5 * torch.log1p(self.directions.square().sum(dim=-3))
 
 
 def rotations(text_len, rows, columns, pairs):

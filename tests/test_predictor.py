@@ -18,16 +18,17 @@ from predictor import Gaussian, rotations
 
 
 def make_gaussian(R, batch=(2, 5), dtype=torch.float64):
-    """Of 3 tokens of 4 numbers, its directions as large as its standard deviations."""
+    """Of 3 tokens of 4 numbers, along its directions as uncertain as in each number."""
     directions = torch.randn(*batch, R, 3, 4, dtype=dtype) if R else None
     return Gaussian(torch.randn(*batch, 3, 4, dtype=dtype), torch.randn(*batch, 3, 4, dtype=dtype), directions)
 
 
 def dense(gaussian):
     """Mean (..., ND) and covariance (..., ND, ND)."""
-    covariance = torch.diag_embed(torch.exp(2 * gaussian.log_std).flatten(-2))
+    std = torch.diag_embed(torch.exp(gaussian.log_std).flatten(-2))
+    covariance = std @ std
     if gaussian.directions is not None:
-        V = gaussian.directions.flatten(-2)
+        V = gaussian.directions.flatten(-2) @ std
         covariance = covariance + V.mT @ V
     return gaussian.mean.flatten(-2), covariance
 
@@ -70,16 +71,17 @@ def test_samples_have_the_covariance():
 
 
 def test_guidance_goes_by_marginal_variances():
-    """Number by number as for a diagonal Gaussian of that variance; sigma and V shrink alike."""
+    """Number by number as for a diagonal Gaussian of that variance; sigma shrinks, and directions, in its units, with
+    it."""
     conditional, unconditional, weight = make_gaussian(2), make_gaussian(2), 1.5
     guided = conditional.guided(unconditional, weight)
-    diagonal = [Gaussian(g.mean, 0.5 * torch.log(torch.exp(2 * g.log_std) + g.directions.square().sum(-3)))
+    diagonal = [Gaussian(g.mean, 0.5 * dense(g)[1].diagonal(dim1=-2, dim2=-1).log().unflatten(-1, (3, 4)))
                 for g in (conditional, unconditional)]
     expected = diagonal[0].guided(diagonal[1], weight)
     torch.testing.assert_close(guided.mean, expected.mean)
     shrunk = torch.exp(expected.log_std - diagonal[0].log_std)
     torch.testing.assert_close(torch.exp(guided.log_std - conditional.log_std), shrunk)
-    torch.testing.assert_close(guided.directions, conditional.directions * shrunk[..., None, :, :])
+    assert torch.equal(guided.directions, conditional.directions)
     assert (shrunk < 1).any() and (shrunk == 1).any()
 
 
@@ -97,9 +99,9 @@ def test_a_step_is_exact(parametrization):
         one = slice(b, b + 1)
         J = jacobian(lambda a: model.transporter(a[None], ts[one, 0], steps[one])[0][0], x[b, 0]).reshape(24, 24)
         u_s, u_t = (model.transporter(x[one, k], ts[one, k], steps[one])[0] for k in (0, 1))
-        mean, log_std, V = model.predict(u_t, ts[one, 1], ts[one, 0], steps[one], text[one])
-        assert V.shape == (1, 3, 6, 4)
-        gaussian = MultivariateNormal(*(part[0] for part in dense(Gaussian(mean, log_std, V))))
+        mean, log_std, S = model.predict(u_t, ts[one, 1], ts[one, 0], steps[one], text[one])
+        assert S.shape == (1, 3, 6, 4)
+        gaussian = MultivariateNormal(*(part[0] for part in dense(Gaussian(mean, log_std, S))))
         exact = -gaussian.log_prob(u_s.flatten()) - torch.linalg.slogdet(J)[1]
         torch.testing.assert_close(nll[b], exact, rtol=1e-8, atol=1e-8)
 
@@ -118,8 +120,8 @@ def test_sampling_is_the_gaussians_own():
     noise, along = torch.randn(3, 5, 6, 4).double(), torch.randn(3, 4, 2).double()
     u = model.sample(text, ts, noise=noise, randn=lambda *shape: along)
     for k in range(4):
-        mean, log_std, V = model.predict(u[:, k + 1], ts[k + 1].expand(3), ts[k].expand(3), torch.full((3,), 4), text)
-        expected = mean + log_std.exp() * noise[:, k] + (V * along[:, k, :, None, None]).sum(1)
+        mean, log_std, S = model.predict(u[:, k + 1], ts[k + 1].expand(3), ts[k].expand(3), torch.full((3,), 4), text)
+        expected = mean + log_std.exp() * (noise[:, k] + (S * along[:, k, :, None, None]).sum(1))
         torch.testing.assert_close(u[:, k], expected)
     one, same = (model.sample(text, ts, 2.0, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(one, same) and not torch.equal(one[:1], one[1:2])
@@ -128,8 +130,8 @@ def test_sampling_is_the_gaussians_own():
 def test_directions_start_small_and_learn():
     model = NTM(NTMConfig(**TINY_FM, rank=4))
     u, step = torch.randn(2, 6, 4), (torch.full((2,), 0.5), torch.full((2,), 0.2), torch.full((2,), 4))
-    mean, log_std, V = model.predict(u, *step, make_text(2))
-    assert mean.abs().max() == log_std.abs().max() == 0 and 0 < V.abs().max() < 0.05
+    mean, log_std, S = model.predict(u, *step, make_text(2))
+    assert mean.abs().max() == log_std.abs().max() == 0 and 0 < S.abs().max() < 0.05
     model(torch.rand(2, 1, 4, 6), make_text(2)).backward()
     assert (model.predictor.head.weight.grad[2 * 4:] != 0).any()
 
