@@ -36,10 +36,10 @@ PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in err
 # in range: a 0 may stand for "as trained". A tuple's numbers each have to be in it.
 RANGES = {
     "at least 1": "batch_size grad_accum max_iters log_interval val_interval val_examples truth_examples num_samples "
-                  "trajectories repeats panel image_size channels text_len patch_size width depth heads "
+                  "trajectories repeats panel image_size channels text_len patch_size width heads "
                   "transporter_width transporter_layers transporter_heads steps best_of squares scale",
     "at least 0 and at most 256": "workers",
-    "at least 0": "restarts rank level_weight transporter_blocks warmup_iters lr min_lr weight_decay aux_weight "
+    "at least 0": "depth restarts rank level_weight transporter_blocks warmup_iters lr min_lr weight_decay aux_weight "
                   "guidance chunk",
     "above 0": "grad_clip latent_scale seconds",
     "above 0 and at most 1000": "shift",  # beyond, the levels of a grid are no longer different numbers

@@ -22,7 +22,7 @@ from torch import nn
 
 from flow import (TimeEmbedding, Transporter, forward_chain, forward_log_prob, forward_trajectory, full_precision,
                   gaussian_nll, reverse_posterior, time_grid, trajectory_covariance, zeroed)
-from predictor import CaptionedTransformer, Gaussian, Predictor, gaussian_head
+from predictor import CaptionedTransformer, Gaussian, Predictor, StandardNormal, gaussian_head
 
 
 @dataclass
@@ -33,7 +33,7 @@ class NTMConfig:
     vocab_size: int = 514
     text_len: int = 8
     width: int = 128  # of the predictor
-    depth: int = 4
+    depth: int = 4  # 0: no predictor, a standard normal in u-space
     heads: int = 4
     transporter_width: int = 64
     transporter_blocks: int = 3
@@ -54,7 +54,7 @@ class NTMConfig:
         height, width = self.image_size = (size, size) if isinstance(size, int) else tuple(size)
         self.steps = tuple(self.steps) if isinstance(self.steps, (tuple, list)) else (self.steps,)
         for name, value in {**vars(self), "steps": min(self.steps)}.items():
-            least = 0 if name in ("transporter_blocks", "rank") else 1
+            least = 0 if name in ("depth", "transporter_blocks", "rank") else 1
             if type(value) is int and value < least:
                 raise ValueError(f"{name} is {value}, but must be at least {least}")
         if height % self.patch_size or width % self.patch_size:
@@ -64,6 +64,8 @@ class NTMConfig:
                 raise ValueError(f"{name} {value!r} is unknown: choose {' or '.join(map(repr, known))}")
         if self.closed_form and self.transporter_blocks:
             raise ValueError(f"closed_form is True, which needs transporter_blocks 0, not {self.transporter_blocks}")
+        if not self.depth and (self.rank or self.parametrization == "posterior"):
+            raise ValueError(f"depth is 0, but a rank, {self.rank}, or a start from flow matching needs a predictor")
         for steps in self.steps:
             try:
                 self.time_grid(self.max_t_min, steps)
@@ -144,13 +146,13 @@ class NTM(ImageModel):
             head = gaussian_head(config.width, 1, config.rank, config.token_dim)
             self.predictor = SiTPredictor(config, TimeEmbedding(2, config.width), head)
         else:
-            self.predictor = Predictor(config)
+            self.predictor = Predictor(config) if config.depth else StandardNormal()
 
     def go_on_from(self, other):
         """Takes the weights of another NTM. A transporter or directions that it does not have stay as they are: a map
         that is the identity, directions that are small."""
         theirs, ours = other.state_dict(), self.state_dict()
-        for name in ours.keys() - theirs.keys() | {"predictor.head.weight", "predictor.head.bias"}:
+        for name in ours.keys() - theirs.keys() | ours.keys() & {"predictor.head.weight", "predictor.head.bias"}:
             theirs[name] = torch.cat([theirs[name], ours[name][len(theirs[name]):]]) if name in theirs else ours[name]
         self.load_state_dict(theirs)
 
@@ -273,7 +275,7 @@ class NTM(ImageModel):
         what else is standard normal, randn(*shape), (B, *shape), by `generator`. Returns u, cleanest level first.
         """
         B, T, shape = len(text), len(ts) - 1, (self.config.num_tokens, self.config.token_dim)
-        kwargs = dict(generator=generator, dtype=self.predictor.head.weight.dtype, device=text.device)
+        kwargs = dict(generator=generator, dtype=next(self.parameters()).dtype, device=text.device)
         randn = randn or (lambda *shape: torch.randn(B, *shape, **kwargs))
         u = randn(T + 1, *shape) if noise is None else noise.clone()  # each level's noise, then the levels
         along, steps, ts = randn(T, self.config.rank), torch.full((B,), T, device=text.device), ts.expand(B, -1)

@@ -1,8 +1,8 @@
 """The predictor f_P: a deep Transformer without a causal mask, and the Gaussian that it puts on a reverse step.
 
 A diagonal Gaussian, the paper's, draws every number of u_s on its own: it cannot move an object, or brighten an image,
-as a whole. With R directions S the covariance is sigma (1 + S^T S) sigma, and everything below stays exact and cheap: it
-takes the inverse and the determinant of an R x R matrix.
+as a whole. With R directions S the covariance is sigma (1 + S^T S) sigma, and everything below stays exact and cheap:
+it takes the inverse and the determinant of an R x R matrix.
 
 Text and image tokens share one full-attention Transformer, with adaptive norms for (t, s, T), normalised queries and
 keys, and rotary positions. "Eq. (3)" is equation (3) of docs/method.md.
@@ -150,3 +150,11 @@ class Predictor(nn.Module):
         """u (B, N, D), t, s, steps (B,), text (B, L) to 2 + R tensors like u, in full precision."""
         h = self.trunk(u, text, torch.stack([t, s, 1 / steps], dim=1))
         return full_precision(self.head, h).split(u.shape[-1], dim=-1)
+
+
+class StandardNormal(nn.Module):
+    """p(u_s | u_t, y) = N(0, I), whatever u_t and y: all is left to the transporter. With T = 1 and deep blocks this is
+    TarFlow (arXiv:2412.06329), and the bound (14) is -log p(x_{t_0}) itself, since x_1 tells nothing of x_{t_0}."""
+
+    def forward(self, u, t, s, steps, text):
+        return torch.zeros_like(u), torch.zeros_like(u)

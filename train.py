@@ -60,7 +60,7 @@ caption_dropout = 0.1  # fraction of captions replaced by the null caption, whic
 # ---- model
 patch_size = 2
 width = 96  # of the predictor, as depth and heads
-depth = 4
+depth = 4  # 0: no predictor, which with steps 1 and a deep transporter is TarFlow
 heads = 4
 transporter_width = 64
 transporter_blocks = 3  # 0: no transporter, the plain Gaussian step of a diffusion model

@@ -1,6 +1,7 @@
 """The likelihood is one, and sampling, guidance and score denoising are what the densities say they must be."""
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -626,7 +627,7 @@ def test_denoiser_maps_tokens_to_tokens_and_reads_the_caption():
     torch.testing.assert_close(denoiser(u0[1:], text[1:]), x0[1:])
 
 
-@pytest.mark.parametrize("setting", ["width", "depth", "patch_size", "transporter_layers", "steps"])
+@pytest.mark.parametrize("setting", ["width", "patch_size", "transporter_layers", "steps"])
 def test_a_size_below_one_is_named(setting):
     with pytest.raises(ValueError, match=f"{setting} is 0, but must be at least 1"):
         NTMConfig(**{setting: 0})
@@ -646,3 +647,27 @@ def test_guidance_keeps_its_digits_in_float32(weight):
     expected = ((1 + weight) * precision_c * c - weight * precision_u * u) / precision
     torch.testing.assert_close(log_std, (-0.5 * precision.log()).float(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(mean, expected.float(), rtol=1e-2, atol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# No predictor
+
+
+def test_one_step_without_a_predictor_is_a_flow_of_the_image_alone():
+    """The bound is the exact -log p(x_{t_0}): a standard normal's, by autograd's full Jacobian."""
+    config = NTMConfig(image_size=4, width=8, heads=2, depth=0, steps=1, transporter_width=8, transporter_heads=2)
+    model = randomize(NTM(config), 0.5).double()
+    ts, x0 = torch.tensor([[0.02, 1.0]] * 2).double(), torch.rand(2, 4, 4).double()
+    x, one = forward_trajectory(x0, ts), torch.ones(1, dtype=torch.long)
+    _, bound = model.trajectory_bound(x, ts, torch.ones(2, 8, dtype=torch.long))
+    for b in range(2):
+        def flow(a):
+            return model.transporter(a[None], ts[:1, 0], one)[0].flatten()
+        J = jacobian(flow, x[b, 0]).view(16, 16)
+        log_p = Normal(0, 1).log_prob(flow(x[b, 0])).sum() + torch.linalg.slogdet(J)[1]
+        torch.testing.assert_close(bound[b], -log_p, rtol=1e-8, atol=1e-8)
+    u = model.sample(torch.ones(3, 8, dtype=torch.long), ts[0], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.transport(model.invert(u, ts[0]), ts[:1].expand(3, -1), one.expand(3))[0], u)
+    for wrong in dict(rank=2), dict(parametrization="posterior"):
+        with pytest.raises(ValueError, match="depth is 0"):
+            replace(config, **wrong)
