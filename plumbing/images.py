@@ -1,6 +1,7 @@
 """Pixels as numbers, and images for people to look at: contact sheets of captioned samples, and plots of curves."""
 
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,17 @@ def plot(panels, x_label, log_x=False, shown=1.0):
                 pen.circle((x, y), 3, fill=colour)
             pen.text((left + width - GAP, top + GAP + row * (FONT_SIZE + 4)), name, fill=colour, font=font, anchor="rt")
     return image
+
+
+def plot_quality(measured):
+    """Quality against steps and images/s, or against guidance, a curve for each way to denoise; None if nothing varies
+    or measures quality. measured: (model, guidance, results of evaluate_samples) of each."""
+    panels, several = defaultdict(lambda: defaultdict(list)), len({len(model.ts) for model, _, _ in measured}) > 1
+    for model, w, results in sorted(measured, key=lambda item: (len(item[0].ts), item[1])):
+        curve = "flow matching" if model.kind == "fm" else f"denoise: {model.denoise}"
+        axes = {"steps": len(model.ts) - 1, "images/s": results["images_per_s"]} if several else {"guidance": w}
+        for key, label in ("overall", "overall score"), ("frechet_distance", "Frechet distance"):
+            for axis, x in axes.items() if key in results else ():
+                y = results[key]["mean"] if key == "overall" else results[key]
+                panels[f"{label} against {axis}"][curve].append((x, y))
+    return plot(panels, "") if panels and (several or len({w for _, w, _ in measured}) > 1) else None

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import randomize
 from helpers import DISTILL, TRAIN, contents, fails, on_ranks, pixels, png, run, run_with_notes
 from test_data import write_idx
 from torch.distributions import MultivariateNormal
@@ -14,7 +15,7 @@ import evaluate
 from data import get_dataset, get_tokenizer
 from flow import forward_trajectory, reverse_posterior, time_grid
 from model import NTM, NTMConfig
-from plumbing import shapes
+from plumbing import images, shapes
 from plumbing.detector import parse
 from plumbing.images import to_pixels
 from plumbing.loader import validation_batches
@@ -78,6 +79,7 @@ def test_bits_per_dimension_are_of_images_without_noise():
     for images, *_ in validation_batches(dataset, tokenizer, 4, 500, cpu):
         z = (images.double() - MEAN) / STD
         nats.append((0.5 * z**2 + 0.5 * math.log(2 * math.pi) + math.log(STD)).sum(dim=(1, 2, 3)))
+    assert found["bound of 4 trajectories"]["mean"] == pytest.approx(found["bound"]["mean"], rel=1e-4)  # no slack
     bits = torch.cat(nats) / 64 / math.log(2) - math.log2(2 / 256)  # bins are 2/256 wide
     assert len(bits) == 297
     expected = {"mean": bits.mean().item(), "standard_error": bits.std().item() / 297**0.5}
@@ -85,6 +87,21 @@ def test_bits_per_dimension_are_of_images_without_noise():
     # at t_min = 0.02 images are (1 - 0.02) x_0 + 0.02 noise: their density is higher by log(1 / 0.98), but for the noise
     shifted = (bits.mean().item() - 7) * math.log(2) + math.log(0.98)
     assert found["bound"]["per_dimension"] == pytest.approx(shifted, abs=0.005)
+
+
+def test_more_trajectories_make_a_tighter_bound(monkeypatch):
+    """Of one: the bound itself. Of 16, from one x_{t_0}: nearer to -log p, which no number of them falls below."""
+    model = SimpleNamespace(network=randomize(NTM(NTMConfig(**TINY)), 0.3))
+    x0, ts, found = torch.rand(200, 6, 4), time_grid(4, 0.02, 6, shift=1.0), {}
+    for K in 1, 16:
+        monkeypatch.setattr(evaluate, "trajectories", K)
+        batch = x0, TEXT.expand(200, -1), None, torch.Generator().manual_seed(0)
+        found[K] = evaluate.tighter_bound(model, [batch], ts)
+    noise = torch.randn(1, 200, 5, 6, 4, generator=torch.Generator().manual_seed(0))[0]
+    x, times = forward_trajectory(x0, ts.expand(200, -1), noise=noise), ts.expand(200, -1)
+    torch.testing.assert_close(found[1], model.network.trajectory_bound(x, times, TEXT.expand(200, -1))[1])
+    gain = found[1] - found[16]
+    assert gain.mean() > 5 * gain.std() / math.sqrt(200)
 
 
 def test_caption_likelihoods_are_those_of_trajectories():
@@ -222,17 +239,17 @@ def quality_of(kind, steps, denoise, images_per_s, guidance=1.0, **measured):
 
 def test_quality_is_plotted_against_steps_and_speed_or_guidance(monkeypatch):
     seen = {}
-    monkeypatch.setattr(evaluate, "plot", lambda panels, x_label: seen.update(panels) or "image")
-    assert evaluate.plot_quality([quality_of("ntm", 8, "score", 10.0, overall={"mean": 0.9}),
-                                  quality_of("ntm", 4, "score", 20.0, overall={"mean": 0.8}),
-                                  quality_of("fm", 4, "none", 40.0, overall={"mean": 0.3})]) == "image"
+    monkeypatch.setattr(images, "plot", lambda panels, x_label: seen.update(panels) or "image")
+    assert images.plot_quality([quality_of("ntm", 8, "score", 10.0, overall={"mean": 0.9}),
+                                quality_of("ntm", 4, "score", 20.0, overall={"mean": 0.8}),
+                                quality_of("fm", 4, "none", 40.0, overall={"mean": 0.3})]) == "image"
     assert seen == {
         "overall score against steps": {"denoise: score": [(4, 0.8), (8, 0.9)], "flow matching": [(4, 0.3)]},
         "overall score against images/s": {"denoise: score": [(20, 0.8), (10, 0.9)], "flow matching": [(40, 0.3)]}}
     seen.clear()
-    evaluate.plot_quality([quality_of("ntm", 4, "none", 9.0, w, frechet_distance=1 + w) for w in (2.0, 0.0)])
+    images.plot_quality([quality_of("ntm", 4, "none", 9.0, w, frechet_distance=1 + w) for w in (2.0, 0.0)])
     assert seen == {"Frechet distance against guidance": {"denoise: none": [(0, 1), (2, 3)]}}
-    assert evaluate.plot_quality([quality_of("ntm", steps, "none", 1.0) for steps in (4, 8)]) is None
+    assert images.plot_quality([quality_of("ntm", steps, "none", 1.0) for steps in (4, 8)]) is None
 
 
 def test_several_guidances_are_measured_side_by_side(copied):
