@@ -7,12 +7,18 @@ demo: .venv/ready
 	$(RUN) distill.py --out_dir=out/digits --init_from=auto
 	$(RUN) sample.py --out_dir=out/digits --show_trajectory=True
 
+# In two halves at a time, one of them what runs whole scripts.
+SCRIPTS = tests/test_scripts.py tests/test_evaluate.py tests/test_faults.py
 test: .venv/ready
-	$(RUN) -m pytest -q tests
+	$(MAKE) --jobs=2 --output-sync=target test-scripts test-parts
+test-scripts: .venv/ready
+	$(RUN) -m pytest -q $(SCRIPTS)
+test-parts: .venv/ready
+	$(RUN) -m pytest -q tests $(SCRIPTS:%=--ignore=%)
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --requirement requirements.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test test-scripts test-parts
