@@ -110,6 +110,8 @@ class CaptionedTransformer(nn.Module):
 
     def __init__(self, config, times):
         super().__init__()
+        if not config.depth:
+            raise ValueError("depth is 0, but must be at least 1: only an NTM's predictor can be left out")
         if config.width % (2 * config.heads):
             raise ValueError(f"width {config.width} is not divisible by twice {config.heads} heads")
         self.embed = nn.Embedding(config.vocab_size, config.width)  # of variance 1: a patch must not drown a word

@@ -1,5 +1,5 @@
-# TarFlow as a special case of NTM: one step from noise, deep blocks, and no predictor, on Fashion-MNIST, 14x14. val_bound is
-# the exact -log p(x at t_min), in nats per dimension. Captions, 2.3 nats of 196 numbers at most, it does not see.
+# TarFlow as a special case of NTM: one step from noise, deep blocks, and no predictor, on Fashion-MNIST, 14x14.
+# val_bound is the exact -log p(x at t_min), in nats per dimension. Captions, at most 2.3 nats of an image, it does not see.
 out_dir = "out/fashion_tarflow"
 dataset = "fashion"
 image_size = 14

@@ -11,6 +11,7 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.func import functional_call
 
 from flow import forward_kernel, forward_log_prob, forward_trajectory, reverse_posterior, time_grid
+from fm import FlowMatching
 from model import NTM, Denoiser, NTMConfig, null_caption
 from plumbing.tokenizer import get_tokenizer
 from predictor import Gaussian
@@ -631,6 +632,12 @@ def test_denoiser_maps_tokens_to_tokens_and_reads_the_caption():
 def test_a_size_below_one_is_named(setting):
     with pytest.raises(ValueError, match=f"{setting} is 0, but must be at least 1"):
         NTMConfig(**{setting: 0})
+
+
+@pytest.mark.parametrize("network", [Denoiser, FlowMatching])
+def test_only_a_predictor_can_be_left_out(network):
+    with pytest.raises(ValueError, match="depth is 0, but must be at least 1"):
+        network(NTMConfig(depth=0))
 
 
 @pytest.mark.parametrize("weight", [1.0, 3e7, 1e9, 1e12])
