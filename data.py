@@ -204,7 +204,7 @@ def show(args):
             for split in ("train", "val", args.split)}  # which raises for an unknown split
     shown, images, captions, faults = sets[args.split], [], [], []
     for i in range(min(2_000, len(shown))):  # one at a time: images may be large
-        image, caption, fault = shown.fetch([i])[0] if of_shards else (*shown[i], "")
+        image, caption, fault = shown.__getitems__([i])[0] if of_shards else (*shown[i], "")
         images += [image] if i < args.count else []
         captions += [caption]
         faults += [fault] if fault else []

@@ -19,22 +19,13 @@ from plumbing.tokenizer import MOST_WORDS, survey, words
 FEW = 50  # held-out examples, below which validation's figures are noise
 
 
-class Order:
-    """A batch sampler: epoch after epoch, each shuffled anew. Position p of this endless sequence is a function of
+def order(size, batch_size, seed, start, stop, rows, again=0):
+    """Batches of numbers: epoch after epoch, each shuffled anew. Position p of this endless sequence is a function of
     (seed, p). rows: those of the batch that a rank reads. again: what an example's number grows by with every epoch."""
-
-    def __init__(self, size, batch_size, seed, start, stop, rows, again=0):
-        self.size, self.batch_size, self.seed, self.rows, self.again = size, batch_size, seed, rows, again
-        self.iterations = range(start, stop)
-
-    def __len__(self):
-        return len(self.iterations)
-
-    def __iter__(self):
-        for i in self.iterations:
-            positions = range(i * self.batch_size + self.rows.start, i * self.batch_size + self.rows.stop)
-            yield [epoch * self.again + shuffled(self.size, self.seed, epoch)[k].item()
-                   for epoch, k in (divmod(position, self.size) for position in positions)]
+    for i in range(start, stop):
+        positions = range(i * batch_size + rows.start, i * batch_size + rows.stop)
+        yield [epoch * again + shuffled(size, seed, epoch)[k].item()
+               for epoch, k in (divmod(position, size) for position in positions)]
 
 
 def key(seed, number, use):
@@ -48,13 +39,6 @@ def shuffled(size, seed, epoch):
     return torch.randperm(size, generator=generator, dtype=torch.int32)  # half of int64
 
 
-class WithFaults:
-    """A data set as DataLoader reads it for training: by fetch(), if it has one, which also says what was wrong."""
-
-    def __init__(self, dataset):
-        self.__getitems__ = getattr(dataset, "fetch", dataset.__getitems__)
-
-
 def collate(examples):
     """(image, caption) or (image, caption, fault or "") to images (B, C, H, W), B captions, and the faults."""
     images, captions, *faults = zip(*examples)
@@ -63,7 +47,7 @@ def collate(examples):
 
 def read_ahead(dataset, batches, workers, **settings):
     """A DataLoader of `batches`, lists of numbers. It forks: a fresh interpreter would run the script once more."""
-    return DataLoader(WithFaults(dataset), batch_sampler=batches, num_workers=workers, **settings,
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, **settings,
                       multiprocessing_context="fork" if workers else None)
 
 
@@ -95,11 +79,11 @@ class Batches:
         self.counts, self.faults, self.words, self.waited = {"unusable": 0, "cut": 0}, [], set(words), 0.0
 
     def __enter__(self):
-        again = len(self.dataset) if hasattr(self.dataset, "fetch") else 0  # new crops and flips each epoch
-        order = Order(len(self.dataset), self.batch_size, self.config["seed"], self.iteration,
-                      self.config["max_iters"], self.rows, again)
+        again = len(self.dataset) if hasattr(self.dataset, "runs_on") else 0  # new crops and flips each epoch
+        numbers = order(len(self.dataset), self.batch_size, self.config["seed"], self.iteration,
+                        self.config["max_iters"], self.rows, again)
         with one_line_errors():
-            loader = read_ahead(self.dataset, order, self.config["workers"], collate_fn=collate,
+            loader = read_ahead(self.dataset, numbers, self.config["workers"], collate_fn=collate,
                                 pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer)
             self.loaded = iter(loader)
         return self

@@ -197,8 +197,10 @@ class Shards:
     """The examples of shards as a map-style data set: ds[i] -> (image (C, H, W) float32, caption).
 
     Images are in [-1, 1], at the centres of their 8-bit bins; latents are (latent - mean) * scale by channel, as
-    latents.json says. An unusable example is replaced by the next usable one; fetch() also says why.
+    latents.json says. An unusable example is replaced by the next usable one; __getitems__ also says why.
     """
+
+    runs_on = True  # the numbers that __getitems__ takes, beyond the last example into other epochs
 
     def __init__(self, data_dir, split, channels, height, width, seed=0, latent_scale=0.0, crop="center", flip=False):
         """split: "train", "val", or "all" where these have no folders of their own. latent_scale: a factor for latents,
@@ -279,17 +281,14 @@ class Shards:
                     fault = f"example {i} of {self.paths[shard]}: {error}"
         raise ValueError(f"{ATTEMPTS} examples in a row are unusable, the first is {fault}")
 
-    def fetch(self, numbers):
-        """A list of (image, caption, fault or ""); numbers run on from epoch to epoch, and captions and crops vary."""
-        return [self.usable(int(number)) for number in numbers]
-
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"item {i} is outside 0..{len(self) - 1}")
         return self.usable(int(i))[:2]
 
-    def __getitems__(self, indices):
-        return [self[i] for i in indices]
+    def __getitems__(self, numbers):
+        """A list of (image, caption, fault or ""); numbers run on from epoch to epoch, and captions and crops vary."""
+        return [self.usable(int(number)) for number in numbers]
 
 
 def first_example(paths):

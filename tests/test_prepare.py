@@ -164,10 +164,10 @@ def test_captions_and_mirror_images_by_epoch(tmp_path):
         record = json.dumps({"captions": ["a", "b", "c"], **mirror}).encode()
         write_shards(tmp_path / name / "train", [("0", {"png": file.getvalue(), "json": record})])
         shards = Shards(str(tmp_path / name), "train", 3, 8, 8, flip=True)
-        epochs = shards.fetch(range(60))
+        epochs = shards.__getitems__(range(60))
         assert {caption for _, caption, _ in epochs} == {"a", "b", "c"} == set(shards.captions([0]))
         assert {bool(image[0, 0, 0] > 0) for image, _, _ in epochs} == ({True, False} if name == "both" else {False})
-        assert [caption for _, caption, _ in shards.fetch(range(60))] == [caption for _, caption, _ in epochs]
+        assert [caption for _, caption, _ in shards.__getitems__(range(60))] == [caption for _, caption, _ in epochs]
 
 
 def test_svg_is_drawn_by_npm_or_openmoji_left_out(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from plumbing import shards
 from plumbing.images import resize_and_crop, to_uint8
-from plumbing.loader import Order, WithFaults, collate, examine
+from plumbing.loader import collate, examine, order
 from plumbing.shards import Shards, expand, find_shards, load_index, write_shard, write_shards
 from plumbing.tokenizer import get_tokenizer
 
@@ -177,7 +177,7 @@ def test_twelve_million_examples_cost_a_process_less_than_100_mb(tmp_path):
     program = """
 import sys; sys.path.insert(0, '.')
 import torch
-from plumbing.loader import Order
+from plumbing.loader import order
 from plumbing import shards
 def resident():
     return int(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')).split()[1]) / 1024
@@ -186,7 +186,7 @@ torch.randperm(10)
 before = resident()
 ds = shards.Shards(sys.argv[1], 'all', 3, 8, 8)
 print(len(ds))
-for i, batch in enumerate(Order(len(ds), 1000, 0, 0, 20, range(1000))):
+for i, batch in enumerate(order(len(ds), 1000, 0, 0, 20, range(1000))):
     for number in batch:
         shard, place = ds.place(number)
         row = number + shard
@@ -213,8 +213,8 @@ def test_ranks_and_workers_see_every_example_once_an_epoch(tmp_path, world, work
         seen = []
         for rank in range(world):
             rows = range(rank * 12 // world, (rank + 1) * 12 // world)
-            order = Order(len(ds), 12, 0, 5 * epoch, 5 * epoch + 5, rows, len(ds))
-            loader = DataLoader(WithFaults(ds), batch_sampler=order, collate_fn=collate, num_workers=workers)
+            numbers = order(len(ds), 12, 0, 5 * epoch, 5 * epoch + 5, rows, len(ds))
+            loader = DataLoader(ds, batch_sampler=numbers, collate_fn=collate, num_workers=workers)
             seen += [caption for _, captions, _ in loader for caption in captions]
         assert sorted(map(int, seen)) == list(range(60))
         epochs.append(seen)
@@ -253,11 +253,11 @@ def test_random_crops_and_flips_are_new_in_each_epoch_and_never_in_validation(tm
     for split in ("train", "val"):
         write_shard(tmp_path / split / "0.tar", [("a", {"png": file_of(Image.fromarray(wide)), "txt": b"a ramp"})])
     ds = dataset(tmp_path, size=10, crop="random", flip=True)
-    views = [to_uint8(image)[0, 0].int() for image, _, _ in ds.fetch(range(200))]
+    views = [to_uint8(image)[0, 0].int() for image, _, _ in ds.__getitems__(range(200))]
     rising = [bool(view[-1] > view[0]) for view in views]
     assert 70 < sum(rising) < 130
     assert len({int(view.min()) for view in views}) > 20
-    again = [to_uint8(image)[0, 0].int() for image, _, _ in ds.fetch(range(200))]
+    again = [to_uint8(image)[0, 0].int() for image, _, _ in ds.__getitems__(range(200))]
     assert all(map(torch.equal, views, again))
     centred = dataset(tmp_path, "val", size=10, crop="random", flip=True)
     assert to_uint8(centred[0][0])[0, 0].tolist() == wide[0, 15:25, 0].tolist()
@@ -378,14 +378,13 @@ FAULTS = [
 def test_unusable_example_is_named_and_replaced_by_the_next(tmp_path, members, fault):
     write_shard(tmp_path / "train" / "0.tar", [*numbered(3), ("bad", members), *numbered(3, 3)])
     ds = dataset(tmp_path)
-    triples = ds.fetch(range(7))
+    triples = ds.__getitems__(range(7))
     assert [caption for _, caption, _ in triples] == ["0", "1", "2", "3", "3", "4", "5"]
     assert [bool(found) for _, _, found in triples] == [False] * 3 + [True] + [False] * 3
     assert triples[3][2].startswith(f"example 3 of {tmp_path / 'train' / '0.tar'}: {fault}")
     assert torch.equal(triples[3][0], triples[4][0])
-    pairs = ds.__getitems__(range(7))
-    assert all(len(pair) == 2 and torch.equal(pair[0], ds[i][0]) and pair[1] == ds[i][1] == triples[i][1]
-               for i, pair in enumerate(pairs))
+    assert all(len(ds[i]) == 2 and torch.equal(image, ds[i][0]) and caption == ds[i][1]
+               for i, (image, caption, _) in enumerate(triples))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, 511])
@@ -401,7 +400,7 @@ def test_truncated_shard_keeps_its_whole_examples(tmp_path, keep, cut):
     path.write_bytes(path.read_bytes()[:512 * blocks - cut])
     ds = dataset(tmp_path)
     assert "0.tar" in ds.header["faults"]
-    triples = ds.fetch(range(len(ds)))
+    triples = ds.__getitems__(range(len(ds)))
     first = len(ds) - 20
     assert 4 < first < 16
     unusable = [i for i, (_, _, fault) in enumerate(triples) if fault]

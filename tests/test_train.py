@@ -20,7 +20,7 @@ from configurator import Settings
 from model import NTM, Denoiser, ImageModel, NTMConfig
 from plumbing import checkpoint, optim, runtime
 from plumbing.images import to_pixels
-from plumbing.loader import Batches, Order, examine, key, leave_signals_to_the_trainer, validation_batches
+from plumbing.loader import Batches, examine, key, leave_signals_to_the_trainer, order, validation_batches
 from plumbing.log import Log
 from plumbing.optim import learning_rate, make_optimizers
 from plumbing.tokenizer import NULL, PAD
@@ -123,13 +123,13 @@ def record(out_dir, **settings):
 
 
 def batches(size=10, batch_size=4, seed=0, start=0, stop=25, rows=None):
-    return list(Order(size, batch_size, seed, start, stop, rows or range(batch_size)))
+    return list(order(size, batch_size, seed, start, stop, rows or range(batch_size)))
 
 
 def test_every_epoch_has_each_example_once():
-    order = batches()
-    assert len(order) == 25 == len(Order(10, 4, 0, 0, 25, range(4)))
-    sequence = sum(order, [])
+    drawn = batches()
+    assert len(drawn) == 25
+    sequence = sum(drawn, [])
     epochs = [sequence[i:i + 10] for i in range(0, 100, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 10  # each shuffled anew
@@ -178,7 +178,9 @@ def test_seeds_have_no_epoch_and_no_noise_in_common():
 
 def test_words_and_the_first_faults_of_batches_are_kept():
     class Spoilt(Items):
-        def fetch(self, numbers):
+        runs_on = True
+
+        def __getitems__(self, numbers):
             return [(*self[number % len(self)], f"fault {number}") for number in numbers]
 
     dataset = Spoilt((image, f"The {word}-Cat, {caption}") for (image, caption), word in zip(DATA, "abcdefghijkl"))
