@@ -49,6 +49,7 @@ num_samples = 1000  # for each step count and way to denoise
 steps: int | tuple = 0  # T, or for samples several; 0: as trained, or 50 for flow matching
 denoise = "none,score,learned"  # of an NTM's samples; "learned" is left out where there is no denoiser.pt
 guidance: float | tuple = 1.0  # of samples; or several
+beside = ""  # evaluate.json of another model, whose samples join the figure
 restarts = 0  # times that each step of a sample's first half but the first is taken again
 best_of = 1  # candidates for each sample, of which the likeliest is kept
 judge = ""  # of shards with labels: a file of `python -m plumbing.judge`, which says what samples show
@@ -124,6 +125,14 @@ def nats_of(model, batches, ts, captioned=True, several=1):
     by_step = {f"step {k}": nats[:, k] for k in range(len(ts) - 1)}
     tighter = {f"bound of {several} trajectories": nats[:, -1]} if several > 1 else {}
     return {**by_step, "trajectory": nats[:, :-2].sum(dim=1), "bound": nats[:, -2], **tighter}
+
+
+def curves_of(path):
+    """What evaluate.json holds of samples, for plot_quality. Raises ValueError for another file."""
+    try:
+        return json.loads(Path(path).read_text())["curves"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"beside is {path}, which is no evaluate.json with samples ({error!r})") from error
 
 
 def evaluate_likelihood(model, dataset):
@@ -292,7 +301,7 @@ def main(config):
     if wrong := [part for part in chosen if part not in possible]:
         what = ("flow matching" if model.kind == "fm" else "an NTM") + (" on latents" if model.latents else "")
         raise ValueError(f"part {wrong[0]!r} is unknown of {what}: choose among {', '.join(possible) or 'none'}")
-    dataset = open_dataset(model.settings, "val", data_dir)
+    dataset, others = open_dataset(model.settings, "val", data_dir), curves_of(beside) if beside else []
     make_folder(Path(out_dir) / "evaluate")
     runs, ways = [], denoise.split(",") if model.kind == "ntm" else ["none"]
     for count, way, w in itertools.product(counts, ways, strengths) if "samples" in chosen else ():
@@ -320,11 +329,15 @@ def main(config):
             report(part, PARTS[part](model, dataset))
             continue
         for m, w in runs:
-            measured.append((m, w, evaluate_samples(m, dataset, w)))
-            report(f"samples, {len(m.ts) - 1} steps" + (f", {m.denoise}" if m.kind == "ntm" else "")
-                   + (f", guidance {w:g}" if len(strengths) > 1 else ""), measured[-1][2])
+            found, count = evaluate_samples(m, dataset, w), len(m.ts) - 1
+            passes = count + restarts * max(0, count - 1 - count // 2) + (m.denoise == "learned")
+            measured.append({"curve": "flow matching" if m.kind == "fm" else f"NTM, {m.denoise}",
+                             "passes": passes, "guidance": w, **found})
+            report(f"samples, {count} steps" + (f", {m.denoise}" if m.kind == "ntm" else "")
+                   + (f", guidance {w:g}" if len(strengths) > 1 else ""), found)
+    results |= {"curves": measured} if measured else {}
     if rank == 0:
-        if figure := plot_quality(measured):
+        if figure := plot_quality(measured + others):
             save_image(figure, Path(out_dir) / "evaluate" / "quality.png")
         path = Path(out_dir) / "evaluate.json"
         path.write_text(json.dumps(results, indent=1, allow_nan=False))

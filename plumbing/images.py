@@ -1,6 +1,7 @@
 """Pixels as numbers, and images for people to look at: contact sheets of captioned samples, and plots of curves."""
 
 import os
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -50,17 +51,9 @@ def resize_and_crop(image, height, width, across=0.5, down=0.5):
 
 
 def wrap(text, font, width):
-    """Breaks each line of `text` between words into lines of at most `width` pixels (one long word may stick out)."""
-    wrapped = []
-    for line in text.split("\n"):
-        wrapped.append("")
-        for word in line.split():
-            longer = f"{wrapped[-1]} {word}".strip()
-            if wrapped[-1] and font.getlength(longer) > width:
-                wrapped.append(word)
-            else:
-                wrapped[-1] = longer
-    return "\n".join(wrapped)
+    """Breaks each line of `text` between words into lines of about `width` pixels (a long word may stick out)."""
+    letters = max(1, int(width / font.getlength("n")))
+    return "\n".join(textwrap.fill(line, letters, break_long_words=False) for line in text.split("\n"))
 
 
 def pixels_of(images):
@@ -126,7 +119,8 @@ def ticks(low, high):
 
 def plot(panels, x_label, log_x=False, shown=1.0):
     """Curves in panels side by side, {title: {name: [(x, y), ...]}}, as an RGB PIL.Image. log_x: the x axis is
-    logarithmic, and ticked at the data's own x. shown: the fraction of values that the y axis reaches up to."""
+    logarithmic, and ticked at the data's own x if these are whole numbers, else at 1, 2, 5, 10, ... of some unit.
+    shown: the fraction of values that the y axis reaches up to."""
     width, height = PANEL
     image = Image.new("RGB", (len(panels) * (width + AXIS + GAP) + GAP, height + AXIS + 3 * GAP), PAPER)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_SIZE)
@@ -146,7 +140,9 @@ def plot(panels, x_label, log_x=False, shown=1.0):
 
         pen.text((left + width / 2, top - 2 * GAP), title, fill=INK, font=font, anchor="mm")
         pen.text((left + width / 2, top + height + 4 * GAP), x_label, fill=INK, font=font, anchor="mm")
-        for x in sorted(set(xs)) if log_x else ticks(x_low, x_high):
+        whole = sorted(set(xs)) if (xs % 1 == 0).all() else [
+            x for k in range(-9, 10) for x in (10.0**k, 2 * 10.0**k, 5 * 10.0**k) if xs.min() <= x <= xs.max()]
+        for x in whole if log_x else ticks(x_low, x_high):
             pen.line((place(x, y_low), place(x, y_high)), fill=(230, 230, 230))
             pen.text((place(x, y_low)[0], top + height + GAP), f"{x:g}", fill=INK, font=font, anchor="mt")
         for y in ticks(y_low, y_high):
@@ -162,15 +158,16 @@ def plot(panels, x_label, log_x=False, shown=1.0):
     return image
 
 
-def plot_quality(measured):
-    """Quality against steps and images/s, or against guidance, a curve for each way to denoise; None if nothing varies
-    or measures quality. measured: (model, guidance, results of evaluate_samples) of each."""
-    panels, several = defaultdict(lambda: defaultdict(list)), len({len(model.ts) for model, _, _ in measured}) > 1
-    for model, w, results in sorted(measured, key=lambda item: (len(item[0].ts), item[1])):
-        curve = "flow matching" if model.kind == "fm" else f"denoise: {model.denoise}"
-        axes = {"steps": len(model.ts) - 1, "images/s": results["images_per_s"]} if several else {"guidance": w}
+def plot_quality(rows):
+    """Quality against passes of the network and seconds an image, or against guidance, each row on its curve; None if
+    nothing varies or measures quality. rows: {"curve", "passes", "guidance", and results of evaluate_samples}."""
+    panels, points = defaultdict(lambda: defaultdict(list)), {(row["curve"], row["passes"]) for row in rows}
+    several = len(points) > len({curve for curve, _ in points})
+    for row in sorted(rows, key=lambda row: (row["passes"], row["guidance"])):
+        axes = {"network passes": row["passes"], "seconds an image": 1 / row["images_per_s"]}
         for key, label in ("overall", "overall score"), ("frechet_distance", "Frechet distance"):
-            for axis, x in axes.items() if key in results else ():
-                y = results[key]["mean"] if key == "overall" else results[key]
-                panels[f"{label} against {axis}"][curve].append((x, y))
-    return plot(panels, "") if panels and (several or len({w for _, w, _ in measured}) > 1) else None
+            for axis, x in (axes if several else {"guidance": row["guidance"]}).items() if key in row else ():
+                y = row[key]["mean"] if key == "overall" else row[key]
+                panels[f"{label} against {axis}"][row["curve"]].append((x, y))
+    varied = several or len({row["guidance"] for row in rows}) > 1
+    return plot(panels, "", log_x=several) if panels and varied else None

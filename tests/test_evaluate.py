@@ -197,6 +197,8 @@ def test_digits_in_all_parts(copied):
     assert {name for name in results if name.startswith("samples")} == {
         f"samples, {count} steps, {way}" for count in (4, 3) for way in ("none", "score", "learned")
         if (count, way) != (3, "learned")}  # for which nothing was distilled
+    assert {(row["curve"], row["passes"]) for row in results["curves"]} == {
+        ("NTM, none", 4), ("NTM, score", 4), ("NTM, learned", 5), ("NTM, none", 3), ("NTM, score", 3)}
     learned = results["samples, 4 steps, learned"]
     assert learned["frechet_distance"] > 0 and learned["images_per_s"] > 0
     assert 0 <= learned["nearest_is_of_the_class"]["mean"] <= 1
@@ -232,31 +234,41 @@ def test_what_json_does_not_have_is_not_written(copied, monkeypatch):
     assert not (copied / "evaluate.json").exists()
 
 
-def quality_of(kind, steps, denoise, images_per_s, guidance=1.0, **measured):
-    model = SimpleNamespace(kind=kind, ts=torch.zeros(steps + 1), denoise=denoise)
-    return model, guidance, {"images_per_s": images_per_s, **measured}
+def quality_of(curve, passes, images_per_s, guidance=1.0, **measured):
+    return {"curve": curve, "passes": passes, "guidance": guidance, "images_per_s": images_per_s, **measured}
 
 
-def test_quality_is_plotted_against_steps_and_speed_or_guidance(monkeypatch):
+def test_quality_is_plotted_against_passes_and_seconds_or_guidance(monkeypatch):
     seen = {}
-    monkeypatch.setattr(images, "plot", lambda panels, x_label: seen.update(panels) or "image")
-    assert images.plot_quality([quality_of("ntm", 8, "score", 10.0, overall={"mean": 0.9}),
-                                quality_of("ntm", 4, "score", 20.0, overall={"mean": 0.8}),
-                                quality_of("fm", 4, "none", 40.0, overall={"mean": 0.3})]) == "image"
+    monkeypatch.setattr(images, "plot", lambda panels, x_label, log_x: seen.update(panels, log_x=log_x) or "image")
+    assert images.plot_quality([quality_of("NTM", 8, 10.0, overall={"mean": 0.9}),
+                                quality_of("NTM", 4, 20.0, overall={"mean": 0.8}),
+                                quality_of("flow matching", 4, 40.0, overall={"mean": 0.3})]) == "image"
     assert seen == {
-        "overall score against steps": {"denoise: score": [(4, 0.8), (8, 0.9)], "flow matching": [(4, 0.3)]},
-        "overall score against images/s": {"denoise: score": [(20, 0.8), (10, 0.9)], "flow matching": [(40, 0.3)]}}
+        "overall score against network passes": {"NTM": [(4, 0.8), (8, 0.9)], "flow matching": [(4, 0.3)]},
+        "overall score against seconds an image": {"NTM": [(0.05, 0.8), (0.1, 0.9)], "flow matching": [(0.025, 0.3)]},
+        "log_x": True}
     seen.clear()
-    images.plot_quality([quality_of("ntm", 4, "none", 9.0, w, frechet_distance=1 + w) for w in (2.0, 0.0)])
-    assert seen == {"Frechet distance against guidance": {"denoise: none": [(0, 1), (2, 3)]}}
-    assert images.plot_quality([quality_of("ntm", steps, "none", 1.0) for steps in (4, 8)]) is None
+    images.plot_quality([quality_of("NTM", 4, 9.0, w, frechet_distance=1 + w) for w in (2.0, 0.0)])
+    assert seen == {"Frechet distance against guidance": {"NTM": [(0, 1), (2, 3)]}, "log_x": False}
+    assert images.plot_quality([quality_of("NTM", passes, 1.0) for passes in (4, 8)]) is None
+
+
+def test_logarithmic_axes_have_round_ticks(monkeypatch):
+    written = []
+    monkeypatch.setattr(images.ImageDraw.ImageDraw, "text", lambda self, place, text, **_: written.append(text))
+    images.plot({"": {"": [(0.013, 7.0), (0.3, 7.5)]}}, "", log_x=True)
+    assert {"0.02", "0.05", "0.1", "0.2"} <= set(written) and not {"0.01", "0.5", "0.013", "0.3"} & set(written)
+    images.plot({"": {"": [(1, 7.0), (50, 7.5), (3, 7.2)]}}, "", log_x=True)
+    assert {"1", "3", "50"} <= set(written)
 
 
 def test_several_guidances_are_measured_side_by_side(copied):
     results, _ = evaluated(f"--out_dir={copied}", "--parts=samples", "--num_samples=10", "--guidance=0,2.5",
-                           "--denoise=none")
+                           "--denoise=none", "--restarts=2")
     assert {title for title in results if title.startswith("samples")} == {
         "samples, 4 steps, none, guidance 0", "samples, 4 steps, none, guidance 2.5"}
+    assert [row["passes"] for row in results["curves"]] == [6, 6]  # four, and the second twice again
     assert pixels(copied / "evaluate" / "quality.png").any()
     assert "vary one at a time" in fails("evaluate.py", f"--out_dir={copied}", "--guidance=0,1", "--steps=2,4")
 
@@ -270,7 +282,7 @@ def test_three_ranks_measure_what_one_does(copied):
     together = json.loads((copied / "evaluate.json").read_text())
     assert printed.count("wrote") == 1 and alone.keys() == together.keys()
     for part, measured in alone.items():
-        for name, value in measured.items() if part not in ("config", "iteration") else ():
+        for name, value in measured.items() if part not in ("config", "iteration", "curves") else ():
             if name != "images_per_s":
                 assert together[part][name] == pytest.approx(value, rel=1e-4), (part, name)
 
@@ -501,8 +513,16 @@ def test_shapes_follow_prompts_or_not(tmp_path):
 def test_flow_matching_has_samples_only(tmp_path):
     run("train.py", *TRAIN, "--objective=fm", f"--out_dir={tmp_path}", "--max_iters=2")
     results, _ = evaluated(f"--out_dir={tmp_path}", "--num_samples=10", "--steps=2,5")
-    assert set(results) == {"config", "iteration", "samples, 2 steps", "samples, 5 steps"}
+    assert set(results) == {"config", "iteration", "samples, 2 steps", "samples, 5 steps", "curves"}
+    assert [row["passes"] for row in results["curves"]] == [2, 5]
     assert pixels(tmp_path / "evaluate" / "quality.png").shape[1] > 900
+    (tmp_path / "evaluate.json").rename(tmp_path / "other.json")
+    beside, samples = f"--beside={tmp_path / 'other.json'}", (f"--out_dir={tmp_path}", "--num_samples=10", "--steps=3")
+    (tmp_path / "evaluate" / "quality.png").unlink()
+    evaluated(*samples, beside)
+    assert pixels(tmp_path / "evaluate" / "quality.png").shape[1] > 900  # of three steps, beside two and five
+    (tmp_path / "other.json").write_text("{}")
+    assert "other.json, which is no evaluate.json with samples" in fails("evaluate.py", *samples, beside)
     line = fails("evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", "--parts=samples,likelihood")
     assert "'likelihood' is unknown of flow matching: choose among samples" in line
 
