@@ -6,7 +6,7 @@
 
 Then `python script.py config/small.py --steps=8` runs config/small.py, an ordinary Python file, takes its
 public names as overrides, and after them steps = 8. Arguments apply from left to right, so the last one
-wins; `--help` lists every setting with the comment beside it.
+wins; `--help` shows them as the script has them, with the comment beside each.
 
 A setting keeps the type of its default. Where that says too little (None, or an int that may also be a
 tuple of ints) an annotation decides instead. RANGES holds what is sensible for a setting of a name, in whatever script.
@@ -16,20 +16,14 @@ A wrong key or value ends the program with one line that names it.
 import ast
 import contextlib
 import difflib
-import io
 import math
 import operator
 import sys
-import tokenize
 import traceback
+from pathlib import Path
 from types import ModuleType
 
-# The types a setting may have, and how each reads a text. A union tries them in this order; str takes any text.
-READERS = {
-    "None": {"None": None}.__getitem__,
-    "bool": {"true": True, "True": True, "false": False, "False": False}.__getitem__,
-    "int": int, "float": float, "tuple": ast.literal_eval, "str": str,
-}
+KINDS = "None", "bool", "int", "float", "tuple", "str"  # the types a setting may have
 PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in errors; the others are "a ..."
 
 # A number outside its range would train or sample wrongly and end as if nothing were. A script's own default is always
@@ -62,8 +56,8 @@ def admitted(hint):
     if isinstance(hint, ast.BinOp):
         return admitted(hint.left) + admitted(hint.right)
     name = ast.unparse(hint.value if isinstance(hint, ast.Subscript) else hint)  # tuple[int, ...] is a tuple
-    if name not in READERS:
-        raise TypeError(f"a setting is annotated {name!r}; write one of {', '.join(READERS)}, joined by |")
+    if name not in KINDS:
+        raise TypeError(f"a setting is annotated {name!r}; write one of {', '.join(KINDS)}, joined by |")
     return [name]
 
 
@@ -96,13 +90,12 @@ def phrase(kinds):
 
 
 def from_text(text, kinds):
-    """What a text means where one of `kinds` is expected; ValueError where it means none of them."""
-    for name, read in READERS.items():
-        if name in kinds:
-            with contextlib.suppress(Exception):  # not of this type, whatever the reader calls that; the next may fit
-                value = read(text)
-                return from_value(value, kinds if name == "tuple" else [name])
-    raise ValueError
+    """What a text means where one of `kinds` is expected: what Python would read, or else itself, a str; ValueError
+    where that is none of them."""
+    if kinds != ["str"]:
+        with contextlib.suppress(Exception):  # what reading garbage raises depends on the garbage
+            return from_value(ast.literal_eval({"true": "True", "false": "False"}.get(text, text)), kinds)
+    return from_value(text, kinds)
 
 
 def run_config(path):
@@ -125,19 +118,6 @@ def run_config(path):
             if not name.startswith("_") and not callable(value) and not isinstance(value, ModuleType)}
 
 
-def help_text(tree, comments, nodes, settings):
-    """The script's first paragraph, then every --name=default and its comment, under the `# ----` headings."""
-    flags = {name: f"  --{name}={settings[name]}" for name in nodes}
-    width = max(map(len, flags.values()), default=0)
-    rows, above = [(ast.get_docstring(tree) or "").split("\n\n")[0], ""], 0
-    for name, node in nodes.items():
-        between = [comments.get(line, "") for line in range(above + 1, node.lineno)]
-        rows += ["\n" + comment.strip("#- ") for comment in between if comment.startswith("# --")]
-        rows += [f"{flags[name]:{width}}  {comments.get(node.end_lineno, '').lstrip('# ')}".rstrip()]
-        above = node.end_lineno
-    return "\n".join(rows).replace("\n\n\n", "\n\n")
-
-
 class Settings(dict):
     """{name: value} of a script's settings; `given` holds the names that the command line set, a config file's too."""
 
@@ -150,25 +130,24 @@ def configure(settings):
     one line for a wrong key, value, argument or config file, SystemExit(0) after --help, and TypeError where the script
     annotates a setting with a type that no text can become.
     """
-    with tokenize.open(settings["__file__"]) as file:
-        source = file.read()
-    tree, tokens = ast.parse(source), tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
-    nodes, kinds = {}, {}  # of every setting: its assignment, and the types it may have
+    source = Path(settings["__file__"]).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    lines, kinds = [], {}  # of every setting: first and last line, and by name the types it may have
     for node in tree.body:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
                 public = not name.startswith("_") and not name.isupper()
-                if public and name not in nodes and kind(settings.get(name, ...)) in READERS:
-                    nodes[name] = node
+                if public and name not in kinds and kind(settings.get(name, ...)) in KINDS:
+                    lines += [node.lineno, node.end_lineno]
                     hint = getattr(node, "annotation", None)
                     kinds[name] = admitted(hint) if hint else [kind(settings[name])]
 
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(tree, comments, nodes, settings))
+        paragraph, (first, *_, last) = (ast.get_docstring(tree) or "").split("\n\n")[0], lines or [1, 0]
+        print(paragraph, "", *source.splitlines()[first - 1:last], sep="\n")
         raise SystemExit(0)
 
-    config = Settings({name: settings[name] for name in nodes})
+    config = Settings({name: settings[name] for name in kinds})
     config.given = set()
     for argument in sys.argv[1:]:
         key, equals, text = argument[2:].partition("=")
