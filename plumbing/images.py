@@ -1,5 +1,6 @@
 """Pixels as numbers, and images for people to look at: contact sheets of captioned samples, and plots of curves."""
 
+import math
 import os
 import textwrap
 from collections import defaultdict
@@ -72,10 +73,11 @@ def to_pil(image, scale=1):
 
 def contact_sheet(images, captions=None, columns=None, scale=None):
     """Images (B, C, H, W) in [-1, 1] with their captions underneath ("" for none), as an RGB PIL.Image. columns: by
-    default about as many as rows. scale: how often a pixel is repeated, by default until images are 96 wide."""
+    default about as many as rows, and rows that are full if they can be. scale: how often a pixel is repeated, by default until images are 96 wide."""
     pixels = pixels_of(images)
     count, height, width, _ = pixels.shape
-    columns = columns or int(np.ceil(np.sqrt(count)))
+    root = math.isqrt(count - 1) + 1
+    columns = columns or next((n for n in range(root, 2 * root) if count % n == 0), root)
     scale = scale or -(-MIN_CELL // width)
     height, width = height * scale, width * scale
 

@@ -278,6 +278,11 @@ def test_pixels_of_one_channel_of_three_and_of_latents():
         assert np.asarray(to_pil(image)).tolist() == [[list(expected)]]
 
 
+@pytest.mark.parametrize("count, columns", [(1, 1), (2, 2), (5, 5), (7, 3), (10, 5), (13, 4), (16, 4), (24, 6), (40, 8)])
+def test_contact_sheet_has_full_rows_if_it_can(count, columns):
+    assert contact_sheet(torch.zeros(count, 1, 8, 8), scale=1).width == columns * (8 + GAP) + GAP
+
+
 def test_contact_sheet_scale_and_wrapping():
     assert contact_sheet(torch.zeros(1, 1, 28, 28), scale=2).size == (56 + 2 * GAP,) * 2
     font = ImageFont.load_default(FONT_SIZE)
