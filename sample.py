@@ -11,7 +11,6 @@ the trajectory was carried back to x-space, for these or for --denoise=score|non
 A model of latents leaves them as 0000.npy, ... and makes images with --decoder; without, the PNGs are a first look.
 
 For judges of many images there are two other layouts (plumbing/layouts.py), which an interrupted run continues.
-
 A flow-matching checkpoint is sampled by Euler's method, without a denoiser or a likelihood. From Python: load().
 """
 
@@ -36,7 +35,7 @@ from plumbing.runtime import claim, coarse_products, find_device, note, one_line
 from plumbing.tokenizer import words
 
 out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: assets/shapes. Nothing goes into assets/
-prompt = ""  # one caption; empty, and without `prompts`: captions of the data the model was trained on
+prompt = ""  # one caption; empty, and without `prompts`: out_dir/prompts.txt, or captions of the data it was trained on
 prompts = ""  # a text file with one caption a line, an empty line asking for anything; or .jsonl, a "prompt" each
 num_samples = 16  # images of the one prompt or of each line of the file; without either, images in all
 steps = 0  # T; 0: as trained, or 50 for flow matching
@@ -73,8 +72,7 @@ class TrainedModel:
     NTM. Raises ValueError for a wrong setting and CheckpointError for a wrong file.
 
     network, kind ("ntm" or "fm"), settings (of its training), tokenizer, ts (T+1,): its noise levels, cleanest first.
-    latents: {"mean", "scale"} of each channel, where it samples normalised latents, else None.
-    seconds: of each stage of sampling so far, {stage: seconds}.
+    latents: {"mean", "scale"} of each channel if it samples normalised latents, else None; seconds: {stage: so far}.
     """
 
     def __init__(self, out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02):
@@ -251,17 +249,19 @@ class TrainedModel:
 load = TrainedModel  # as programs of one's own call it
 
 
-def captions_to_sample(settings):
+def captions_to_sample(model):
     """A caption for each image, and what a file of prompts says about each, a dict a prompt."""
     if prompt and prompts:
         raise ValueError(f"there are both prompt, {prompt!r}, and prompts, {prompts!r}: leave one out")
     entries = read_prompts(prompts) if prompts else [{"prompt": prompt}] if prompt else []
     if entries:
         return [entry["prompt"] for entry in entries for _ in range(num_samples)], entries
-    captions = dataset_class_captions(settings["dataset"])
+    own = model.path.with_name("prompts.txt")
+    captions = ([entry["prompt"] for entry in read_prompts(str(own))] if own.exists() else
+                dataset_class_captions(model.settings["dataset"]))
     if captions is None:
         try:
-            dataset = open_dataset(settings, "val")
+            dataset = open_dataset(model.settings, "val")
         except (ValueError, OSError) as error:
             raise ValueError(f"without --prompt, captions are of the model's data set: {error}") from error
         captions = [dataset[i][1] for i in range(min(num_samples, len(dataset)))]
@@ -283,7 +283,7 @@ def main(config):
     model = load(out_dir or SHIPPED, device, steps, denoise, t_min)
     if "t_min" in config.given and model.denoise == "learned":
         note(f"t_min is {model.ts[0]:g}, the noise level that the denoiser was distilled for, whatever is given")
-    captions, entries = captions_to_sample(model.settings)
+    captions, entries = captions_to_sample(model)
     if layout == "geneval" and not entries:
         raise ValueError("layout 'geneval' makes a folder for each prompt: name a file of them in --prompts")
     if layout != "sheet" and show_trajectory:

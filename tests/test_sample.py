@@ -159,6 +159,13 @@ def test_captions_of_a_data_set_that_is_gone(copied):
     assert "wrote" in noted(copied, "--prompt=the digit one")[0]
 
 
+def test_prompts_beside_a_model_are_its_own(copied, monkeypatch):
+    (copied / "prompts.txt").write_text("the digit four\nan 8\n")
+    monkeypatch.setattr(sample, "num_samples", 3)
+    captions = ["the digit four", "an 8", "the digit four"]
+    assert sample.captions_to_sample(load(copied, device="cpu")) == (captions, [])
+
+
 def test_prompt_and_prompts_exclude_each_other(copied):
     line = fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--prompt=the digit one", "--prompts=some.txt")
     assert "'the digit one'" in line and "'some.txt'" in line and "leave one out" in line
