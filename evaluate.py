@@ -153,7 +153,7 @@ def caption_log_likelihoods(network, x, ts, candidates):
     """log p(x_{t_0:T} | caption) in nats, Eq. (12), (B, K), of trajectories x (B, T+1, N, D) at ts (B, T+1) under K
     captions each, (B, K, L). The transporter sees no caption, so it runs once."""
     T = torch.full((len(x),), x.shape[1] - 1, device=x.device)
-    u, logdet = network.transport(x, ts, T)
+    u, logdet = network.transport(x, ts, T, from_noise=True)
     nll = [network.transitions_in_u(u, logdet, ts, text, T)[0].sum(dim=1) for text in candidates.unbind(dim=1)]
     return -torch.stack(nll, dim=1) - gaussian_nll(x[:, -1:])
 

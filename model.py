@@ -172,7 +172,7 @@ class NTM(ImageModel):
             gaussian = self.gaussians(x, ts, text, steps)
             nll = gaussian.expected_nll(A[..., None, None] * x[:, 1:] + B[..., None, None] * x0[:, None], C)
         else:
-            nll, gaussian = self.transitions(x, ts, text, steps)
+            nll, gaussian = self.transitions(x, ts, text, steps, not self.config.pairs or self.config.steps == (1,))
         nll = nll / x0[0].numel()
         loss = (self.level_weights(ts, steps) * nll).mean() if self.config.level_weight else nll.mean()
         if not parts:
@@ -207,19 +207,21 @@ class NTM(ImageModel):
             ts = grids[choice.item() if len(several) > 1 else 0]
         return T, ts, torch.randn(*ts.shape, config.num_tokens, config.token_dim, **kwargs)
 
-    def transitions(self, x, ts, text, steps):
+    def transitions(self, x, ts, text, steps, from_noise=False):
         """Eq. (11): -log p(x_{t_{k-1}} | x_{t_k}) in nats for all neighbouring levels of x, in one pass.
 
-        x (B, K, N, D), ts (B, K) ascending, text (B, L), steps (B,): T, which ts need not cover. Returns it, (B, K-1),
-        and each step's Gaussian in u-space, a batch of (B, K-1).
+        x (B, K, N, D), ts (B, K) ascending, text (B, L), steps (B,): T, which ts need not cover; from_noise: as below.
+        Returns it, (B, K-1), and each step's Gaussian in u-space, a batch of (B, K-1).
         """
-        return self.transitions_in_u(*self.transport(x, ts, steps), ts, text, steps)
+        return self.transitions_in_u(*self.transport(x, ts, steps, from_noise), ts, text, steps)
 
-    def transport(self, x, ts, steps):
-        """Eq. (8) for all levels of x (B, K, N, D): u like x, and the log-determinants (B, K)."""
-        K = x.shape[1]
-        u, logdet = self.transporter(x.flatten(0, 1), ts.flatten(), steps.repeat_interleave(K))
-        return u.unflatten(0, (-1, K)), logdet.unflatten(0, (-1, K))
+    def transport(self, x, ts, steps, from_noise=False):
+        """Eq. (8) for all levels of x (B, K, N, D): u like x, and the log-determinants (B, K). from_noise: the last
+        level has t = 1 in every example, and so the identity, which is not worth a pass."""
+        K = x.shape[1] - from_noise
+        u, logdet = self.transporter(x[:, :K].flatten(0, 1), ts[:, :K].flatten(), steps.repeat_interleave(K))
+        u, logdet = u.unflatten(0, (-1, K)), logdet.unflatten(0, (-1, K))
+        return torch.cat([u, x[:, K:]], dim=1), F.pad(logdet, (0, int(from_noise)))
 
     def transitions_in_u(self, u, logdet, ts, text, steps):
         """The same, once the transporter has carried the levels to u (B, K, N, D), with its log-determinants (B, K)."""
@@ -243,7 +245,7 @@ class NTM(ImageModel):
         x (B, T+1, N, D), ts (B, T+1), text (B, L). Column k < T is the step that ends at t_k, column T the prior.
         """
         steps = torch.full((len(x),), ts.shape[1] - 1, device=x.device)
-        return torch.cat([self.transitions(x, ts, text, steps)[0], gaussian_nll(x[:, -1:])], dim=1)
+        return torch.cat([self.transitions(x, ts, text, steps, from_noise=True)[0], gaussian_nll(x[:, -1:])], dim=1)
 
     def trajectory_bound(self, x, ts, text):
         """trajectory_nll (B, T+1), and from it Eq. (14)'s upper bound on -log p(x_{t_0}) in nats, (B,)."""
@@ -261,9 +263,8 @@ class NTM(ImageModel):
         if self.config.parametrization == "posterior":
             A, B, C = (a[:, None, None] for a in reverse_posterior(t, s))
             mean = A * u + B * (u - t[:, None, None] * mean)
-            # At the last step C, about t_min, is many times smaller than the standard deviation of x_s given x_t, which
-            # for data of variance 1 is at most sqrt(C^2 + B^2). In units of the distance between the two, delta is
-            # about as large at every step: on the digits the loss fell below 1 after 25 updates instead of 60.
+            # At the last step C, about t_min, is many times smaller than the deviation of x_s given x_t, for data of
+            # variance 1 at most sqrt(C^2 + B^2). In units of the way between the two, delta is as large at every step.
             log_std = C.log() + log_std * 0.5 * torch.log1p((B / C) ** 2)
         return (mean, log_std, torch.stack(directions, dim=1)) if directions else (mean, log_std)
 
@@ -284,7 +285,7 @@ class NTM(ImageModel):
                 if again:
                     x = self.transporter.inverse(u[:, k], ts[:, k], steps)
                     x = forward_chain(x, ts[:, k:], randn(T - k, *shape))
-                    u[:, k + 1:] = self.transport(x[:, 1:], ts[:, k + 1:], steps)[0]
+                    u[:, k + 1:] = self.transport(x[:, 1:], ts[:, k + 1:], steps, from_noise=True)[0]
                 step = u[:, k + 1], ts[:, k + 1], ts[:, k], steps
                 gaussian = Gaussian(*self.predict(*step, text))
                 if guidance:
@@ -328,7 +329,7 @@ class NTM(ImageModel):
         for x, ts, text in zip(x.detach().split(chunk), ts.expand(x.shape[:2]).split(chunk), text.split(chunk)):
             x.requires_grad_()
             steps = torch.full((len(x),), ts.shape[1] - 1, device=x.device)
-            u, logdet = self.transport(x, ts, steps)
+            u, logdet = self.transport(x, ts, steps, from_noise=True)
             nll = self.transitions_in_u(u, logdet, ts, text, steps)[0].sum() + gaussian_nll(x[:, -1:]).sum()
             g, = torch.autograd.grad(nll, x)
             weights, t0 = trajectory_covariance(ts)[:, 0, :, None, None], ts[:, 0, None, None]
@@ -346,5 +347,4 @@ class Denoiser(ImageModel):
 
     def forward(self, u0, text):
         """u0 (B, N, D) at t_min, text (B, L). Returns x0 (B, N, D)."""
-        h = self.trunk(u0, text, u0.new_zeros(len(u0), 1))  # it serves one noise level, so its time is a constant
-        return full_precision(self.head, h)
+        return full_precision(self.head, self.trunk(u0, text, u0.new_zeros(len(u0), 1)))  # of one noise level: no time

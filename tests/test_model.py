@@ -399,6 +399,23 @@ def levels_mean_and_covariance(ts):
     return MEAN * a, VARIANCE[:, :, None] * a[:, None] * a + covariance(ts)
 
 
+def test_pure_noise_is_left_out_of_the_transporter_without_a_difference(monkeypatch):
+    """Of whole trajectories, and of the only step there is: in training, likelihood, and back-propagation to x."""
+    for settings in dict(pairs=False), dict(steps=1, pairs=True):
+        model, levels = make_model(**settings), []
+        text, randomness = make_text(3), model.randomness(3)
+        T, ts, noise = randomness
+        x = forward_trajectory(torch.randn(3, *noise.shape[2:]).double(), ts, noise=noise).requires_grad_()
+        found = [model.transitions(x, ts, text, T, from_noise)[0] for from_noise in (True, False)]
+        torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+        torch.testing.assert_close(*(torch.autograd.grad(nll.sum(), x)[0] for nll in found), rtol=1e-9, atol=1e-9)
+        forward = model.transporter.forward
+        monkeypatch.setattr(model.transporter, "forward", lambda x, *args: levels.append(len(x)) or forward(x, *args))
+        model(make_images(3).double(), text, randomness)
+        model.trajectory_nll(x, ts, text)
+        assert levels == [3 * (ts.shape[1] - 1)] * 2
+
+
 def test_exact_reverse_gives_the_exact_likelihood():
     model = exact_model()
     x, ts, text = make_trajectory(model, steps=4)

@@ -152,7 +152,7 @@ def test_flow_matching_hands_its_mean_over_whatever_the_rank():
 
 
 def test_weights_are_a_power_of_the_level_over_its_mean():
-    model, plain = make_model(steps=(2, 4), level_weight=2.0, pairs=True), make_model(steps=(2, 4))
+    model, plain = make_model(steps=(2, 4), level_weight=2.0, pairs=True), make_model(steps=(2, 4), pairs=True)
     images, text = make_images(6).double(), make_text(6)
     plain.load_state_dict(model.state_dict())
     steps, ts, noise = model.randomness(6)
