@@ -196,9 +196,10 @@ def prepare_emoji(args):
     for (code, style), png in pictures.items():
         names, about = words[code]
         record = {"captions": captions_of(names, style), "style": style, **about}
-        members, split = {"png": png, "json": json.dumps(record).encode()}, splits[about["concept"], style]
-        copies = COPIES if split == "train" and "skin tone" not in names[0] else 1
-        examples += [(f"{style}-{code}" + f"-{copy}" * (copy > 1), split, members) for copy in range(1, copies + 1)]
+        split = splits[about["concept"], style]
+        for copy in range(COPIES if split == "train" and "skin tone" not in names[0] else 1):
+            members = {"png": png, "json": json.dumps(record | {"copy": copy}).encode()}
+            examples.append((f"{style}-{code}" + f"-{copy}" * (copy > 0), split, members))
     write_splits(Path(args.out), sorted(examples, key=lambda example: hashed(example[0])))  # for readers that stream
     licences = "".join(f"{style}: {PACKAGES[style][2]}, from npm's {PACKAGES[style][0]}.\n" for style in styles)
     (Path(args.out) / "LICENCES.txt").write_text(licences + "Names: Unicode CLDR, Unicode License v3.\n")

@@ -73,7 +73,8 @@ def to_pil(image, scale=1):
 
 def contact_sheet(images, captions=None, columns=None, scale=None):
     """Images (B, C, H, W) in [-1, 1] with their captions underneath ("" for none), as an RGB PIL.Image. columns: by
-    default about as many as rows, and rows that are full if they can be. scale: how often a pixel is repeated, by default until images are 96 wide."""
+    default about as many as rows, full rows if that can be. scale: how often a pixel is repeated, by default until
+    images are 96 wide."""
     pixels = pixels_of(images)
     count, height, width, _ = pixels.shape
     root = math.isqrt(count - 1) + 1

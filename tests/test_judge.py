@@ -64,6 +64,16 @@ def test_evaluate_asks_the_judge(shards, trained, tmp_path):
     assert found["frechet_distance"] > 10 * found["frechet_distance, of real images"] >= 0
 
 
+def test_copies_are_left_out_of_the_distance_between_real_images(shards, trained, tmp_path):
+    _, members = example(0)
+    copy = {**members, "json": json.dumps(json.loads(members["json"]) | {"copy": 1}).encode()}
+    write_shards(tmp_path / "train", [*((f"copy{i}", copy) for i in range(20)), *map(example, range(120))])
+    held_out = Shards(str(shards), "val", 3, 16, 16)
+    found = [judge.compare(trained[0], judge.images_of(held_out, 30), held_out, Shards(str(folder), "train", 3, 16, 16))
+             for folder in (shards, tmp_path)]
+    assert found[0] == found[1]
+
+
 def test_what_a_judge_cannot_use_is_named(shards, trained, tmp_path):
     write_shards(tmp_path / "plain" / "train", [(str(i), {"png": png(), "txt": b"a"}) for i in range(2)])
     with pytest.raises(SystemExit, match="example 0 has no style in its .json"):

@@ -92,7 +92,7 @@ def prepared(packages, out, monkeypatch, *arguments):
 
 def test_emoji_become_captioned_shards(packages, tmp_path, monkeypatch):
     printed, examples = prepared(packages, tmp_path, monkeypatch)
-    copies = [record["key"] for record, _ in examples if record["key"].count("-") > 1 + ("1f3f" in record["key"])]
+    copies = [record["key"] for record, _ in examples if record["copy"]]
     assert len(examples) - len(copies) == 4 * 84 - 1  # one is not in twitter's package, and logos have no name
     assert {image.shape for _, image in examples} == {(64, 64, 3)}
     by_key = {record["key"]: (record, image) for record, image in examples}
@@ -103,7 +103,7 @@ def test_emoji_become_captioned_shards(packages, tmp_path, monkeypatch):
     assert by_key["fluent-1f44b-1f3ff"][0]["captions"][-1] == "a waving hand with dark skin tone"
     assert by_key["fluent-1f55a"][0]["captions"] == ["a fruit, fluent style"] * 2 + ["a fruit"]  # no emoji is named yay
     plain = [r["key"] for r, _ in examples if r["split"] == "train" and "1f3f" not in r["key"] and r["key"] not in copies]
-    assert sorted(copies) == sorted(f"{key}-{copy}" for key in plain for copy in (2, 3))  # as tones are many
+    assert sorted(copies) == sorted(f"{key}-{copy}" for key in plain for copy in (1, 2))  # as tones are many
     trained = [caption for _, caption in Shards(str(tmp_path), "train", 3, 64, 64)]
     assert any(caption.endswith(" style") for caption in trained) and not all(" style" in c for c in trained)
     licences = (tmp_path / "LICENCES.txt").read_text()
