@@ -94,9 +94,6 @@ class Labelled(EightBit):
         super().__init__(split, seed, len(labels))
         self.images, self.labels, self.wordings = images, labels, wordings
 
-    def label(self, i):
-        return int(self.labels[i])
-
     def captions(self, indices):
         u = shapes.uniforms(self.seed, self.numbers(indices), 1)[:, 0]
         wordings = [self.wordings[label] for label in self.labels[indices]]

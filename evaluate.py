@@ -178,7 +178,7 @@ def evaluate_classifier(model, dataset):
         first = (rank + batch * world) * batch_size
         if classes:
             candidates = [classes] * len(x0)
-            truth = torch.tensor([dataset.label(first + i) for i in range(len(x0))])
+            truth = torch.tensor(dataset.labels[first:first + len(x0)]).long()
         else:
             rng, truth = np.random.default_rng([seed, first]), torch.zeros(len(x0), dtype=torch.long)
             candidates = [[caption, *rng.permutation([other for other in pool if other != caption])[:9].tolist()]

@@ -81,6 +81,7 @@ grad_accum = 1  # passes per update and rank
 max_iters = 2000
 optimizer = "muon"  # or "adamw"
 lr = 5e-3  # for muon; adamw wants about 2e-3
+words_lr = 1.0  # times lr, of the words' embeddings: where most words are rare, 25 learns them several times sooner
 min_lr = 1e-6
 warmup_iters = 100
 weight_decay = 1e-4
@@ -249,7 +250,7 @@ def main(config):
             frozen.predictor.load_state_dict(resumed["frozen"] if resumed else model.predictor.state_dict())
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         optimizers = make_optimizers(model, config["optimizer"], config["weight_decay"], device,
-                                     in_bfloat16(config, device))
+                                     in_bfloat16(config, device), words_lr=config["words_lr"])
         if resumed:
             checkpoint.resume(resumed, path, model, ema, optimizers, config, "objective", "optimizer", "tokenizer")
         kept = resumed or {}

@@ -8,10 +8,10 @@ import torch
 HIDDEN = "attention.qkv.weight", "attention.out.weight", "mlp.0.weight", "mlp.2.weight"  # matrices of a layer
 
 
-def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HIDDEN):
+def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HIDDEN, words_lr=1.0):
     """A list: AdamW for all weights, or for name "muon" Muon for the Transformer layers' matrices and AdamW for the
     rest: at equal time it went much further on every data set here. bfloat16: Muon's products; hidden: the endings of
-    the names of its matrices. Raises ValueError for another name."""
+    its matrices' names; words_lr: of the words' embeddings, times lr. Raises ValueError for another name."""
     rest = dict(model.named_parameters())
     if name not in ("adamw", "muon"):
         raise ValueError(f"optimizer {name!r} is unknown: choose 'adamw' or 'muon'")
@@ -20,7 +20,9 @@ def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HI
         matrices = [rest.pop(key) for key in list(rest) if ".layers." in key and key.endswith(hidden)]
         optimizers = [Muon(matrices, weight_decay, bfloat16)]
     fused = device.type in ("cuda", "cpu")
-    return optimizers + [torch.optim.AdamW(rest.values(), betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)]
+    words = [rest.pop(key) for key in list(rest) if key.endswith("embed.weight")]
+    groups = [{"params": list(rest.values())}, {"params": words, "factor": words_lr}]
+    return optimizers + [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -75,7 +77,7 @@ def learning_rate(config, i):
 def step(optimizers, lr):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("factor", 1.0)
         optimizer.step()
 
 

@@ -139,7 +139,7 @@ def test_digits_are_balanced_disjoint_and_captioned_by_their_label():
     assert train[0][0].min() == 1 / 256 - 1 and train.images.max() == 255
     for word_or_number, n in [*((w, n) for n, w in enumerate(data.DIGITS)), *((str(n), n) for n in range(10))]:
         items = [i for i in range(1500) if train[i][1].split()[-1] == word_or_number]
-        assert items and all(train.label(i) == n for i in items)
+        assert items and all(train.labels[i] == n for i in items)
 
 
 def test_a_digit_is_the_right_way_up():
@@ -158,7 +158,7 @@ def test_fashion_sizes_channels_and_captions(fashion):
     assert to_uint8(half[3][0])[0, 2, 5] == int(block.mean() + 0.5)
     assert torch.equal(colour[3][0], half[3][0].expand(3, 14, 14))
     for i in range(40):
-        assert full[i][1] in data.WORDINGS["fashion"][full.label(i)]
+        assert full[i][1] in data.WORDINGS["fashion"][full.labels[i]]
     assert len({full[i][1] for i in range(0, 40, 10)}) > 1  # one label, several wordings
 
 

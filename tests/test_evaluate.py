@@ -293,7 +293,7 @@ def test_classifier_counts_the_true_class(trained, monkeypatch):
     monkeypatch.setattr(evaluate, "caption_log_likelihoods", lambda model, x, *_: torch.eye(10)[[3] * len(x)])
     dataset = evaluate.get_dataset("digits", "val", 8, 1)
     found = evaluate.evaluate_classifier(evaluate.TrainedModel(trained, torch.device("cpu"), 0, "none"), dataset)
-    assert found["accuracy"]["mean"] == sum(dataset.label(i) == 3 for i in range(60)) / 60 > 0
+    assert found["accuracy"]["mean"] == sum(dataset.labels[i] == 3 for i in range(60)) / 60 > 0
 
 
 def test_a_model_that_ignores_captions_scores_one_in_ten(tmp_path):

@@ -366,6 +366,19 @@ def test_every_weight_has_one_optimizer(name):
         assert sorted(p.shape for p in groups[0]) == sorted([(24, 8), (8, 8), (32, 8), (8, 32)] * 2)
 
 
+def test_words_have_a_learning_rate_of_their_own():
+    model = NTM(TINY)
+    words = model.predictor.trunk.embed.weight
+    optimizers = make_optimizers(model, "muon", 0.0, torch.device("cpu"), words_lr=25.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optim.step(optimizers, 1e-3)  # AdamW's first step has the size of its rate
+    torch.testing.assert_close(before["predictor.trunk.embed.weight"] - words, torch.full_like(words, 0.025))
+    bias = model.predictor.head.bias
+    torch.testing.assert_close(before["predictor.head.bias"] - bias, torch.full_like(bias, 0.001))
+
+
 def test_optimizer_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="'sgd' is unknown: choose 'adamw' or 'muon'"):
         make_optimizers(Toy(), "sgd", 0.1, torch.device("cpu"))
