@@ -15,6 +15,7 @@ width = 160  # larger for more data: with depth and heads, the size of the netwo
 depth = 5
 batch_size = 64  # less if memory is short
 
+words_lr = 25.0  # 1: if the captions are of few words, each of them in many
 max_iters = 3500  # times batch_size: how many images it sees
 val_interval = 500  # iterations between validations, each with samples in out_dir/samples
 val_examples = 200  # at most what is held out
