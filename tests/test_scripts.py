@@ -307,7 +307,7 @@ def test_pictures_and_their_likelihood(copied, denoise, stages, strips):
 
     cell = 96 + GAP
     shown = sheet[GAP:][:96:12, GAP:][:, :96:12]
-    assert np.array_equal(shown, singles[0]) and sheet.shape[1] == 3 * cell + GAP
+    assert np.array_equal(shown, singles[0]) and sheet.shape[1] == 5 * cell + GAP
     assert (copied / "images" / "0004_trajectory.png").exists() == strips
     for i in range(5 * strips):
         strip = pixels(copied / "images" / f"{i:04d}_trajectory.png")
