@@ -143,9 +143,9 @@ def plot(panels, x_label, log_x=False, shown=1.0):
 
         pen.text((left + width / 2, top - 2 * GAP), title, fill=INK, font=font, anchor="mm")
         pen.text((left + width / 2, top + height + 4 * GAP), x_label, fill=INK, font=font, anchor="mm")
-        whole = sorted(set(xs)) if (xs % 1 == 0).all() else [
+        round_xs = ticks(x_low, x_high) if not log_x else sorted(set(xs)) if (xs % 1 == 0).all() else [
             x for k in range(-9, 10) for x in (10.0**k, 2 * 10.0**k, 5 * 10.0**k) if xs.min() <= x <= xs.max()]
-        for x in whole if log_x else ticks(x_low, x_high):
+        for x in round_xs:
             pen.line((place(x, y_low), place(x, y_high)), fill=(230, 230, 230))
             pen.text((place(x, y_low)[0], top + height + GAP), f"{x:g}", fill=INK, font=font, anchor="mt")
         for y in ticks(y_low, y_high):
