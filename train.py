@@ -152,8 +152,9 @@ def start(config, device):
     heads = config["heads"] if "heads" in config.given else None
     base, decided, vocabulary = starting_point(init_from, device, heads)
     decided["rank"] = max(decided.get("rank", 0), config["rank"])  # directions may be added, not taken away
+    in_full = lambda value: (value, value) if type(value) is int else value  # an image size may be a square's side
     for key in config.given & decided.keys():
-        if checkpoint.plain(config[key]) != checkpoint.plain(decided[key]):
+        if in_full(config[key]) != in_full(decided[key]):
             raise ValueError(f"{key} is {config[key]!r}, but {init_from} decides it, {decided[key]!r}: leave it out")
     config |= decided
     return base, None, vocabulary

@@ -128,11 +128,6 @@ def keep_settings(config, contents):
         config[name] = contents["settings"].get(name, config[name])
 
 
-def plain(value):
-    """A setting for comparison: an image size of one number is that of a square."""
-    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 def resume(contents, path, model, ema, optimizers, config, *fixed):
     """Brings weights and optimisers back. Raises CheckpointError that names every setting that does not fit: what the
     model is made by, and those in `fixed`."""
@@ -144,7 +139,11 @@ def resume(contents, path, model, ema, optimizers, config, *fixed):
     restore(model, contents["model"], path)
     restore(ema, contents["ema"], path)
     for optimizer, state in zip(optimizers, contents["optimizers"]):
-        optimizer.load_state_dict(copy.deepcopy(state))  # not the file's own memory, which is about to be replaced
+        groups = optimizer.state_dict()["param_groups"]  # with the weight_decay and words_lr of now
+        if [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
+            raise CheckpointError(f"{path} groups its weights as another version did: resume it with that one")
+        state = {"state": copy.deepcopy(state["state"]), "param_groups": groups}  # not the file's memory, which will go
+        optimizer.load_state_dict(state)
 
 
 def slim(path, out):

@@ -379,6 +379,24 @@ def test_words_have_a_learning_rate_of_their_own():
     torch.testing.assert_close(before["predictor.head.bias"] - bias, torch.full_like(bias, 0.001))
 
 
+def test_resuming_keeps_what_optimizers_gathered_but_not_their_rates(tmp_path):
+    model, path = NTM(TINY), tmp_path / "ckpt.pt"
+    before = make_optimizers(model, "muon", 0.07, torch.device("cpu"), words_lr=25.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optim.step(before, 1e-3)
+    checkpoint.save(path, kind="ntm", model=model, ema=model, optimizers=before, settings={})
+    held, after = checkpoint.load(path, "ntm"), make_optimizers(model, "muon", 0.01, torch.device("cpu"), words_lr=3.0)
+    checkpoint.resume(held, path, model, model, after, {})
+    assert after[1].param_groups[1]["factor"] == 3.0 and after[0].param_groups[0]["weight_decay"] == 0.01
+    for old, new in zip(before, after):
+        assert all(same(old.state[parameter], new.state[parameter]) for parameter in old.state)
+    first, second = held["optimizers"][1]["param_groups"]
+    held["optimizers"][1]["param_groups"] = [first | {"params": first["params"] + second["params"]}]
+    with pytest.raises(checkpoint.CheckpointError, match="ckpt.pt groups its weights as another version did"):
+        checkpoint.resume(held, path, model, model, after, {})
+
+
 def test_optimizer_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="'sgd' is unknown: choose 'adamw' or 'muon'"):
         make_optimizers(Toy(), "sgd", 0.1, torch.device("cpu"))
