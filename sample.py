@@ -1,6 +1,6 @@
 """Samples images from prompts in a few steps, with the likelihood of their trajectories.
 
-    python sample.py --prompt="a red circle above a blue square"     # by the model that comes with the repository
+    python sample.py --prompt="a red apple, fluent style"            # by the model that comes with the repository
     python sample.py --out_dir=out/digits --num_samples=16 --seed=1
     python sample.py --out_dir=out/shapes --prompts=prompts.txt --guidance=2 --denoise=score --show_trajectory=True
     python sample.py --prompts=evaluation_metadata.jsonl --layout=geneval --num_samples=4
@@ -34,7 +34,7 @@ from plumbing.layouts import LAYOUTS, make_folder, path_of, read_prompts, write_
 from plumbing.runtime import claim, coarse_products, find_device, note, one_line_errors
 from plumbing.tokenizer import words
 
-out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: assets/shapes. Nothing goes into assets/
+out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: assets/emoji. Nothing goes into assets/
 prompt = ""  # one caption; empty, and without `prompts`: out_dir/prompts.txt, or captions of the data it was trained on
 prompts = ""  # a text file with one caption a line, an empty line asking for anything; or .jsonl, a "prompt" each
 num_samples = 16  # images of the one prompt or of each line of the file; without either, images in all
@@ -53,7 +53,7 @@ folder = ""  # where the images go; empty: out_dir/images
 decoder = ""  # of a model of latents: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
 device = ""  # cuda, mps or cpu; empty: the best there is
 
-SHIPPED = Path(__file__).parent / "assets" / "shapes"
+SHIPPED = Path(__file__).parent / "assets" / "emoji"
 TRAJECTORIES = 2  # of each candidate that best_of compares
 
 

@@ -1,5 +1,5 @@
 # An NTM of emoji from the flow-matching model of config/emoji_fm.py: correlated Gaussian steps, in closed form.
-# Two hours on one core (57 to 60 images a second, --bfloat16=True).
+# An hour and a quarter on one core (57 to 60 images a second, --bfloat16=True).
 init_from = "out/emoji_fm/ckpt.pt"
 out_dir = "out/emoji_tune"
 dataset = "shards"
@@ -13,8 +13,8 @@ level_weight = 1.0
 closed_form = True
 aux_weight = 0.0
 
-lr = 4e-3
+lr = 3e-3
 words_lr = 25.0
-max_iters = 6900
+max_iters = 4000
 val_interval = 300
 val_examples = 400

@@ -19,7 +19,6 @@ from plumbing.layouts import read_prompts
 from plumbing.runtime import coarse_products
 from sample import TrainedModel, load, words
 
-SHIPPED = ROOT / "assets" / "shapes"
 
 
 def noted(out, *settings):
@@ -101,14 +100,17 @@ def test_words_that_the_model_has_never_seen_are_named(copied):
     assert pixels(copied / "images" / "0004.png").shape == (8, 8, 3)
 
 
-def test_the_shipped_model_knows_its_words(tmp_path, capsys):
-    held = contents(SHIPPED / "ckpt.pt")
+def test_the_shipped_models_know_their_words(capsys):
+    held = contents(ROOT / "assets" / "shapes" / "ckpt.pt")
     assert held["words"] == sorted(words(shapes.captions(shapes.scenes(0, range(10_000)))))
-    model = load(device="cpu")
-    model.sample(["a giraffe on the moon"])
+    of_shapes, of_emoji = load(ROOT / "assets" / "shapes", device="cpu"), load(device="cpu")
+    of_shapes.sample(["a giraffe on the moon"])
     first, second = capsys.readouterr().err.splitlines()
     assert "words giraffe, moon, on, the" in first and "'a giraffe" in second
-    model.sample(["a red circle left of a blue square"])
+    of_emoji.remark(["a giraffe on a hexagon"])
+    assert "without the words hexagon" in capsys.readouterr().err
+    of_shapes.sample(["a red circle left of a blue square"])
+    of_emoji.remark((ROOT / "assets" / "emoji" / "prompts.txt").read_text().splitlines())
     assert capsys.readouterr().err == ""
 
 

@@ -25,6 +25,7 @@ from plumbing import checkpoint
 from plumbing.images import GAP
 from data import DIGITS, get_dataset, get_tokenizer
 from plumbing.detector import follows, task_prompts
+from plumbing.emoji import PACKAGES
 from flow import forward_trajectory, time_grid
 from model import NTM, NTMConfig
 from plumbing.loader import validation_batches
@@ -795,7 +796,7 @@ def test_checkpoint_for_sampling_only(copied, tmp_path):
 # The model that comes with the repository
 
 
-def test_shipped_model_follows_prompts(tmp_path):
+def test_the_shipped_model_of_shapes_follows_prompts():
     """Its score is the one in the README, less four standard errors."""
     folder, names = ROOT / "assets" / "shapes", ("ckpt.pt", "denoiser.pt")
     assert sum((folder / name).stat().st_size for name in names) < 8e6
@@ -809,9 +810,22 @@ def test_shipped_model_follows_prompts(tmp_path):
     assert score > measured - 4 * math.sqrt(measured * (1 - measured) / len(hits))
 
 
+def test_the_shipped_model_of_emoji_knows_colours():
+    """Hearts in all styles have the colour asked for: what is not white is nearest to it."""
+    folder, colours = ROOT / "assets" / "emoji", {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
+    assert sum((folder / name).stat().st_size for name in ("ckpt.pt", "denoiser.pt")) < 25e6
+    model = TrainedModel(folder, torch.device("cpu"))
+    captions = [f"a {colour} heart, {style} style" for style in PACKAGES for colour in colours]
+    images = model.sample(captions) / 2 + 0.5
+    ink = (1 - images.amin(dim=1, keepdim=True)).clamp(min=0)
+    mean = (images * ink).sum(dim=(2, 3)) / ink.sum(dim=(2, 3))
+    nearest = (mean @ torch.tensor(list(colours.values()), dtype=mean.dtype).T).argmax(dim=1)
+    assert (nearest == torch.arange(3).repeat(len(PACKAGES))).sum() >= 11
+
+
 def test_sample_without_a_model_takes_the_shipped_one(tmp_path):
-    _, printed = run("sample.py", "--device=cpu", "--prompt=a red circle", "--num_samples=2", f"--folder={tmp_path}")
-    assert "learned denoising" in printed and pixels(tmp_path / "0001.png").shape == (16, 16, 3)
+    _, printed = run("sample.py", "--device=cpu", "--num_samples=3", f"--folder={tmp_path}")
+    assert "learned denoising" in printed and pixels(tmp_path / "0001.png").shape == (32, 32, 3)
 
 
 def test_images_of_a_shipped_model_do_not_go_into_assets(tmp_path, monkeypatch):
