@@ -20,7 +20,6 @@ from plumbing.runtime import coarse_products
 from sample import TrainedModel, load, words
 
 
-
 def noted(out, *settings):
     """What sample.py prints, and its notes."""
     return run_with_notes("sample.py", *SAMPLE, f"--out_dir={out}", *settings)[1:]
