@@ -42,9 +42,11 @@ class Gaussian(NamedTuple):
         return Gaussian(*(part if part is None else part.unflatten(0, sizes) for part in self))
 
     def factored(self):
-        """S as a matrix (..., R, ND), and the Cholesky factor L (..., R, R) of M = 1 + S S^T."""
+        """S as a matrix (..., R, ND), and L^-1 (..., R, R), where L is the Cholesky factor of M = 1 + S S^T."""
         S = self.directions.flatten(-2)
-        return S, torch.linalg.cholesky(S @ S.mT + torch.eye(S.shape[-2], dtype=S.dtype, device=S.device))
+        one = torch.eye(S.shape[-2], dtype=S.dtype, device=S.device)
+        L = torch.linalg.cholesky_ex(one + S @ S.mT).L  # cholesky would wait for a GPU, to look for errors
+        return S, torch.linalg.solve_triangular(L, one, upper=False)
 
     @exact
     def nll(self, u, factored=None):
@@ -52,11 +54,11 @@ class Gaussian(NamedTuple):
         z, log_scale = ((u - self.mean) * torch.exp(-self.log_std)).flatten(-2), self.log_std.sum(dim=(-2, -1))
         squares = z.square()
         if self.directions is not None:
-            S, L = factored or self.factored()
-            w = torch.cholesky_solve(S @ z[..., None], L)[..., 0]  # the likeliest, given z
+            S, inverse = factored or self.factored()
+            w = (inverse.mT @ (inverse @ (S @ z[..., None])))[..., 0]  # the likeliest, given z
             # a sum of squares, where z^T (1 - S^T M^-1 S) z would be the difference of two large numbers
             squares = torch.cat([(z - (w[..., None, :] @ S)[..., 0, :]).square(), w.square()], dim=-1)
-            log_scale = log_scale + L.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+            log_scale = log_scale - inverse.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
         return 0.5 * squares.sum(dim=-1) + log_scale + 0.5 * math.log(2 * math.pi) * z.shape[-1]
 
     @exact
@@ -64,8 +66,8 @@ class Gaussian(NamedTuple):
         """Eq. (31): the mean of nll(u) over u ~ N(mean, std^2), in nats, (...); mean (..., N, D), std (...)."""
         precision, factored = torch.exp(-2 * self.log_std).flatten(-2), None
         if self.directions is not None:
-            S, L = factored = self.factored()
-            precision = precision * (1 - (S * (torch.cholesky_inverse(L) @ S)).sum(dim=-2))
+            S, inverse = factored = self.factored()
+            precision = precision * (1 - (inverse @ S).square().sum(dim=-2))
         return self.nll(mean, factored) + 0.5 * std**2 * precision.sum(dim=-1)
 
     @exact

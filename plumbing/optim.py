@@ -46,7 +46,8 @@ class Muon(torch.optim.Optimizer):
                     shapes[matrix.shape].append(matrix)
             for shape, matrices in shapes.items():
                 for matrix in matrices:
-                    self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                    if not self.state[matrix]:
+                        self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
                 gradients, buffers = zip(*((m.grad, self.state[m]["momentum_buffer"]) for m in matrices))
                 torch._foreach_lerp_(buffers, gradients, 1 - momentum)
                 updates = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))  # Nesterov's
