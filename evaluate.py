@@ -266,7 +266,8 @@ def evaluate_samples(model, dataset, guidance):
         results["overall"] = {"mean": sum(means) / len(TASKS), "standard_error": math.hypot(*errors) / len(TASKS)}
         return results
     if judge:
-        found = judges.compare(judge, images, dataset, open_dataset(model.settings, "train"))
+        known = model.settings["data_dir"]  # which a model that was passed on has forgotten
+        found = judges.compare(judge, images, dataset, open_dataset(model.settings, "train") if known else None)
         return results | {key: proportion(value) if type(value) is list else value for key, value in found.items()}
     truth = first_images(dataset, 5000)
     if min(len(images), len(truth)) >= 10:

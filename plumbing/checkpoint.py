@@ -162,4 +162,5 @@ if __name__ == "__main__":
     if Path(sys.argv[1]).resolve() == Path(sys.argv[2]).resolve():
         sys.exit(f"{sys.argv[2]} would lose what resuming needs: name another folder to write to")
     for name in ("ckpt.pt", "denoiser.pt"):
-        slim(Path(sys.argv[1]) / name, Path(sys.argv[2]) / name)
+        if name == "ckpt.pt" or (Path(sys.argv[1]) / name).exists():  # not every model has a denoiser
+            slim(Path(sys.argv[1]) / name, Path(sys.argv[2]) / name)

@@ -102,15 +102,18 @@ def load(path):
 
 def compare(path, images, dataset, train_set):
     """What the judge in a file finds in samples (n, 3, H, W) for the first captions of shards: a list of booleans for
-    each label, and the distance from the shards' own images in its features; and the same of real images."""
+    each label, and the distance from the shards' own images in its features; and the same of real images, for the
+    distance those of train_set, or None."""
     judge, records = load(path), labels_of(dataset, len(images))
     held_out = images_of(dataset, len(images))
-    originals = [i for i, record in enumerate(labels_of(train_set, 5 * len(images))) if not record.get("copy")]
-    others = collate(train_set.__getitems__(originals[:len(images)]))[0]
     (reference, real), (features, drawn) = (judged(judge, of, records) for of in (held_out, images))
-    hits = drawn | {f"{label}, of real images": hit for label, hit in real.items()}
-    return hits | {"frechet_distance": frechet_distance(features, reference),
-                   "frechet_distance, of real images": frechet_distance(judge.judge(others)[0], reference)}
+    found = drawn | {f"{label}, of real images": hit for label, hit in real.items()}
+    found["frechet_distance"] = frechet_distance(features, reference)
+    if train_set:
+        originals = [i for i, record in enumerate(labels_of(train_set, 5 * len(images))) if not record.get("copy")]
+        others = collate(train_set.__getitems__(originals[:len(images)]))[0]
+        found["frechet_distance, of real images"] = frechet_distance(judge.judge(others)[0], reference)
+    return found
 
 
 def train(judge, images, targets, iterations, batch_size=128, lr=3e-3):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import SMALL, fails, png, run
 
-from plumbing import judge
+from plumbing import checkpoint, judge
 from plumbing.shards import Shards, write_shards
 
 COLOURS = {"red": (230, 40, 30), "green": (60, 200, 60), "blue": (30, 60, 230)}
@@ -62,6 +62,12 @@ def test_evaluate_asks_the_judge(shards, trained, tmp_path):
     for label in judge.LABELS:
         assert found[f"{label}, of real images"]["mean"] == 1 and found[label]["mean"] < 0.8  # noise
     assert found["frechet_distance"] > 10 * found["frechet_distance, of real images"] >= 0
+    checkpoint.slim(tmp_path / "ckpt.pt", tmp_path / "passed_on" / "ckpt.pt")  # which does not know where its training images are
+    run("evaluate.py", "--device=cpu", f"--out_dir={tmp_path / 'passed_on'}", f"--data_dir={shards}",
+        f"--judge={trained[0]}", "--steps=2", "--num_samples=24")
+    again = json.loads((tmp_path / "passed_on" / "evaluate.json").read_text())["samples, 2 steps"]
+    assert again.keys() == found.keys() - {"frechet_distance, of real images"}
+    assert again["frechet_distance"] == pytest.approx(found["frechet_distance"], rel=1e-2)  # weights in float16
 
 
 def test_copies_are_left_out_of_the_distance_between_real_images(shards, trained, tmp_path):

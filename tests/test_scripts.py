@@ -785,6 +785,9 @@ def test_checkpoint_for_sampling_only(copied, tmp_path):
         run("sample.py", *SAMPLE, f"--out_dir={folder}", "--seed=3")
     difference = pixels(copied / "images" / "0000.png") - pixels(tmp_path / "slim" / "images" / "0000.png")
     assert np.abs(difference).max() <= 3  # half precision
+    (copied / "denoiser.pt").unlink()  # as flow matching has none
+    subprocess.run([sys.executable, "-m", "plumbing.checkpoint", copied, tmp_path / "alone"], check=True, env=ENVIRONMENT, cwd=ROOT)
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["ckpt.pt"]
     command = [sys.executable, "-m", "plumbing.checkpoint", copied, copied / ".." / copied.name]
     refused = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, text=True, stderr=subprocess.PIPE)
     assert refused.returncode == 1 and "would lose what resuming needs" in refused.stderr
