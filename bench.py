@@ -9,7 +9,6 @@ slows all of it alike. Prints tables and leaves bench.json in out_dir, or in out
 """
 
 import json
-import re
 import statistics
 import time
 from dataclasses import replace
@@ -70,20 +69,6 @@ def flops_of(function):
     return counter.get_total_flops()
 
 
-def peak_memory(function, device):
-    """GiB at most during a call: of tensors on CUDA, of the whole process on Linux; None where it cannot be told."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
-    except OSError:
-        return None
-    function()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
-
-
 def network(kind, config, device):
     """A network in evaluation mode, with random weights also where initialisation has zeros: the transporter then
     stretches as a trained one does, while at the identity Jacobi would need one sweep."""
@@ -122,16 +107,19 @@ def training_step(kind, config, device, compiled=False):
 
 
 def bench_training(model, device):
-    """Images/s of training, its FLOPs as a fraction of the rate of a large matrix product, and peak memory."""
+    """Images/s of training, its FLOPs as a fraction of the rate of a large matrix product, and on CUDA peak memory."""
     config = model.config
     ways = {"NTM, pairs": (NTM, replace(config, pairs=True)), "NTM, trajectories": (NTM, replace(config, pairs=False)),
             "NTM, no transporter": (NTM, replace(config, transporter_blocks=0, pairs=True)),
             "flow matching": (FlowMatching, config)}
     updates = {name: training_step(*way, device) for name, way in ways.items()}
-    flops = {name: flops_of(update) for name, update in updates.items()}
+    flops, peak = {name: flops_of(update) for name, update in updates.items()}, {}
     if device.type == "cuda":
         updates |= {f"{name}, compiled": training_step(*way, device, compiled=True) for name, way in ways.items()}
-    peak = {name: peak_memory(update, device) for name, update in updates.items()}
+        for name, update in updates.items():
+            torch.cuda.reset_peak_memory_stats()
+            update()
+            peak[name] = {"peak GiB": torch.cuda.max_memory_allocated() / 2**30}
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device)
     with autocast({"bfloat16": bfloat16}, device):
@@ -140,7 +128,7 @@ def bench_training(model, device):
     for name, seconds in medians(updates, device).items():
         work = flops[name.removesuffix(", compiled")]
         results[name] = {"images/s": batch_size / seconds, "GFLOP an image": work / batch_size / 1e9,
-                         "utilisation": work / seconds / ceiling, **({"peak GiB": peak[name]} if peak[name] else {})}
+                         "utilisation": work / seconds / ceiling, **peak.get(name, {})}
     return results
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import uuid
+import warnings
 from datetime import timedelta
 
 import torch
@@ -116,6 +117,7 @@ def coarse_products(device):
 def for_training(model, config, device):
     """The model as training calls it: compiled, and wrapped where several ranks train."""
     compiled = device.type == "cuda" if config["compile"] is None else config["compile"]
+    warnings.filterwarnings("ignore", "TensorFloat32")  # it is slower, but a likelihood wants all of float32
     network = torch.compile(model) if compiled else model
     if dist.is_initialized():
         # no second copy of the gradients; and there are no buffers that training changes

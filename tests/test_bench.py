@@ -1,6 +1,5 @@
 """bench.py counts and measures what it says; no test depends on how fast the machine is."""
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +21,6 @@ def test_every_figure_is_there(copied):
             "matrix product GFLOP/s"} == set(results["training"])
     for row in list(results["training"].values())[1:]:
         assert row["images/s"] > 0 and 0 < row["utilisation"] < 1
-        assert row.get("peak GiB", 1) > 0.1
     work = {name: row["GFLOP an image"] for name, row in list(results["training"].items())[1:]}
     assert work["flow matching"] < work["NTM, no transporter"] * 1.01 < work["NTM, pairs"] < work["NTM, trajectories"]
 
@@ -45,14 +43,6 @@ def test_random_weights_are_not_the_identity():
     x = torch.randn(2, 4, 4)
     u, logdet = model.transporter(x, torch.full((2,), 0.5), torch.full((2,), 4))
     assert (u - x).abs().max() > 0.01 and logdet.abs().min() > 0
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is told by Linux")
-def test_peak_memory_is_of_the_call():
-    cpu = torch.device("cpu")
-    bench.peak_memory(lambda: torch.ones(2**28), cpu)  # 1 GiB, gone by the next
-    nothing, half = (bench.peak_memory(lambda count=count: torch.ones(count), cpu) for count in (1, 2**27))
-    assert half - nothing == pytest.approx(0.5, abs=0.1)
 
 
 def test_medians_take_turns(monkeypatch):
