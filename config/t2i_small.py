@@ -1,8 +1,9 @@
 # config/t2i.py at 205 million parameters, for one GPU of 24 GB.
 #   python train.py config/t2i_small.py
-# Computed, but that a pass of 32 fits (tests/test_gpu.py, on an H100). Memory: 4 GB for weights, gradients, AdamW and the average in float32; 0.3 GB for weights in
-# bfloat16, and 0.29 GB an image for what back-propagation keeps, 9 GB for the 32 of a pass (counted as for t2i.py). An
-# update is 0.25 TFLOP an image: at 40% of an RTX 4090's 165 TFLOP/s, 270 images/s.
+# Computed, but that a pass of 32 fits (tests/test_gpu.py, on an H100). Memory: 4 GB for weights, gradients, AdamW and
+# the average in float32; 0.3 GB for weights in bfloat16, and 0.29 GB an image for what back-propagation keeps, 9 GB for
+# the 32 of a pass (counted as for t2i.py). An update is 0.25 TFLOP an image: at 40% of an RTX 4090's 165 TFLOP/s, 270
+# images/s.
 out_dir = "out/t2i_small"
 dataset = "shards"
 data_dir = "out/data/cc12m"
