@@ -131,9 +131,7 @@ class ImageModel(nn.Module):
 
 def null_caption(text):
     """The caption that says nothing, shaped like text (B, L)."""
-    null = torch.zeros_like(text)
-    null[:, 0] = 1
-    return null
+    return torch.cat([torch.ones_like(text[:, :1]), torch.zeros_like(text[:, 1:])], dim=1)
 
 
 class NTM(ImageModel):
@@ -201,8 +199,9 @@ class NTM(ImageModel):
         grids = [time_grid(steps, t_min, config.num_tokens, config.shift) for steps in several]
         if config.pairs:
             padded = torch.stack([F.pad(grid, (0, max(several) + 1 - grid.shape[1])) for grid in grids])
-            k = torch.randint(math.lcm(*several), (batch, 1), **kwargs) % T[:, None]  # uniform below each T
-            ts = padded[choice, torch.arange(batch, device=device)].gather(1, torch.cat([k, k + 1], dim=1))
+            i, first = torch.arange(batch, device=device), torch.randint(math.lcm(*several), (1,), **kwargs)
+            k = ((first + i) % T)[:, None]  # uniform below T, and of a batch as many of each
+            ts = padded[choice, i].gather(1, torch.cat([k, k + 1], dim=1))
         else:
             ts = grids[choice.item() if len(several) > 1 else 0]
         return T, ts, torch.randn(*ts.shape, config.num_tokens, config.token_dim, **kwargs)

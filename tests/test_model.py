@@ -223,6 +223,16 @@ def test_start_of_a_trajectory_is_uniform_below_max_t_min():
     assert (ts[:, 0] > 0).all()  # a posterior has no density at 0
 
 
+def test_a_batch_has_as_many_of_each_step():
+    model, firsts = make_model(pairs=True), Counter()
+    for _ in range(200):
+        _, ts, _ = model.randomness(16)
+        k = (ts[:, 1] * 4).round() - 1
+        assert k.unique(return_counts=True)[1].tolist() == [4, 4, 4, 4]
+        firsts[k[0].item()] += 1  # of each example any
+    assert len(firsts) == 4 and min(firsts.values()) > 25  # 50 expected, with a standard deviation of 6
+
+
 def test_draws_are_reproducible_from_their_generator():
     model = make_model(steps=(4, 8), pairs=True)
     one, same, other = (model.randomness(3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
