@@ -61,6 +61,16 @@ def test_expected_nll_is_the_mean_of_nll(R):
     torch.testing.assert_close(gaussian.expected_nll(m, C), exact)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_directions_that_overflow_show_in_the_loss(value):
+    """Which the training loop then skips and, if it goes on, names: the factorisation raises nothing."""
+    directions = torch.randn(2, 3, 4, 5)
+    directions[0, 1, 2, 3] = value
+    gaussian = Gaussian(torch.zeros(2, 4, 5), torch.zeros(2, 4, 5), directions)
+    for nll in gaussian.nll(torch.ones(2, 4, 5)), gaussian.expected_nll(torch.ones(2, 4, 5), torch.ones(2)):
+        assert nll.isfinite().tolist() == [False, True]
+
+
 def test_samples_have_the_covariance():
     gaussian = make_gaussian(2, batch=())
     samples = gaussian.sample(torch.randn(200_000, 3, 4).double(), torch.randn(200_000, 2).double()).flatten(1)
