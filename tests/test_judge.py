@@ -62,7 +62,8 @@ def test_evaluate_asks_the_judge(shards, trained, tmp_path):
     for label in judge.LABELS:
         assert found[f"{label}, of real images"]["mean"] == 1 and found[label]["mean"] < 0.8  # noise
     assert found["frechet_distance"] > 10 * found["frechet_distance, of real images"] >= 0
-    checkpoint.slim(tmp_path / "ckpt.pt", tmp_path / "passed_on" / "ckpt.pt")  # which does not know where its training images are
+    # a model that is passed on does not know where its training images are
+    checkpoint.slim(tmp_path / "ckpt.pt", tmp_path / "passed_on" / "ckpt.pt")
     run("evaluate.py", "--device=cpu", f"--out_dir={tmp_path / 'passed_on'}", f"--data_dir={shards}",
         f"--judge={trained[0]}", "--steps=2", "--num_samples=24")
     again = json.loads((tmp_path / "passed_on" / "evaluate.json").read_text())["samples, 2 steps"]
