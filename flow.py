@@ -149,11 +149,14 @@ def rotated(x, rotation):
 
 
 def attend(q, k, v, causal=False):
-    """softmax(q k^T / sqrt(d)) v of each head; q, k, v (B, heads, N, d)."""
+    """softmax(q k^T / sqrt(d)) v of each head; q (B, heads, M, d), the last M of the N tokens of k, v (B, heads, N, d).
+    causal: none attends to a later one."""
+    (M, d), N = q.shape[-2:], k.shape[-2]
+    mask = torch.ones(M, N, dtype=torch.bool, device=q.device).tril(N - M) if causal and 1 < M < N else None
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and M == N)
     # there torch's fused kernel takes seven times as long in the backward pass as the formula itself
-    logits = (q * q.shape[-1] ** -0.5) @ k.mT
+    logits = (q * d ** -0.5) @ k.mT
     if causal:
         logits = logits.masked_fill(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1), -math.inf)
     return torch.softmax(logits, dim=-1) @ v
@@ -169,15 +172,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x, causal=False, cache=None, position=0, rotation=None):
-        """x: (B, N, width). With a cache (2, B, heads, N, width/heads), x is the one token at `position`: its key
-        and value are written to the cache, and it attends to all tokens up to itself. rotation: as rotated's, of
-        queries and keys, whose products then depend on the distance between their tokens."""
+        """x: (B, N, width). With a cache (2, B, heads, N, width/heads), x are the tokens from `position` on: their keys
+        and values are written to the cache, and they attend to those of the tokens before as well. rotation: as
+        rotated's, of queries and keys, whose products then depend on the distance between their tokens."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q, k = (F.layer_norm(a, a.shape[-1:]) for a in (q, k))  # bounds the logits
         q, k = ((a if rotation is None else rotated(a, rotation)).to(v.dtype) for a in (q, k))
         if cache is not None:
-            cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
-            k, v = cache[:, :, :, : position + 1]
+            end = position + x.shape[1]
+            cache[0, :, :, position:end], cache[1, :, :, position:end] = k, v
+            k, v = cache[:, :, :, :end]
         return self.out(rearrange(attend(q, k, v, causal), "b h n d -> b n (h d)"))
 
 
@@ -246,36 +250,31 @@ class FlowBlock(nn.Module):
         u = (x - shift) * torch.exp(-log_scale)
         return self.scan(u), -log_scale.sum(dim=(1, 2))
 
-    def inverse_cache(self, u, c):
-        """u to x, token by token, Eq. (7); keys and values of the tokens already known are cached."""
-        u = self.scan(u)
-        x = torch.empty_like(u)
-        batch, num_tokens, _ = u.shape
-        heads = self.layers[0].attention.heads
-        cache = u.new_empty(len(self.layers), 2, batch, heads, num_tokens, len(self.start) // heads)
-        modulations = [layer.modulation(c) for layer in self.layers]
-        for n in range(num_tokens):
-            h = self.start + c if n == 0 else self.proj_in(x[:, n - 1])
-            h = (h + self.position[n])[:, None]
-            for layer, modulation, layer_cache in zip(self.layers, modulations, cache):
-                h = layer.modulated(h, modulation, cache=layer_cache, position=n)
-            shift, log_scale = self.shift_and_log_scale(h)
-            x[:, n] = u[:, n] * torch.exp(log_scale[:, 0]) + shift[:, 0]
-        return self.scan(x)
+    def inverse(self, u, c, chunk, tol):
+        """u to x, Eq. (7), `chunk` tokens after another, with a cache of the keys and values of those already known;
+        within a chunk by fixed-point sweeps over its tokens at once, Eq. (9), until the largest change is below tol.
 
-    def inverse_jacobi(self, u, c, tol):
-        """u to x by fixed-point sweeps over all tokens at once, Eq. (9), until the largest change is below tol.
-
-        Each sweep makes at least one more token exact, so at most N are needed. Returns x (B, N, D) and their number.
+        Each sweep makes at least one more token exact, so a chunk needs as many as it has tokens at most. A chunk of 1
+        is the exact scan, one of N is Jacobi's iteration, what lies between Gauss-Seidel-Jacobi's (arXiv:2505.12849).
+        Returns x (B, N, D) and the mean number of sweeps of a chunk.
         """
         u = self.scan(u)
-        x = u
-        for sweep in range(1, u.shape[1] + 1):
-            shift, log_scale = self.affine(x, c)
-            previous, x = x, u * torch.exp(log_scale) + shift
-            if (x - previous).abs().max() < tol:
-                break
-        return self.scan(x), sweep
+        x, (batch, num_tokens, _), heads = u.clone(), u.shape, self.layers[0].attention.heads
+        cache = u.new_empty(len(self.layers), 2, batch, heads, num_tokens, len(self.start) // heads)
+        modulations, start, sweeps = [layer.modulation(c) for layer in self.layers], (self.start + c)[:, None], 0
+        for first in range(0, num_tokens, chunk):
+            last = min(first + chunk, num_tokens)
+            for left in reversed(range(last - first)):
+                known = self.proj_in(x[:, max(first - 1, 0):last - 1])
+                h = (known if first else torch.cat([start, known], dim=1)) + self.position[first:last]
+                for layer, modulation, layer_cache in zip(self.layers, modulations, cache):
+                    h = layer.modulated(h, modulation, causal=True, cache=layer_cache, position=first)
+                shift, log_scale = self.shift_and_log_scale(h)
+                previous, x[:, first:last] = x[:, first:last].clone(), u[:, first:last] * log_scale.exp() + shift
+                sweeps += 1
+                if left and (x[:, first:last] - previous).abs().max() < tol:
+                    break
+        return self.scan(x), sweeps / math.ceil(num_tokens / chunk)
 
     def scan(self, x):
         """Tokens to the order of the scan, and back."""
@@ -294,7 +293,7 @@ class Transporter(nn.Module):
         self.time = TimeEmbedding(2, width) if blocks else None
         self.blocks = nn.ModuleList(
             FlowBlock(num_tokens, token_dim, width, layers, heads, backwards=i % 2 == 1) for i in range(blocks))
-        self.sweeps = []  # Jacobi sweeps that each block took in the last inversion, first block first
+        self.sweeps = []  # over each chunk of tokens, that each block took in the last inversion, first block first
 
     def forward(self, x, t, steps):
         """x (B, N, D), t (B,), steps (B,) to u (B, N, D) and log|det du/dx| (B,), Eq. (8)."""
@@ -307,9 +306,12 @@ class Transporter(nn.Module):
 
     @torch.no_grad()
     def inverse(self, u, t, steps, method="cache", tol=1e-5):
-        """u (B, N, D) to x (B, N, D), exactly ("cache", or "jacobi" with tol=0) or to a tolerance ("jacobi")."""
-        if method not in ("cache", "jacobi"):
-            raise ValueError(f"inversion method {method!r} is unknown: choose 'cache' or 'jacobi'")
+        """u (B, N, D) to x (B, N, D): exactly ("cache"), or to a tolerance, unless that is 0, by sweeps over all tokens
+        ("jacobi") or an eighth of them after another ("gauss-seidel")."""
+        chunks = {"cache": 1, "jacobi": u.shape[1], "gauss-seidel": math.ceil(u.shape[1] / 8)}
+        if method not in chunks:
+            known = " or ".join(map(repr, chunks))
+            raise ValueError(f"inversion method {method!r} is unknown: choose {known}")
         self.sweeps, mapped = [], (t < 1).nonzero()[:, 0]  # pure noise is left out
         if not len(mapped):
             return u
@@ -317,11 +319,8 @@ class Transporter(nn.Module):
         with torch.autocast(u.device.type, enabled=False):  # bfloat16 is too coarse for an inverse
             c = self.condition(t[mapped], steps[mapped])
             for block in reversed(self.blocks):
-                if method == "cache":
-                    x = block.inverse_cache(x, c)
-                else:
-                    x, sweeps = block.inverse_jacobi(x, c, tol)
-                    self.sweeps.insert(0, sweeps)
+                x, sweeps = block.inverse(x, c, chunks[method], tol)
+                self.sweeps.insert(0, sweeps)
         return u.index_copy(0, mapped, x)
 
     def condition(self, t, steps):

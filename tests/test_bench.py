@@ -1,5 +1,6 @@
 """bench.py counts and measures what it says; no test depends on how fast the machine is."""
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -25,12 +26,13 @@ def test_every_figure_is_there(copied):
     assert work["flow matching"] < work["NTM, no transporter"] * 1.01 < work["NTM, pairs"] < work["NTM, trajectories"]
 
     inversion = results["inversion"]
-    assert len(inversion) == 2 * 3  # two N; cache and two tolerances
+    assert len(inversion) == 2 * 5  # two N; cache, and sweeps of two kinds to two tolerances
     for N in (4, 16):
         assert inversion[f"N = {N}, cache"]["largest error"] < 1e-4
-        loose, tight = (inversion[f"N = {N}, Jacobi, tolerance {tol}"] for tol in ("0.01", "1e-05"))
-        assert tight["largest error"] <= loose["largest error"] and tight["largest error"] < 1e-3
-        assert 1 <= loose["sweeps a block"] <= tight["sweeps a block"] <= N
+        for way, chunk in ("jacobi", N), ("gauss-seidel", math.ceil(N / 8)):
+            loose, tight = (inversion[f"N = {N}, {way}, tolerance {tol}"] for tol in ("0.01", "1e-05"))
+            assert tight["largest error"] <= loose["largest error"] and tight["largest error"] < 1e-3
+            assert 1 <= loose["sweeps a chunk"] <= tight["sweeps a chunk"] <= chunk
     assert list(results["sampling"]) == ["NTM, 4 steps, none", "NTM, 4 steps, score", "NTM, 4 steps, learned",
                                          "flow matching, 4 steps", "flow matching, 50 steps"]
     assert list(results["cost"]) == ["T = 1", "T = 2", "N = 4", "N = 16"]

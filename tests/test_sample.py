@@ -271,9 +271,9 @@ def test_best_of_from_the_scripts(copied):
 def test_only_the_level_that_is_needed_is_inverted(copied, monkeypatch):
     """The cleanest; of a trajectory to show all but noise, which the transporter leaves as it is."""
     model, lengths = load(copied, device="cpu", denoise="none"), []
-    inverse = model.network.transporter.blocks[0].inverse_cache
-    monkeypatch.setattr(model.network.transporter.blocks[0], "inverse_cache",
-                        lambda u, c: lengths.append(len(u)) or inverse(u, c))
+    inverse = model.network.transporter.blocks[0].inverse
+    monkeypatch.setattr(model.network.transporter.blocks[0], "inverse",
+                        lambda u, *args: lengths.append(len(u)) or inverse(u, *args))
     (alone, nothing, _), (whole, x, _) = (model.sample_trajectories(["the digit one"] * 3, range(3), levels=levels)
                                           for levels in (False, True))
     assert lengths == [3, 12] and nothing is None
