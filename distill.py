@@ -172,17 +172,9 @@ def main(config):
                 update_average(ema, denoiser, config["ema"], i)
             denoiser.zero_grad(set_to_none=True)
 
-            # Log, save, validate.
-            i += 1  # iterations done
+            # Log, save, validate; leave where an end was asked for.
             totals["skipped"] = not finite
-            progress.update(i, {"loss": totals["loss"]}, lr, totals, batches.waited)
-            if progress.validation_due(i) or totals["asked"] or progress.spoilt:
-                save(i)  # before the validation, so that nothing that goes wrong there costs the weights
-            progress.stop_if_spoilt(i, batches.faults)
-            if progress.validation_due(i):
-                check(i)
-            if totals["asked"] and i < config["max_iters"]:
-                progress.interrupted(i)
+            if progress.ends(i + 1, {"loss": totals["loss"]}, lr, totals, batches, save, check):
                 break
         leave_ranks()
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from flow import full_precision, zeroed
-from model import ImageModel, null_caption
-from predictor import CaptionedTransformer
+from model import ImageModel
+from predictor import CaptionedTransformer, null_caption
 
 EULER_STEPS = 50  # unless one says otherwise
 

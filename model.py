@@ -22,7 +22,7 @@ from torch import nn
 
 from flow import (TimeEmbedding, Transporter, forward_chain, forward_log_prob, forward_trajectory, full_precision,
                   gaussian_nll, reverse_posterior, time_grid, trajectory_covariance, zeroed)
-from predictor import CaptionedTransformer, Gaussian, Predictor, StandardNormal, gaussian_head
+from predictor import CaptionedTransformer, Gaussian, Predictor, StandardNormal, gaussian_head, null_caption
 
 
 @dataclass
@@ -48,6 +48,7 @@ class NTMConfig:
     pairs: bool = False  # train on one random step of a trajectory per example instead of all T
     level_weight: float = 0.0  # p: a step that ends at s counts s^p in the loss; 0, the paper's: all count the same
     closed_form: bool = False  # train on the expected loss, which takes a model without a transporter
+    velocity_weight: float = 0.0  # of flow matching's loss beside it, which keeps the means as good as flow matching's
 
     def __post_init__(self):
         size = self.image_size
@@ -64,6 +65,8 @@ class NTMConfig:
                 raise ValueError(f"{name} {value!r} is unknown: choose {' or '.join(map(repr, known))}")
         if self.closed_form and self.transporter_blocks:
             raise ValueError(f"closed_form is True, which needs transporter_blocks 0, not {self.transporter_blocks}")
+        if self.velocity_weight and not self.closed_form:
+            raise ValueError(f"velocity_weight is {self.velocity_weight}, which needs closed_form True")
         if not self.depth and (self.rank or self.parametrization == "posterior"):
             raise ValueError(f"depth is 0, but a rank, {self.rank}, or a start from flow matching needs a predictor")
         for steps in self.steps:
@@ -129,11 +132,6 @@ class ImageModel(nn.Module):
         return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
 
 
-def null_caption(text):
-    """The caption that says nothing, shaped like text (B, L)."""
-    return torch.cat([torch.ones_like(text[:, :1]), torch.zeros_like(text[:, 1:])], dim=1)
-
-
 class NTM(ImageModel):
     def __init__(self, config):
         super().__init__(config)
@@ -156,23 +154,25 @@ class NTM(ImageModel):
 
     def forward(self, images, text, randomness=None, target=None, parts=False):
         """Eq. (16), the training loss in nats per dimension, a scalar: the mean of -log p(x_s | x_t), weighted by
-        level_weights; with closed_form of its expectation, Eq. (31).
+        level_weights; with closed_form of its expectation, Eq. (31), and velocity_weight times Eq. (22) beside it.
 
         images (B, C, H, W), text (B, L). randomness: steps, ts and noise as from randomness(), by default new ones.
-        parts: returns {"objective": the loss, "nll": without weights} instead, and with target, means (B, K-1, N, D) to
-        stay close to, "aux", the mean squared distance in Eq. (26).
+        parts: returns {"objective": the loss, "nll": -log p alone, unweighted} instead, and with target, means
+        (B, K-1, N, D) to stay close to, "aux", the mean squared distance in Eq. (26).
         """
         steps, ts, noise = randomness or self.randomness(len(images), images.device)
         x0 = self.patchify(images)
         x = forward_trajectory(x0, ts, noise=noise)
         if self.config.closed_form:
-            A, B, C = reverse_posterior(ts[:, 1:], ts[:, :-1])
-            gaussian = self.gaussians(x, ts, text, steps)
-            nll = gaussian.expected_nll(A[..., None, None] * x[:, 1:] + B[..., None, None] * x0[:, None], C)
+            t, A, B, C = (a[..., None, None] for a in (ts[:, 1:], *reverse_posterior(ts[:, 1:], ts[:, :-1])))
+            gaussian, mean = self.gaussians(x, ts, text, steps), A * x[:, 1:] + B * x0[:, None]
+            nll = gaussian.expected_nll(mean, C[..., 0, 0])
         else:
             nll, gaussian = self.transitions(x, ts, text, steps, not self.config.pairs or self.config.steps == (1,))
         nll = nll / x0[0].numel()
         loss = (self.level_weights(ts, steps) * nll).mean() if self.config.level_weight else nll.mean()
+        if self.config.velocity_weight:  # a mean errs by B t times what its velocity errs by
+            loss = loss + self.config.velocity_weight * ((gaussian.mean - mean) / (B * t)).square().mean()
         if not parts:
             return loss
         aux = {} if target is None else {"aux": (gaussian.mean - target).square().mean()}

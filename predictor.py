@@ -107,6 +107,11 @@ def rotations(text_len, rows, columns, pairs):
     return torch.stack([angles.cos(), angles.sin()])
 
 
+def null_caption(text):
+    """The caption that says nothing, shaped like text (B, L)."""
+    return torch.cat([torch.ones_like(text[:, :1]), torch.zeros_like(text[:, 1:])], dim=1)
+
+
 class CaptionedTransformer(nn.Module):
     """Full attention over [caption tokens; image tokens], conditioned on times: the trunk of predictor and denoiser."""
 

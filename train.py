@@ -73,6 +73,7 @@ rank = 0  # directions along which a step's Gaussian is correlated; 0, the paper
 pairs = True  # train on one random step of each trajectory instead of all T
 level_weight = 0.0  # p: a step that ends at noise level s counts s^p, which balances their gradients; 0, the paper's: 1
 closed_form = False  # a first stage, without a transporter: the expected loss, whose gradients have less noise
+velocity_weight = 0.0  # then, of flow matching's loss beside it, so that the means stay as good as flow matching's
 aux_weight = 2.5  # weight of staying close to the flow-matching model it starts from; goes to 0 by a cosine
 
 # ---- optimisation
@@ -166,12 +167,12 @@ def start(config, device):
 
 def training_losses(network, frozen, images, text, randomness, config, i):
     """{name: number} of iteration i, of which "objective" is minimised if there is one, else "loss": -log p, or the
-    error of the velocity, per dimension. What level_weight does to the objective, the loss does not show.
+    error of the velocity, per dimension. What level_weight and velocity_weight do to the objective, it does not show.
 
     frozen: the flow-matching model that an NTM started from, whose means it is to stay close to, or None. Equations
     (16), (22) and (26) of docs/method.md.
     """
-    if not frozen and not config["level_weight"]:
+    if not (frozen or config["level_weight"] or config["velocity_weight"]):
         return {"loss": network(images, text, randomness)}
     (steps, ts, noise), target = randomness, None
     if frozen:
@@ -318,17 +319,9 @@ def main(config):
                 update_average(ema, model, config["ema"], i)
             model.zero_grad(set_to_none=True)
 
-            # Log, save, validate.
-            i += 1  # iterations done
+            # Log, save, validate; leave where an end was asked for.
             totals["skipped"] = not finite
-            progress.update(i, losses, lr, totals, batches.waited)
-            if progress.validation_due(i) or totals["asked"] or progress.spoilt:
-                save(i)  # before the validation, so that nothing that goes wrong there costs the weights
-            progress.stop_if_spoilt(i, batches.faults)
-            if progress.validation_due(i):
-                check(i)
-            if totals["asked"] and i < config["max_iters"]:
-                progress.interrupted(i)
+            if progress.ends(i + 1, losses, lr, totals, batches, save, check):
                 break
         leave_ranks()
 

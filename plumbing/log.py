@@ -81,6 +81,20 @@ class Progress:
         due = self.start > 0 and self.validation_due(self.start)
         return due and gathered(self.log and self.log.lacks_validation)[0]
 
+    def ends(self, i, losses, lr, totals, batches, save, check):
+        """Does what is due after i iterations: counts and logs, as update(); save(i); check(i), a validation. Returns
+        whether the run was asked to end here. Raises SystemExit where too many updates or examples are unusable."""
+        self.update(i, losses, lr, totals, batches.waited)
+        if self.validation_due(i) or totals["asked"] or self.spoilt:
+            save(i)  # before the validation, so that nothing that goes wrong there costs the weights
+        self.stop_if_spoilt(i, batches.faults)
+        if self.validation_due(i):
+            check(i)
+        if early := totals["asked"] and i < self.config["max_iters"]:
+            if self.log:
+                self.bar.write(f"interrupted: {self.path} holds iteration {i}; continue with --init_from=resume")
+        return early
+
     def update(self, i, losses, lr, totals, waited):
         """Counts iteration i, and logs it at every log_interval and where a run ends or validates. totals, over all
         ranks: "grad_norm"; whether this update was "skipped" and an end "asked" for; examples "unusable" and captions
@@ -130,7 +144,3 @@ class Progress:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.bar.write(f"warning: there is no sheet of samples of iteration {i}: {reason}")
-
-    def interrupted(self, i):
-        if self.log:
-            self.bar.write(f"interrupted: {self.path} holds iteration {i}; continue with --init_from=resume")

@@ -11,7 +11,8 @@ from helpers import (DISTILL, SAMPLE, TRAIN, assert_close_training, contents, fa
 from plumbing import checkpoint
 from flow import forward_trajectory, time_grid
 from fm import FlowMatching
-from model import NTM, NTMConfig, null_caption
+from model import NTM, NTMConfig
+from predictor import null_caption
 
 TINY = dict(image_size=(4, 6), channels=1, patch_size=2, vocab_size=20, text_len=3, width=16, depth=2, heads=2,
             transporter_width=8, transporter_blocks=2, transporter_layers=1, transporter_heads=2)
@@ -44,6 +45,25 @@ def test_loss_is_the_error_of_the_velocity(network):
     errors = [network.velocity((1 - t[i]) * x0[i:i + 1] + t[i] * noise[i:i + 1], t[i:i + 1], TEXT[i:i + 1])
               - (noise[i] - x0[i]) for i in range(3)]
     torch.testing.assert_close(loss, torch.cat(errors).square().mean())
+
+
+def test_velocity_weight_adds_the_loss_of_flow_matching(network):
+    """That of the network an NTM starts from, at the times of the grid and with the noise that each level holds."""
+    images = torch.rand(3, 1, 4, 6).double()
+    config = dict(TINY, transporter_blocks=0, parametrization="posterior", closed_form=True)
+    for settings in dict(), dict(level_weight=0.5), dict(pairs=True):
+        plain, weighted = (NTM(NTMConfig(**config, **settings, velocity_weight=w)).double() for w in (0.0, 3.0))
+        network.hand_over(plain.predictor)
+        weighted.load_state_dict(plain.state_dict())
+        steps, ts, noise = plain.randomness(3)
+        ts = ts.double()
+        x0, x = plain.patchify(images), forward_trajectory(plain.patchify(images), ts, noise=noise.double())
+        losses = [network(images, TEXT, (t, (x_t - (1 - t[:, None, None]) * x0) / t[:, None, None]))
+                  for t, x_t in zip(ts[:, 1:].T, x[:, 1:].transpose(0, 1))]
+        parts = weighted(images, TEXT, (steps, ts, noise.double()), parts=True)
+        before = plain(images, TEXT, (steps, ts, noise.double()), parts=True)
+        torch.testing.assert_close(parts["objective"] - before["objective"], 3 * torch.stack(losses).mean())
+        assert losses[0] > 0.1 and parts["nll"] == before["nll"]
 
 
 def test_times_are_logit_normal():

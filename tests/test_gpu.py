@@ -17,7 +17,7 @@ TINY = dict(image_size=4, width=16, depth=1, heads=2, transporter_width=8, trans
 WAYS = {"pairs": dict(pairs=True), "trajectories": {}, "several T": dict(pairs=True, steps=(2, 4)),
         "flow matching": {}, "directions": dict(pairs=True, rank=2, level_weight=0.5),
         "closed form": dict(pairs=True, transporter_blocks=0, rank=2, closed_form=True, level_weight=1.0,
-                            parametrization="posterior")}
+                            velocity_weight=1.0, parametrization="posterior")}
 
 
 def an_update(way, device, size=TINY, batch=8):
@@ -26,7 +26,7 @@ def an_update(way, device, size=TINY, batch=8):
     with device:
         model, average = kind(config), kind(config).requires_grad_(False)
     optimizers = make_optimizers(model, "muon", 1e-4, device, bfloat16=True)
-    settings = {"bfloat16": True, "level_weight": model.config.level_weight, "aux_weight": 0.0, "max_iters": 9}
+    settings = {"bfloat16": True, "aux_weight": 0.0, "max_iters": 9, **vars(model.config)}
     images = torch.zeros(batch, model.config.channels, *model.config.image_size, device=device)
     text = torch.ones(batch, model.config.text_len, dtype=torch.long, device=device)
 

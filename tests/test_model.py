@@ -12,9 +12,9 @@ from torch.func import functional_call
 
 from flow import forward_kernel, forward_log_prob, forward_trajectory, reverse_posterior, time_grid
 from fm import FlowMatching
-from model import NTM, Denoiser, NTMConfig, null_caption
+from model import NTM, Denoiser, NTMConfig
 from plumbing.tokenizer import get_tokenizer
-from predictor import Gaussian
+from predictor import Gaussian, null_caption
 
 # 2 x 3 patches: 6 tokens of 4 numbers; a grid without shift, k/T
 TINY = dict(image_size=(4, 6), channels=1, patch_size=2, vocab_size=9, text_len=3, width=16, depth=2, heads=2,

@@ -181,7 +181,8 @@ def test_weights_are_a_power_of_the_level_over_its_mean():
 def test_what_is_logged_has_no_weights(level_weight):
     model = make_model(level_weight=level_weight, dtype=torch.float32)
     images, text, randomness = make_images(4), make_text(4), model.randomness(4)
-    losses = train.training_losses(model, None, images, text, randomness, Settings(level_weight=level_weight), 0)
+    settings = Settings(level_weight=level_weight, velocity_weight=0.0)
+    losses = train.training_losses(model, None, images, text, randomness, settings, 0)
     plain = make_model(dtype=torch.float32)
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(losses["loss"], plain(images, text, randomness))
@@ -212,6 +213,8 @@ def test_closed_form_is_the_mean_of_the_sampled_loss(pairs):
 def test_closed_form_needs_a_model_without_a_transporter():
     with pytest.raises(ValueError, match="closed_form is True, which needs transporter_blocks 0, not 2"):
         NTMConfig(closed_form=True, transporter_blocks=2)
+    with pytest.raises(ValueError, match="velocity_weight is 0.5, which needs closed_form True"):
+        NTMConfig(velocity_weight=0.5)
 
 
 def test_rotary_positions_are_distances():

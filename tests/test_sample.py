@@ -13,10 +13,10 @@ from test_model import make_model, make_text
 
 import sample
 from flow import forward_trajectory
-from model import null_caption
 from plumbing import checkpoint, shapes
 from plumbing.layouts import read_prompts
 from plumbing.runtime import coarse_products
+from predictor import null_caption
 from sample import TrainedModel, load, words
 
 
