@@ -34,7 +34,7 @@ RANGES = {
                   "transporter_width transporter_layers transporter_heads steps best_of squares scale",
     "at least 0 and at most 256": "workers",
     "at least 0": "depth restarts rank level_weight transporter_blocks warmup_iters lr words_lr min_lr weight_decay "
-                  "aux_weight guidance chunk",
+                  "velocity_weight aux_weight guidance chunk",
     "above 0": "grad_clip latent_scale seconds",
     "above 0 and at most 1000": "shift",  # beyond, the levels of a grid are no longer different numbers
     "at least 0 and below 1": "t_min max_t_min ema",
