@@ -158,7 +158,7 @@ def attend(q, k, v, causal=False):
     # there torch's fused kernel takes seven times as long in the backward pass as the formula itself
     logits = (q * d ** -0.5) @ k.mT
     if causal:
-        logits = logits.masked_fill(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1), -math.inf)
+        logits = logits.masked_fill(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(N - M + 1), -math.inf)
     return torch.softmax(logits, dim=-1) @ v
 
 

@@ -421,3 +421,12 @@ def test_attention_in_bfloat16_is_that_of_float64(causal):
     assert of_rounded.dtype == torch.bfloat16
     torch.testing.assert_close(of_rounded.double(), of_exact, atol=0.03, rtol=0)
     torch.testing.assert_close(rounded.grad.double(), exact.grad, atol=0.06, rtol=0.03)
+
+
+@pytest.mark.parametrize("M", [1, 2, 5])
+def test_attention_of_the_last_tokens_is_that_of_all(M):
+    """In either precision: bfloat16 has a formula of its own on a CPU."""
+    q, k, v = torch.randn(3, 2, 2, 5, 4)
+    for dtype, atol in (torch.float32, 1e-5), (torch.bfloat16, 0.05):
+        last = attend(q[:, :, -M:].to(dtype), k.to(dtype), v.to(dtype), causal=True).float()
+        torch.testing.assert_close(last, attend(q, k, v, causal=True)[:, :, -M:], atol=atol, rtol=0)
