@@ -26,7 +26,7 @@ import torch
 from plumbing import shapes
 from plumbing.images import contact_sheet, save_image, to_pixels
 from plumbing.shards import Shards, find_shards, first_example
-from plumbing.tokenizer import ASSETS, get_tokenizer, make_vocabulary
+from plumbing.tokenizer import ASSETS, get_tokenizer
 
 FASHION_DIR = "/usr/share/datasets/fashion-mnist"
 
@@ -183,12 +183,6 @@ def read_idx(folder, name, ndim):
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
 
 
-def caption_vocabulary():
-    """The bytes of assets/captions.tiktoken, the same at every call."""
-    of_classes = [caption for classes in WORDINGS.values() for wordings in classes for caption in wordings]
-    return make_vocabulary(shapes.captions(shapes.scenes(0, range(10_000))) + of_classes)
-
-
 def show(args):
     """Prints what a data set holds and what its captions cost in tokens, and shows some of its images."""
     of_shards, latent = args.name == "shards", False
@@ -247,7 +241,7 @@ def main():
         sub.add_argument("--tokenizer", default="captions", help="captions, emoji, gpt2 or NAME.tiktoken")
         sub.add_argument("--count", type=int, default=36, help="images on the contact sheet; up to 10 make one row")
         sub.add_argument("--out", help="the contact sheet, default out/NAME.png")
-    prepare.add_commands(command, caption_vocabulary)
+    prepare.add_commands(command)
     emoji.add_commands(command)
     latents.add_commands(command)
     args = parser.parse_args()

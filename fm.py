@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flow import full_precision, zeroed
+from flow import forward_kernel, full_precision, zeroed
 from model import ImageModel
 from predictor import CaptionedTransformer, null_caption
 
@@ -61,20 +61,24 @@ class FlowMatching(ImageModel):
         return t, torch.randn(shape, generator=generator, device=device)
 
     @torch.no_grad()
-    def sample(self, text, steps=EULER_STEPS, guidance=0.0, generator=None, noise=None):
+    def sample(self, text, steps=EULER_STEPS, guidance=0.0, generator=None, restarts=0, randn=None):
         """Eq. (24): follows the velocity from noise to data by Euler's method, in `steps` equal steps.
 
-        text (B, L); guidance: weight w >= 0 of v_c + w (v_c - v_u); noise (B, N, D), by `generator` when None.
-        Returns all levels (B, steps+1, N, D), the image first and the noise last.
+        text (B, L); guidance: weight w >= 0 of v_c + w (v_c - v_u); restarts: of Eq. (34)'s steps; what is standard
+        normal, randn(*shape), (B, *shape), by `generator`. Returns all levels (B, steps+1, N, D), the image first.
         """
-        if noise is None:
-            shape = len(text), self.config.num_tokens, self.config.token_dim
-            noise = torch.randn(shape, generator=generator, dtype=self.head.weight.dtype, device=text.device)
-        levels = [noise]
+        kwargs = dict(dtype=self.head.weight.dtype, device=text.device)
+        randn = randn or (lambda *shape: torch.randn(len(text), *shape, generator=generator, **kwargs))
+        ts, shape = torch.linspace(0, 1, steps + 1, **kwargs), (self.config.num_tokens, self.config.token_dim)
+        levels = [randn(*shape)]
         for k in reversed(range(steps)):
-            t = torch.full((len(text),), (k + 1) / steps, dtype=noise.dtype, device=text.device)
-            v = self.velocity(levels[0], t, text)
-            if guidance:
-                v = v + guidance * (v - self.velocity(levels[0], t, null_caption(text)))
-            levels.insert(0, levels[0] - v / steps)
+            for again in range(1 + restarts * (k in range(steps // 2, steps - 1))):
+                if again:
+                    alpha, beta = forward_kernel(ts[k + 1], ts[k])
+                    levels[:2] = [alpha * levels[0] + beta * randn(*shape)]
+                t = ts[k + 1].expand(len(text))
+                v = self.velocity(levels[0], t, text)
+                if guidance:
+                    v = v + guidance * (v - self.velocity(levels[0], t, null_caption(text)))
+                levels.insert(0, levels[0] - v / steps)
         return torch.stack(levels, dim=1)

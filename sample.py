@@ -150,17 +150,18 @@ class TrainedModel:
     def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, levels=False, best_of=1, restarts=0):
         """Samples an image for each caption; image `number` is the same in whatever batch it is sampled.
 
-        levels: carry the trajectory back to x-space even where only the score needs it. restarts: NTM.sample's.
+        levels: carry the trajectory back to x-space even where only the score needs it. restarts: sample()'s.
         best_of: candidates, of which that with the greatest guided_score is kept; the first is what there is without.
         Returns images (B, C, H, W); the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), or None, None.
         """
         network, ts, text = self.network, self.ts, self.encode(captions)
         if not 0 <= guidance < math.inf:
             raise ValueError(f"guidance is {guidance}, but must be at least 0")
-        for name, value, least, fewest in ("best_of", best_of, 1, 2), ("restarts", restarts, 0, 3):
-            if type(value) is not int or value < least or value > least and (self.kind == "fm" or len(ts) <= fewest):
-                raise ValueError(f"{name} is {value!r}, but must be an int of at least {least}, and {least} for flow "
-                                 f"matching and for an NTM of fewer than {fewest} steps")
+        for name, value, least, fewest, never in [("best_of", best_of, 1, 2, self.kind == "fm"),
+                                                  ("restarts", restarts, 0, 3, False)]:
+            if type(value) is not int or value < least or value > least and (never or len(ts) <= fewest):
+                raise ValueError(f"{name} is {value!r}, but must be an int of at least {least}, and {least} for "
+                                 + ("flow matching" if never else f"fewer than {fewest} steps"))
         # each image has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
         drawn = [self.draw(text, guidance, restarts, generators, levels) for _ in range(best_of)]
@@ -180,14 +181,13 @@ class TrainedModel:
 
     def draw(self, text, guidance, restarts, generators, levels):
         """Clean tokens (B, N, D); the trajectory x (B, T+1, N, D), or None if not needed; and u, of an NTM."""
-        network, ts = self.network, self.ts
+        network, ts, stage = self.network, self.ts, f"sampling in {len(self.ts) - 1} steps"
         def randn(*shape):
             return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
 
-        stage, tokens = f"sampling in {len(ts) - 1} steps", (network.config.num_tokens, network.config.token_dim)
         with coarse_products(self.device):
             if self.kind == "fm":
-                x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, noise=randn(1, *tokens)[:, 0])
+                x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, restarts=restarts, randn=randn)
                 return x[:, 0], x, None
             u = self.clock(stage, network.sample, text, ts, guidance, restarts=restarts, randn=randn)
         if self.denoise == "learned":

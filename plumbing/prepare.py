@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from plumbing.loader import FEW
 from plumbing.shards import IMAGES, Shards, find_shards, first_example, write_shards
-from plumbing.tokenizer import ASSETS, make_vocabulary
+from plumbing.tokenizer import make_vocabulary
 
 UNNAMED = "more columns than there are names (quote a text that holds commas)"
 
@@ -98,28 +98,24 @@ def prepare_folder(args):
 
 
 def prepare_vocabulary(args):
-    out = Path(args.out or ASSETS / "captions.tiktoken")
-    if args.data_dir and not args.out or out.suffix != ".tiktoken":
-        raise ValueError(f"the vocabulary of some shards needs --out=NAME.tiktoken, but --out is {args.out!r}")
-    if args.size and not args.data_dir:
-        raise ValueError(f"--size={args.size} is for the vocabulary of shards: name them by --data_dir")
-    if args.data_dir:
-        _, shape = first_example(find_shards(args.data_dir, "train")[0])
-        shards = Shards(args.data_dir, "train", *shape)
-        contents = make_vocabulary(shards.captions(range(len(shards))), args.size or 4096)
+    out = Path(args.out)
+    if out.suffix != ".tiktoken":
+        raise ValueError(f"a vocabulary needs --out=NAME.tiktoken, but --out is {args.out!r}")
+    _, shape = first_example(find_shards(args.data_dir, "train")[0])
+    shards = Shards(args.data_dir, "train", *shape)
+    contents = make_vocabulary(shards.captions(range(len(shards))), args.size)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(contents if args.data_dir else args.caption_vocabulary())
+    out.write_bytes(contents)
     print(f"wrote {out}")
 
 
-def add_commands(command, caption_vocabulary):
-    """Commands of data.py, by command(name, function, help) -> parser. caption_vocabulary() -> bytes of a file."""
+def add_commands(command):
+    """Commands of data.py, by command(name, function, help) -> parser."""
     sub = command("folder", prepare_folder, "makes shards of a folder of captioned images")
     sub.add_argument("folder", metavar="DIR", help="images with .txt sidecars, metadata.jsonl or metadata.csv")
     sub.add_argument("--out", help="default out/data/NAME")
     sub.add_argument("--val", type=float, help="fraction held out; default 0.01, or for small sets up to 0.1")
-    sub = command("vocab", prepare_vocabulary, "makes a vocabulary: assets/captions.tiktoken, or that of some shards")
-    sub.set_defaults(caption_vocabulary=caption_vocabulary)
-    sub.add_argument("--data_dir", default="", help="which shards")
-    sub.add_argument("--size", type=int, help="of the vocabulary of shards, in tokens; default 4096")
-    sub.add_argument("--out", help="a file NAME.tiktoken")
+    sub = command("vocab", prepare_vocabulary, "makes a vocabulary of some shards' captions")
+    sub.add_argument("--data_dir", required=True, help="which shards")
+    sub.add_argument("--size", type=int, default=4096, help="in tokens; default 4096")
+    sub.add_argument("--out", required=True, help="a file NAME.tiktoken")

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import data
-from plumbing import prepare, shapes
+from plumbing import shapes
 from plumbing.images import FONT_SIZE, GAP, ImageFont, contact_sheet, dequantize, to_pil, to_pixels, to_uint8, wrap
+from plumbing.tokenizer import ASSETS, make_vocabulary
 
 
 def write_idx(path, array):
@@ -248,8 +249,9 @@ def test_each_word_is_one_token(fashion):
 
 
 def test_vocabulary_is_reproducible():
-    shipped = (data.ASSETS / "captions.tiktoken").read_bytes()
-    assert data.caption_vocabulary() == shipped
+    shipped = (ASSETS / "captions.tiktoken").read_bytes()
+    of_classes = [caption for classes in data.WORDINGS.values() for wordings in classes for caption in wordings]
+    assert make_vocabulary(shapes.captions(shapes.scenes(0, range(10_000))) + of_classes) == shipped
     assert data.get_tokenizer().vocab_size == 2 + len(shipped.splitlines()) <= 514
 
 
@@ -314,13 +316,6 @@ def test_command_takes_a_size_and_makes_folders(monkeypatch, capsys, tmp_path):
         assert sheet.width == 3 * 96 + 4 * GAP
 
 
-def test_command_makes_the_vocabulary(monkeypatch, tmp_path):
-    shipped = (data.ASSETS / "captions.tiktoken").read_bytes()
-    monkeypatch.setattr(prepare, "ASSETS", tmp_path)
-    run(monkeypatch, "vocab")
-    assert (tmp_path / "captions.tiktoken").read_bytes() == shipped
-
-
 @pytest.mark.parametrize("arguments, part", [
     (["cifar"], "invalid choice: 'cifar'"),
     ([], "required: NAME"),
@@ -338,8 +333,8 @@ def test_command_makes_the_vocabulary(monkeypatch, tmp_path):
     (["folder", "x", "--val=0"], "--val is 0.0, but must be in"),
     (["folder", "x", "--val=nan"], "--val is nan, but must be in"),
     (["vocab", "--data_dir=x", "--out=x.tiktoken", "--size=9"], "--size is 9, but must be in 256 to"),
-    (["vocab", "--size=300"], "--size=300 is for the vocabulary of shards"),
-    (["vocab", "--out=mine"], "needs --out=NAME.tiktoken, but --out is 'mine'"),
+    (["vocab", "--out=mine.tiktoken"], "required: --data_dir"),
+    (["vocab", "--data_dir=x", "--out=mine"], "needs --out=NAME.tiktoken, but --out is 'mine'"),
     (["encode", "--data_dir=x", "--encoder=x", "--out=x", "--batch_size=0"], "--batch_size is 0, but must be in 1 to"),
     (["encode", "--data_dir=x", "--encoder=x", "--out=x", "--workers=-1"], "--workers is -1, but must be in 0 to"),
 ])

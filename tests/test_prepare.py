@@ -508,5 +508,5 @@ def test_vocabulary_of_shards(photographs, tmp_path):
     command("vocab", f"--data_dir={photographs}", f"--out={tmp_path / 'mine.tiktoken'}", "--size=300")
     tokenizer = data.get_tokenizer(str(tmp_path / "mine.tiktoken"))
     assert len(tokenizer.tokens("train 77")) == 2
-    assert "needs --out" in fails("data.py", "vocab", f"--data_dir={photographs}")
+    assert "required: --out" in fails("data.py", "vocab", f"--data_dir={photographs}")
     assert data.get_tokenizer("emoji").vocab_size == 4055

@@ -297,9 +297,15 @@ def test_restarts_from_the_scripts(copied):
     assert json.loads((copied / "evaluate.json").read_text())["config"]["restarts"] == 1
 
 
-def test_flow_matching_has_nothing_to_choose_by(tmp_path):
+def test_flow_matching_takes_steps_again_but_has_nothing_to_choose_by(tmp_path):
     run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--objective=fm", "--max_iters=1")
     assert "best_of is 2" in fails("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--best_of=2", "--steps=2")
-    assert "restarts is 1" in fails("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--restarts=1")
     with pytest.raises(ValueError, match="best_of is 1.5"):
         load(tmp_path, device="cpu", steps=2).sample(["the digit one"], best_of=1.5)
+    model = load(tmp_path, device="cpu", steps=4)
+    once, again = (model.sample_trajectories(["the digit one"] * 2, [4, 5], 1.0, restarts=n)[0] for n in (0, 1))
+    assert (once != again).flatten(1).any(dim=1).all()
+    torch.testing.assert_close(model.sample_trajectories(["the digit one"], [5], 1.0, restarts=1)[0][0], again[1])
+    run("evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", "--parts=samples", "--num_samples=20", "--restarts=1",
+        "--steps=4")
+    assert json.loads((tmp_path / "evaluate.json").read_text())["curves"][0]["passes"] == 5
