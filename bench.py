@@ -164,7 +164,8 @@ def bench_sampling(model, device):
     ways = {f"NTM, {T} steps, none": lambda: model.invert(model.sample(text, ts), ts),
             f"NTM, {T} steps, score": lambda: model.score_denoise(model.invert(model.sample(text, ts), ts), ts, text),
             f"NTM, {T} steps, learned": lambda: denoiser(model.sample(text, ts)[:, 0], text),
-            **{f"flow matching, {n} steps": lambda n=n: peer.sample(text, n) for n in (T, EULER_STEPS)}}
+            **{f"flow matching, {n} steps": lambda n=n: peer.sample(text, torch.linspace(0, 1, n + 1))
+               for n in (T, EULER_STEPS)}}
     return {name: {"images/s": batch_size / seconds} for name, seconds in medians(ways, device).items()}
 
 

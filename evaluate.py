@@ -54,6 +54,7 @@ restarts = 0  # times that each step of a sample's first half but the first is t
 best_of = 1  # candidates for each sample, of which the likeliest is kept
 judge = ""  # of shards with labels: a file of `python -m plumbing.judge`, which says what samples show
 t_min = 0.02  # where trajectories end
+shift = 1.0  # e^m of the time grid of flow matching's samples
 truth_examples = 50  # held-out images that steps are compared with the truth on
 trajectories = 4  # of each image, for the classifier, its captions sharing them, and for the tighter bound
 data_dir = ""  # where fashion's files are; empty: as for the model
@@ -137,9 +138,8 @@ def curves_of(path):
 
 def evaluate_likelihood(model, dataset):
     """Nats of nats_of; and bits per dimension, Eq. (15), of 8-bit images if the model has a density at t_min = 0."""
-    config = model.network.config
+    config, nats = model.network.config, nats_of(model, held_out(model, dataset), model.ts, several=trajectories)
     dims = config.num_tokens * config.token_dim
-    nats = nats_of(model, held_out(model, dataset), model.ts, several=trajectories)
     results = {name: mean_and_error(value) | {"per_dimension": value.mean().item() / dims}
                for name, value in nats.items()}
     if config.parametrization == "direct" and dataset.eight_bit:
@@ -293,7 +293,7 @@ def main(config):
     counts, strengths = (value if isinstance(value, tuple) else (value,) for value in (steps, guidance))
     if len(counts) > 1 and len(strengths) > 1:
         raise ValueError(f"there are several steps, {steps}, and several guidances, {guidance}: vary one at a time")
-    model = TrainedModel(out_dir, where, counts[0], "none", t_min)
+    model = TrainedModel(out_dir, where, counts[0], "none", t_min, shift)
     possible = [part for part in PARTS if (model.kind == "ntm" or part == "samples")
                 and (not model.latents or part == "likelihood")
                 and (part != "truth" or (model.settings["dataset"], model.network.config.channels) == ("shapes", 3)
@@ -310,7 +310,7 @@ def main(config):
             note(f"{obstacle}: its samples are left out")
             continue
         runs.append((copy.copy(model), w))  # which shares the networks
-        runs[-1][0].choose(count, way, t_min)
+        runs[-1][0].choose(count, way, t_min, shift)
     if "samples" in chosen and not runs:
         raise ValueError(f"denoise is {denoise!r}, and there are no samples to measure: add 'score' or 'none'")
     results, measured = {"config": config, "iteration": model.iteration}, []

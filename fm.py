@@ -61,24 +61,26 @@ class FlowMatching(ImageModel):
         return t, torch.randn(shape, generator=generator, device=device)
 
     @torch.no_grad()
-    def sample(self, text, steps=EULER_STEPS, guidance=0.0, generator=None, restarts=0, randn=None):
-        """Eq. (24): follows the velocity from noise to data by Euler's method, in `steps` equal steps.
+    def sample(self, text, ts=None, guidance=0.0, generator=None, restarts=0, randn=None):
+        """Eq. (24): follows the velocity from noise to data by Euler's method, a step between any two of the times.
 
-        text (B, L); guidance: weight w >= 0 of v_c + w (v_c - v_u); restarts: of Eq. (34)'s steps; what is standard
-        normal, randn(*shape), (B, *shape), by `generator`. Returns all levels (B, steps+1, N, D), the image first.
+        text (B, L); ts (T+1,), ascending from 0 to 1, by default 50 equal steps; guidance: weight w >= 0 of
+        v_c + w (v_c - v_u); restarts: of Eq. (34)'s steps; what is standard normal, randn(*shape), (B, *shape), by
+        `generator`. Returns all levels (B, T+1, N, D), the image first and the noise last.
         """
         kwargs = dict(dtype=self.head.weight.dtype, device=text.device)
         randn = randn or (lambda *shape: torch.randn(len(text), *shape, generator=generator, **kwargs))
-        ts, shape = torch.linspace(0, 1, steps + 1, **kwargs), (self.config.num_tokens, self.config.token_dim)
+        ts = (torch.linspace(0, 1, EULER_STEPS + 1) if ts is None else ts).to(**kwargs)
+        T, shape = len(ts) - 1, (self.config.num_tokens, self.config.token_dim)
         levels = [randn(*shape)]
-        for k in reversed(range(steps)):
-            for again in range(1 + restarts * (k in range(steps // 2, steps - 1))):
+        for k in reversed(range(T)):
+            for again in range(1 + restarts * (k in range(T // 2, T - 1))):
                 if again:
                     alpha, beta = forward_kernel(ts[k + 1], ts[k])
                     levels[:2] = [alpha * levels[0] + beta * randn(*shape)]
-                t = ts[k + 1].expand(len(text))
-                v = self.velocity(levels[0], t, text)
+                step = levels[0], ts[k + 1].expand(len(text))
+                v = self.velocity(*step, text)
                 if guidance:
-                    v = v + guidance * (v - self.velocity(levels[0], t, null_caption(text)))
-                levels.insert(0, levels[0] - v / steps)
+                    v = v + guidance * (v - self.velocity(*step, null_caption(text)))
+                levels.insert(0, levels[0] - v * (ts[k + 1] - ts[k]))
         return torch.stack(levels, dim=1)

@@ -25,7 +25,7 @@ import torch
 
 from configurator import configure
 from data import dataset_class_captions, get_tokenizer, open_dataset
-from flow import bits_per_dim, forward_trajectory
+from flow import bits_per_dim, forward_trajectory, time_grid
 from fm import EULER_STEPS, FlowMatching
 from model import NTM, Denoiser
 from plumbing import checkpoint
@@ -44,6 +44,7 @@ restarts = 0  # times that each step of the first half but the first is taken ag
 best_of = 1  # candidates for each image, of which the one is kept that the model finds likeliest
 denoise = "learned"  # by the denoiser in one pass; "score": by the model's own score; "none": as sampled, at t_min
 t_min = 0.02  # the noise level where sampling ends; the denoiser knows its own
+shift = 1.0  # e^m of the time grid of flow matching, 1: equal steps; an NTM keeps the one that it was trained on
 seed = 0  # the same seed gives the same images, whatever the batch size
 batch_size = 64
 show_trajectory = False  # also a strip and a film of every level for each image
@@ -69,22 +70,22 @@ class TrainedModel:
 
     out_dir: holds ckpt.pt and, for denoise "learned", denoiser.pt, which knows its own t_min. device: cuda, mps or cpu;
     empty: the best there is. steps: T, or Euler's; 0: as trained, or 50. denoise: "learned", "score" or "none", for an
-    NTM. Raises ValueError for a wrong setting and CheckpointError for a wrong file.
+    NTM. shift: of Euler's steps. Raises ValueError for a wrong setting and CheckpointError for a wrong file.
 
     network, kind ("ntm" or "fm"), settings (of its training), tokenizer, ts (T+1,): its noise levels, cleanest first.
     latents: {"mean", "scale"} of each channel if it samples normalised latents, else None; seconds: {stage: so far}.
     """
 
-    def __init__(self, out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02):
+    def __init__(self, out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02, shift=1.0):
         self.path, self.device = Path(out_dir) / "ckpt.pt", find_device(device)
         self.network, trained = checkpoint.load_network(self.path, {"ntm": NTM, "fm": FlowMatching}, self.device)
         self.kind, self.settings, self.iteration = trained["kind"], trained["settings"], trained["iter"]
         self.tokenizer = get_tokenizer(self.settings["tokenizer"], trained.get("vocabulary"))
         self.words = set(trained.get("words", ()))  # of its training captions; older checkpoints do not have them
         self.latents, self.denoiser = self.settings.get("latents"), None
-        self.choose(steps, denoise, t_min)
+        self.choose(steps, denoise, t_min, shift)
 
-    def choose(self, steps=0, denoise="learned", t_min=0.02):
+    def choose(self, steps=0, denoise="learned", t_min=0.02, shift=1.0):
         """Sets noise levels and way to denoise, as at the start, and the clock to zero."""
         if denoise not in ("learned", "score", "none"):
             raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
@@ -92,8 +93,10 @@ class TrainedModel:
             raise ValueError(f"steps is {steps}, but must be an int of at least 1, or 0 for the default")
         config, self.seconds = self.network.config, {}
         if self.kind == "fm":
-            self.denoise, self.ts = "none", torch.linspace(0, 1, (steps or EULER_STEPS) + 1).to(self.device)
+            self.denoise, self.ts = "none", time_grid(steps or EULER_STEPS, 0.0, 0, shift).to(self.device)
             return
+        if shift != 1:
+            raise ValueError(f"shift is {shift}, but is of flow matching: an NTM keeps the time grid of its training")
         if steps and steps not in config.steps:
             note(f"the model was trained for {' or '.join(map(str, config.steps))} steps: in {steps}, samples and "
                  "likelihoods are worse")
@@ -186,18 +189,16 @@ class TrainedModel:
             return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
 
         with coarse_products(self.device):
-            if self.kind == "fm":
-                x = self.clock(stage, network.sample, text, len(ts) - 1, guidance, restarts=restarts, randn=randn)
-                return x[:, 0], x, None
             u = self.clock(stage, network.sample, text, ts, guidance, restarts=restarts, randn=randn)
+        if self.kind == "fm":
+            return u[:, 0], u, None
         if self.denoise == "learned":
             return self.clock("learned denoising", self.denoiser, u[:, 0], text), None, u
         if self.denoise == "none" and not levels:  # the cleanest level is all there is to see
             return self.clock("inversion", network.invert, u[:, :1], ts[:1], steps=len(ts) - 1)[:, 0], None, u
         x = self.clock("inversion", network.invert, u, ts)
-        if self.denoise == "score":
-            return self.clock("score denoising", network.score_denoise, x, ts, text), x, u
-        return x[:, 0], x, u
+        by_score = self.denoise == "score"
+        return self.clock("score denoising", network.score_denoise, x, ts, text) if by_score else x[:, 0], x, u
 
     @torch.no_grad()
     def log_likelihood(self, images, captions, trajectories=8, seed=0, t_min=0.02):
@@ -280,7 +281,7 @@ def strip(levels, image, model):
 def main(config):
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown: choose 'sheet', 'flat' or 'geneval'")
-    model = load(out_dir or SHIPPED, device, steps, denoise, t_min)
+    model = load(out_dir or SHIPPED, device, steps, denoise, t_min, shift)
     if "t_min" in config.given and model.denoise == "learned":
         note(f"t_min is {model.ts[0]:g}, the noise level that the denoiser was distilled for, whatever is given")
     captions, entries = captions_to_sample(model)
@@ -290,10 +291,9 @@ def main(config):
         raise ValueError(f"layout {layout!r} has no place for strips: leave show_trajectory out")
     if decoder and not model.latents:
         raise ValueError(f"decoder is {decoder!r}, but this model makes images, not latents: leave it out")
-    decode = None
     if decoder:
         from plumbing.latents import load_exported  # and with it what encodes data sets
-        decode = load_exported(decoder, model.device)
+    decode = load_exported(decoder, model.device) if decoder else None
     # what is wrong with captions or folder is told before anything is sampled
     model.remark(captions)
     shipped = not out_dir or Path(out_dir).resolve().parent == SHIPPED.parent.resolve()  # assets/ is not written to

@@ -84,7 +84,7 @@ def test_euler_on_gaussian_data_reaches_it_with_many_steps(network, monkeypatch)
 
     monkeypatch.setattr(network, "velocity", velocity)
     noise = torch.randn(3, 6, 4).double()
-    errors = [(network.sample(TEXT, steps, randn=lambda *shape: noise)[:, 0]
+    errors = [(network.sample(TEXT, torch.linspace(0, 1, steps + 1), randn=lambda *shape: noise)[:, 0]
                - (mean + math.sqrt(variance) * noise)).abs().max().item() for steps in (10, 100, 1000)]
     assert errors[2] < 2e-3
     assert errors[1] == pytest.approx(10 * errors[2], rel=0.2)  # Euler's method is of first order
@@ -92,13 +92,13 @@ def test_euler_on_gaussian_data_reaches_it_with_many_steps(network, monkeypatch)
 
 def test_euler_steps_and_guidance(network):
     noise = torch.randn(3, 6, 4).double()
-    x = network.sample(TEXT, 2, guidance=1.5, randn=lambda *shape: noise)
+    x = network.sample(TEXT, torch.tensor([0, 0.7, 1]), guidance=1.5, randn=lambda *shape: noise)
     assert x.shape == (3, 3, 6, 4) and torch.equal(x[:, 2], noise)
-    for k, t in ((2, 1.0), (1, 0.5)):
-        t = torch.full((3,), t).double()
+    for k, t, s in ((2, 1.0, 0.7), (1, 0.7, 0.0)):
+        t, s = torch.full((3,), t).double(), torch.tensor(s).double()
         conditional = network.velocity(x[:, k], t, TEXT)
         unconditional = network.velocity(x[:, k], t, null_caption(TEXT))
-        torch.testing.assert_close(x[:, k - 1], x[:, k] - 0.5 * (2.5 * conditional - 1.5 * unconditional))
+        torch.testing.assert_close(x[:, k - 1], x[:, k] - (t[0] - s) * (2.5 * conditional - 1.5 * unconditional))
 
 
 @pytest.mark.parametrize("restarts", [0, 1, 2])
@@ -113,7 +113,7 @@ def test_steps_taken_again_leave_exact_levels_as_they_are(network, monkeypatch, 
         drawn.append(shape)
         return noise
 
-    x = network.sample(TEXT[:1].expand(draws + 1, -1), 4, restarts=restarts, randn=randn)
+    x = network.sample(TEXT[:1].expand(draws + 1, -1), torch.linspace(0, 1, 5), restarts=restarts, randn=randn)
     assert drawn == [(6, 4)] * draws and x.shape == (draws + 1, 5, 6, 4)
     t, x = torch.linspace(0, 1, 5).double(), x[..., 0, 0]
     torch.testing.assert_close(x[-1], 0.3 * (1 - t))
@@ -125,7 +125,8 @@ def test_euler_by_default_has_fifty_steps_and_no_guidance(network):
         return network.sample(TEXT, generator=torch.Generator().manual_seed(0), **settings)
 
     assert draw().shape == (3, 51, 6, 4) and draw().dtype == torch.float64
-    assert torch.equal(draw(), draw(steps=50, guidance=0.0)) and not torch.equal(draw(), draw(guidance=1.0))
+    assert torch.equal(draw(), draw(ts=torch.linspace(0, 1, 51), guidance=0.0))
+    assert not torch.equal(draw(), draw(guidance=1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------

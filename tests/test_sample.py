@@ -309,3 +309,9 @@ def test_flow_matching_takes_steps_again_but_has_nothing_to_choose_by(tmp_path):
     run("evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", "--parts=samples", "--num_samples=20", "--restarts=1",
         "--steps=4")
     assert json.loads((tmp_path / "evaluate.json").read_text())["curves"][0]["passes"] == 5
+    run("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--steps=4", "--shift=2", "--show_trajectory=True")
+    assert load(tmp_path, device="cpu", steps=4, shift=2.0).ts.tolist() == pytest.approx([0, 0.4, 2 / 3, 6 / 7, 1])
+
+
+def test_an_ntm_keeps_its_time_grid(copied):
+    assert "shift is 2.0, but" in fails("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--shift=2")
