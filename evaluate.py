@@ -55,6 +55,7 @@ best_of = 1  # candidates for each sample, of which the likeliest is kept
 judge = ""  # of shards with labels: a file of `python -m plumbing.judge`, which says what samples show
 t_min = 0.02  # where trajectories end
 shift = 1.0  # e^m of the time grid of flow matching's samples
+split_first = False  # samples' first step in two halves
 truth_examples = 50  # held-out images that steps are compared with the truth on
 trajectories = 4  # of each image, for the classifier, its captions sharing them, and for the tighter bound
 data_dir = ""  # where fashion's files are; empty: as for the model
@@ -310,7 +311,7 @@ def main(config):
             note(f"{obstacle}: its samples are left out")
             continue
         runs.append((copy.copy(model), w))  # which shares the networks
-        runs[-1][0].choose(count, way, t_min, shift)
+        runs[-1][0].choose(count, way, t_min, shift, split_first)
     if "samples" in chosen and not runs:
         raise ValueError(f"denoise is {denoise!r}, and there are no samples to measure: add 'score' or 'none'")
     results, measured = {"config": config, "iteration": model.iteration}, []
@@ -340,8 +341,7 @@ def main(config):
     if rank == 0:
         if figure := plot_quality(measured + others):
             save_image(figure, Path(out_dir) / "evaluate" / "quality.png")
-        path = Path(out_dir) / "evaluate.json"
-        path.write_text(json.dumps(results, indent=1, allow_nan=False))
+        (path := Path(out_dir) / "evaluate.json").write_text(json.dumps(results, indent=1, allow_nan=False))
         print(f"wrote {path}")
     leave_ranks()
 

@@ -45,6 +45,7 @@ best_of = 1  # candidates for each image, of which the one is kept that the mode
 denoise = "learned"  # by the denoiser in one pass; "score": by the model's own score; "none": as sampled, at t_min
 t_min = 0.02  # the noise level where sampling ends; the denoiser knows its own
 shift = 1.0  # e^m of the time grid of flow matching, 1: equal steps; an NTM keeps the one that it was trained on
+split_first = False  # the first step, which one Gaussian is least right for, in two halves: one step more
 seed = 0  # the same seed gives the same images, whatever the batch size
 batch_size = 64
 show_trajectory = False  # also a strip and a film of every level for each image
@@ -69,43 +70,44 @@ class TrainedModel:
     """Captions in, images out: an NTM with a way to denoise, or a flow-matching model.
 
     out_dir: holds ckpt.pt and, for denoise "learned", denoiser.pt, which knows its own t_min. device: cuda, mps or cpu;
-    empty: the best there is. steps: T, or Euler's; 0: as trained, or 50. denoise: "learned", "score" or "none", for an
-    NTM. shift: of Euler's steps. Raises ValueError for a wrong setting and CheckpointError for a wrong file.
+    empty: the best there is; the rest is choose()'s. Raises ValueError, or for a wrong file CheckpointError.
 
     network, kind ("ntm" or "fm"), settings (of its training), tokenizer, ts (T+1,): its noise levels, cleanest first.
     latents: {"mean", "scale"} of each channel if it samples normalised latents, else None; seconds: {stage: so far}.
     """
 
-    def __init__(self, out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02, shift=1.0):
+    def __init__(self, out_dir=SHIPPED, device="", *chosen, **by_name):
         self.path, self.device = Path(out_dir) / "ckpt.pt", find_device(device)
         self.network, trained = checkpoint.load_network(self.path, {"ntm": NTM, "fm": FlowMatching}, self.device)
         self.kind, self.settings, self.iteration = trained["kind"], trained["settings"], trained["iter"]
         self.tokenizer = get_tokenizer(self.settings["tokenizer"], trained.get("vocabulary"))
         self.words = set(trained.get("words", ()))  # of its training captions; older checkpoints do not have them
         self.latents, self.denoiser = self.settings.get("latents"), None
-        self.choose(steps, denoise, t_min, shift)
+        self.choose(*chosen, **by_name)
 
-    def choose(self, steps=0, denoise="learned", t_min=0.02, shift=1.0):
-        """Sets noise levels and way to denoise, as at the start, and the clock to zero."""
+    def choose(self, steps=0, denoise="learned", t_min=0.02, shift=1.0, split_first=False):
+        """Sets noise levels and way to denoise, and the clock to zero. steps: T, or Euler's; 0: as trained, or 50.
+        denoise: of an NTM. shift: of Euler's steps. split_first: one level more, halfway up the first step."""
         if denoise not in ("learned", "score", "none"):
             raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
         if type(steps) is not int or steps < 0:
             raise ValueError(f"steps is {steps}, but must be an int of at least 1, or 0 for the default")
         config, self.seconds = self.network.config, {}
         if self.kind == "fm":
-            self.denoise, self.ts = "none", time_grid(steps or EULER_STEPS, 0.0, 0, shift).to(self.device)
-            return
-        if shift != 1:
-            raise ValueError(f"shift is {shift}, but is of flow matching: an NTM keeps the time grid of its training")
-        if steps and steps not in config.steps:
-            note(f"the model was trained for {' or '.join(map(str, config.steps))} steps: in {steps}, samples and "
-                 "likelihoods are worse")
-        if denoise == "learned" and (obstacle := self.obstacle(steps)):
-            note(f"{obstacle}: denoising by the model's own score instead, which is slower")
-            denoise = "score"
-        self.denoise = denoise
-        t_min = self.distilled["t_min"] if denoise == "learned" else t_min
-        self.ts = config.time_grid(t_min, steps).to(self.device)
+            self.denoise, ts = "none", time_grid(steps or EULER_STEPS, 0.0, 0, shift)
+        else:
+            if shift != 1:
+                raise ValueError(f"shift is {shift}, but is of flow matching: an NTM keeps the grid of its training")
+            if steps and steps not in config.steps:
+                note(f"the model was trained for {' or '.join(map(str, config.steps))} steps: in {steps}, samples and "
+                     "likelihoods are worse")
+            if denoise == "learned" and (obstacle := self.obstacle(steps)):
+                note(f"{obstacle}: denoising by the model's own score instead, which is slower")
+                denoise = "score"
+            self.denoise = denoise
+            ts = config.time_grid(self.distilled["t_min"] if denoise == "learned" else t_min, steps)
+        halfway = [(ts[-2:-1] + 1) / 2] if split_first else []
+        self.steps, self.ts = len(ts) - 1, torch.cat([ts[:-1], *halfway, ts[-1:]]).to(self.device)
 
     def obstacle(self, steps=0):
         """Why trajectories of so many steps have no learned denoiser, or "" if they have: it is then loaded. Raises
@@ -214,21 +216,19 @@ class TrainedModel:
             raise ValueError(f"trajectories is {trajectories}, but the standard error needs at least 2")
         self.remark(captions)
         network, text, images = self.network, self.encode(captions), torch.as_tensor(images)
-        expected = network.config.channels, *network.config.image_size
-        if images.shape[1:] != expected:
+        if images.shape[1:] != (expected := (network.config.channels, *network.config.image_size)):
             raise ValueError(f"images are {tuple(images.shape[1:])}, but the model's are {expected}")
         if len(images) != len(captions):
             raise ValueError(f"there are {len(images)} images, but {len(captions)} captions: one caption for each")
         if not images.abs().max() <= (math.inf if self.latents else 1.5):  # nor if some are NaN
             raise ValueError(f"images reach {images.abs().max():g}, but are to be in [-1, 1]")
         x0 = network.patchify(images.to(self.device, torch.float32))
-        ts = network.config.time_grid(t_min, len(self.ts) - 1).to(self.device).expand(len(x0), -1)
+        ts = network.config.time_grid(t_min, self.steps).to(self.device).expand(len(x0), -1)
         generator, nats = torch.Generator().manual_seed(seed), []
         for _ in range(trajectories):
             noise = torch.randn(1, *ts.shape[1:], *x0.shape[1:], generator=generator).to(x0)
             nats.append(-network.trajectory_bound(forward_trajectory(x0, ts, noise=noise), ts, text)[1])
-        nats = torch.stack(nats)
-        mean, error = nats.mean(dim=0), nats.std(dim=0) / math.sqrt(trajectories)
+        mean, error = (nats := torch.stack(nats)).mean(dim=0), nats.std(dim=0) / math.sqrt(trajectories)
         return LogLikelihood(mean, error, bits_per_dim(-mean, x0[0].numel()))
 
     def plain_latents(self, images):
@@ -281,7 +281,7 @@ def strip(levels, image, model):
 def main(config):
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown: choose 'sheet', 'flat' or 'geneval'")
-    model = load(out_dir or SHIPPED, device, steps, denoise, t_min, shift)
+    model = load(out_dir or SHIPPED, device, steps, denoise, t_min, shift, split_first)
     if "t_min" in config.given and model.denoise == "learned":
         note(f"t_min is {model.ts[0]:g}, the noise level that the denoiser was distilled for, whatever is given")
     captions, entries = captions_to_sample(model)
