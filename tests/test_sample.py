@@ -318,7 +318,7 @@ def test_an_ntm_keeps_its_time_grid(copied):
 
 
 def test_a_first_step_in_two_halves(copied):
-    """One step more, of the same noise for the levels that were there; the likelihood of images is as before."""
+    """One step more when sampling, by the denoiser there is; the likelihood of images is as before."""
     whole, split = (load(copied, device="cpu", denoise="none", split_first=split) for split in (False, True))
     assert split.ts.tolist() == pytest.approx([*whole.ts.tolist()[:-1], (whole.ts[-2].item() + 1) / 2, 1])
     images, x, nll = split.sample_trajectories(["the digit one"] * 2, range(2), levels=True)
