@@ -108,7 +108,7 @@ def training_step(kind, config, device, compiled=False):
 
 def bench_training(model, device):
     """Images/s of training, its FLOPs as a fraction of the rate of a large matrix product, and on CUDA peak memory."""
-    config = model.config
+    config = replace(model.config, first_noise=1.0)
     ways = {"NTM, pairs": (NTM, replace(config, pairs=True)), "NTM, trajectories": (NTM, replace(config, pairs=False)),
             "NTM, no transporter": (NTM, replace(config, transporter_blocks=0, pairs=True)),
             "flow matching": (FlowMatching, config)}
@@ -171,7 +171,7 @@ def bench_sampling(model, device):
 
 def bench_cost(model, device):
     """Milliseconds per image of training and of sampling (without denoising), against T and N."""
-    config, results = model.config, {}
+    config, results = replace(model.config, first_noise=1.0), {}
     sizes = {f"T = {T}": replace(config, steps=T) for T in step_counts}
     sizes |= {f"N = {(size // config.patch_size) ** 2}": replace(config, image_size=size) for size in image_sizes}
     for name, sized in sizes.items():

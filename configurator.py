@@ -36,6 +36,7 @@ RANGES = {
     "at least 0": "depth restarts rank level_weight transporter_blocks warmup_iters lr words_lr min_lr weight_decay "
                   "velocity_weight aux_weight guidance chunk",
     "above 0": "grad_clip latent_scale seconds",
+    "above 0 and at most 1": "first_noise",
     "above 0 and at most 1000": "shift",  # beyond, the levels of a grid are no longer different numbers
     "at least 0 and below 1": "t_min max_t_min ema",
     "at least 0 and at most 1": "caption_dropout bad_limit bad_captions",

@@ -18,7 +18,6 @@ from torch.nn.utils import clip_grad_norm_
 
 from configurator import configure
 from data import get_tokenizer, open_dataset
-from flow import forward_trajectory
 from model import NTM, Denoiser
 from plumbing import checkpoint
 from plumbing.images import contact_sheet, save_image
@@ -66,14 +65,12 @@ val_examples = 297
 num_samples = 25  # on the sheet
 chunk = 0  # examples that are score-denoised at once; 0: what fits into about 4 GB
 wandb_log = False  # the log to Weights & Biases as well
-wandb_project = "ntm"
-wandb_run_name = ""
 
 
 def lesson(teacher, images, text, ts, noise, chunk=0):
     """The denoiser's input u_0 and its target, the score-denoised tokens of a real trajectory: Eq. (27) and (21)."""
     with coarse_products(ts.device), torch.autocast(ts.device.type, enabled=False):  # bfloat16: mostly rounding
-        x = forward_trajectory(teacher.patchify(images), ts.expand(len(images), -1), noise=noise)
+        x = teacher.trajectory(teacher.patchify(images), ts.expand(len(images), -1), text, noise=noise)
         return teacher.distillation_pair(x, ts, text, chunk)
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from data import dataset_class_captions, get_dataset, open_dataset
-from flow import bits_per_dim, forward_log_prob, forward_trajectory, gaussian_nll, reverse_posterior
+from flow import bits_per_dim, forward_log_prob, forward_trajectory, reverse_posterior, taken_again
 from plumbing import judge as judges
 from plumbing import shapes, truth
 from plumbing.detector import TASKS, follows, task_prompts
@@ -55,7 +55,6 @@ best_of = 1  # candidates for each sample, of which the likeliest is kept
 judge = ""  # of shards with labels: a file of `python -m plumbing.judge`, which says what samples show
 t_min = 0.02  # where trajectories end
 shift = 1.0  # e^m of the time grid of flow matching's samples
-split_first = False  # samples' first step in two halves
 truth_examples = 50  # held-out images that steps are compared with the truth on
 trajectories = 4  # of each image, for the classifier, its captions sharing them, and for the tighter bound
 data_dir = ""  # where fashion's files are; empty: as for the model
@@ -117,8 +116,8 @@ def nats_of(model, batches, ts, captioned=True, several=1):
         noise = torch.randn(several, len(x0), len(ts), *x0.shape[1:], generator=generator, dtype=x0.dtype,
                             device=x0.device)
         noise[:, :, 0], times = noise[0, :, 0].clone(), ts.expand(len(x0), -1)
-        nll, bounds = zip(*(model.network.trajectory_bound(forward_trajectory(x0, times, noise=of_one), times, text)
-                            for of_one in noise))
+        nll, bounds = zip(*(model.network.trajectory_bound(model.network.trajectory(x0, times, text, noise=of_one),
+                                                           times, text) for of_one in noise))
         tighter = math.log(several) - torch.logsumexp(-torch.stack(bounds), dim=0)
         nats.append(torch.cat([nll[0], bounds[0][:, None], tighter[:, None]], dim=1).cpu())
     nats = torch.cat(sum(gathered(nats), []))
@@ -151,12 +150,10 @@ def evaluate_likelihood(model, dataset):
 
 
 def caption_log_likelihoods(network, x, ts, candidates):
-    """log p(x_{t_0:T} | caption) in nats, Eq. (12), (B, K), of trajectories x (B, T+1, N, D) at ts (B, T+1) under K
-    captions each, (B, K, L). The transporter sees no caption, so it runs once."""
-    T = torch.full((len(x),), x.shape[1] - 1, device=x.device)
-    u, logdet = network.transport(x, ts, T, from_noise=True)
-    nll = [network.transitions_in_u(u, logdet, ts, text, T)[0].sum(dim=1) for text in candidates.unbind(dim=1)]
-    return -torch.stack(nll, dim=1) - gaussian_nll(x[:, -1:])
+    """Lower bounds on log p(x_{t_0} | caption) in nats, Eq. (14), (B, K), by one trajectory x (B, T+1, N, D) each at ts
+    (B, T+1), the same for K captions each, (B, K, L), but for an x_1 that follows from the caption, Eq. (36)."""
+    return -torch.stack([network.trajectory_bound(network.coupled(x, ts, text), ts, text)[1]
+                         for text in candidates.unbind(dim=1)], dim=1)
 
 
 def credits(log_p, text, truth):
@@ -298,7 +295,7 @@ def main(config):
     possible = [part for part in PARTS if (model.kind == "ntm" or part == "samples")
                 and (not model.latents or part == "likelihood")
                 and (part != "truth" or (model.settings["dataset"], model.network.config.channels) == ("shapes", 3)
-                     and len(model.ts) > 2)]  # with one step there is none but the last
+                     and len(model.ts) > 2 and model.network.config.first_noise == 1)]  # steps whose truth is known
     chosen = parts.split(",") if parts else possible or ["samples"]
     if wrong := [part for part in chosen if part not in possible]:
         what = ("flow matching" if model.kind == "fm" else "an NTM") + (" on latents" if model.latents else "")
@@ -311,7 +308,7 @@ def main(config):
             note(f"{obstacle}: its samples are left out")
             continue
         runs.append((copy.copy(model), w))  # which shares the networks
-        runs[-1][0].choose(count, way, t_min, shift, split_first)
+        runs[-1][0].choose(count, way, t_min, shift)
     if "samples" in chosen and not runs:
         raise ValueError(f"denoise is {denoise!r}, and there are no samples to measure: add 'score' or 'none'")
     results, measured = {"config": config, "iteration": model.iteration}, []
@@ -332,7 +329,7 @@ def main(config):
             continue
         for m, w in runs:
             found, count = evaluate_samples(m, dataset, w), len(m.ts) - 1
-            passes = count + restarts * max(0, count - 1 - count // 2) + (m.denoise == "learned")
+            passes = count + restarts * len(taken_again(count)) + (m.denoise == "learned")
             measured.append({"curve": "flow matching" if m.kind == "fm" else f"NTM, {m.denoise}",
                              "passes": passes, "guidance": w, **found})
             report(f"samples, {count} steps" + (f", {m.denoise}" if m.kind == "ntm" else "")

@@ -70,6 +70,12 @@ def forward_chain(x, ts, noise):
     return torch.stack(levels, dim=1)
 
 
+def taken_again(steps):
+    """The steps that a restart takes again, Eq. (34), each by the number of its cleaner level: those of the first half,
+    which decide what is drawn, but for the very first, out of pure noise."""
+    return range(steps // 2, steps - 1)
+
+
 def forward_log_prob(x, ts):
     """log q(x_{t_1:T} | x_{t_0}) in nats, (B,), Eq. (13), which the bound of Eq. (14) needs.
 

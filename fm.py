@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flow import forward_kernel, full_precision, zeroed
-from model import ImageModel
-from predictor import CaptionedTransformer, null_caption
+from flow import forward_kernel, full_precision, taken_again, zeroed
+from predictor import CaptionedTransformer, ImageModel, null_caption
 
 EULER_STEPS = 50  # unless one says otherwise
 
@@ -74,7 +73,7 @@ class FlowMatching(ImageModel):
         T, shape = len(ts) - 1, (self.config.num_tokens, self.config.token_dim)
         levels = [randn(*shape)]
         for k in reversed(range(T)):
-            for again in range(1 + restarts * (k in range(T // 2, T - 1))):
+            for again in range(1 + restarts * (k in taken_again(T))):
                 if again:
                     alpha, beta = forward_kernel(ts[k + 1], ts[k])
                     levels[:2] = [alpha * levels[0] + beta * randn(*shape)]

@@ -13,123 +13,16 @@ Text id 0 is padding, 1 the null caption. Images are in [-1, 1]. "Eq. (3)" is eq
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
 from flow import (TimeEmbedding, Transporter, forward_chain, forward_log_prob, forward_trajectory, full_precision,
-                  gaussian_nll, reverse_posterior, time_grid, trajectory_covariance, zeroed)
-from predictor import CaptionedTransformer, Gaussian, Predictor, StandardNormal, gaussian_head, null_caption
-
-
-@dataclass
-class NTMConfig:
-    image_size: int | tuple = 8  # side, or (height, width)
-    channels: int = 1
-    patch_size: int = 2  # the fewer numbers in a token, the more the transporter can do between them
-    vocab_size: int = 514
-    text_len: int = 8
-    width: int = 128  # of the predictor
-    depth: int = 4  # 0: no predictor, a standard normal in u-space
-    heads: int = 4
-    transporter_width: int = 64
-    transporter_blocks: int = 3
-    transporter_layers: int = 2
-    transporter_heads: int = 2
-    parametrization: str = "direct"  # or "posterior": the head emits a velocity, to start from flow matching
-    rank: int = 0  # directions along which a step's Gaussian is correlated; 0, the paper's: none
-    predictor: str = "captions"  # the network below; or "sit": a published one, of classes
-    steps: int | tuple = 4  # T; with several, each example of training has one of them
-    shift: float | None = None  # e^m of the time grid; None: from the number of tokens
-    max_t_min: float = 0.05  # training has t_0 uniform below this
-    pairs: bool = False  # train on one random step of a trajectory per example instead of all T
-    level_weight: float = 0.0  # p: a step that ends at s counts s^p in the loss; 0, the paper's: all count the same
-    closed_form: bool = False  # train on the expected loss, which takes a model without a transporter
-    velocity_weight: float = 0.0  # of flow matching's loss beside it, which keeps the means as good as flow matching's
-
-    def __post_init__(self):
-        size = self.image_size
-        height, width = self.image_size = (size, size) if isinstance(size, int) else tuple(size)
-        self.steps = tuple(self.steps) if isinstance(self.steps, (tuple, list)) else (self.steps,)
-        for name, value in {**vars(self), "steps": min(self.steps)}.items():
-            least = 0 if name in ("depth", "transporter_blocks", "rank") else 1
-            if type(value) is int and value < least:
-                raise ValueError(f"{name} is {value}, but must be at least {least}")
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"image_size {height}x{width} is not divisible by patch_size {self.patch_size}")
-        for name, known in {"parametrization": ("direct", "posterior"), "predictor": ("captions", "sit")}.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} {value!r} is unknown: choose {' or '.join(map(repr, known))}")
-        if self.closed_form and self.transporter_blocks:
-            raise ValueError(f"closed_form is True, which needs transporter_blocks 0, not {self.transporter_blocks}")
-        if self.velocity_weight and not self.closed_form:
-            raise ValueError(f"velocity_weight is {self.velocity_weight}, which needs closed_form True")
-        if not self.depth and (self.rank or self.parametrization == "posterior"):
-            raise ValueError(f"depth is 0, but a rank, {self.rank}, or a start from flow matching needs a predictor")
-        for steps in self.steps:
-            try:
-                self.time_grid(self.max_t_min, steps)
-            except ValueError as error:
-                raise ValueError(f"max_t_min: {error}") from error
-
-    @property
-    def patches(self):
-        """Rows and columns of patches, a token each."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-    @property
-    def num_tokens(self):
-        return math.prod(self.patches)
-
-    @property
-    def token_dim(self):
-        return self.channels * self.patch_size**2
-
-    def examples_at_once(self, steps, gradients=True):
-        """How many trajectories of so many steps fit into about 4 GB. A layer makes some 13 numbers of 4 bytes for a
-        token and unit of width; gradients, of a score for instance, need those of all layers at a time."""
-        depth, layers = (self.depth, self.transporter_blocks * self.transporter_layers) if gradients else (1, 1)
-        units = steps * depth * (self.text_len + self.num_tokens) * self.width
-        units += (steps + 1) * layers * self.num_tokens * self.transporter_width
-        return max(1, 4_000_000_000 // (4 * 13 * units))
-
-    def time_grid(self, t_min, steps=0):
-        """Eq. (6): the noise levels (T+1,) of a trajectory that ends at t_min; steps: T, 0 for the first trained with.
-
-        Raises ValueError for a t_min outside [0, t_1), and for 0 in the posterior parametrisation.
-        """
-        if self.parametrization == "posterior" and t_min == 0:
-            raise ValueError("t_min is 0, where the posterior's last step has no variance (C = 0) and so no density: "
-                             "choose t_min > 0, such as 0.02")
-        return time_grid(steps or self.steps[0], t_min, self.num_tokens, self.shift)
-
-
-class ImageModel(nn.Module):
-    """A network on images as tokens, patches of them."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-
-    @classmethod
-    def from_fields(cls, fields):
-        """A network by the fields of its NTMConfig, a dict. Raises ValueError for a field there is not."""
-        if unknown := fields.keys() - NTMConfig.__dataclass_fields__:
-            raise ValueError(f"model_config has {', '.join(sorted(unknown))}")
-        return cls(NTMConfig(**fields))
-
-    def patchify(self, images):
-        """(B, C, H, W) to tokens (B, N, D), row by row."""
-        p = self.config.patch_size
-        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
-
-    def unpatchify(self, tokens):
-        """(B, N, D) to images (B, C, H, W)."""
-        p, (rows, columns) = self.config.patch_size, self.config.patches
-        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
+                  gaussian_nll, reverse_posterior, taken_again, time_grid, trajectory_covariance, zeroed)
+from predictor import NTMConfig  # noqa: F401: who imports one wants both
+from predictor import (CaptionedTransformer, Gaussian, ImageModel, Predictor, StandardNormal, gaussian_head,
+                       null_caption)
 
 
 class NTM(ImageModel):
@@ -166,6 +59,8 @@ class NTM(ImageModel):
         if self.config.closed_form:
             t, A, B, C = (a[..., None, None] for a in (ts[:, 1:], *reverse_posterior(ts[:, 1:], ts[:, :-1])))
             gaussian, mean = self.gaussians(x, ts, text, steps), A * x[:, 1:] + B * x0[:, None]
+            if self.config.first_noise < 1:  # x_1 tells of x_s, which Eq. (3) does not know: x_s itself, as drawn
+                mean, C = torch.where(t == 1, x[:, :-1], mean), torch.where(t == 1, 0.0, C)
             nll = gaussian.expected_nll(mean, C[..., 0, 0])
         else:
             nll, gaussian = self.transitions(x, ts, text, steps, not self.config.pairs or self.config.steps == (1,))
@@ -191,7 +86,8 @@ class NTM(ImageModel):
 
     def randomness(self, batch, device=None, generator=None):
         """What is random about a batch: steps (B,), times ts (B, K) and noise (B, K, N, D). K = T+1: whole trajectories
-        of one T; or 2: a step of one at random, which has the same expected loss, each example with its own T."""
+        of one T; or 2: a step of one at random, which has the same expected loss, each example with its own T. Where
+        first_noise is below 1, one example in T+1 has instead a step between the last two levels, Eq. (35)'s."""
         config, several, kwargs = self.config, self.config.steps, dict(generator=generator, device=device)
         choice = torch.randint(len(several), (batch if config.pairs and len(several) > 1 else 1,), **kwargs)
         T = torch.tensor(several).to(device, non_blocking=True)[choice].expand(batch)
@@ -199,9 +95,15 @@ class NTM(ImageModel):
         grids = [time_grid(steps, t_min, config.num_tokens, config.shift) for steps in several]
         if config.pairs:
             padded = torch.stack([F.pad(grid, (0, max(several) + 1 - grid.shape[1])) for grid in grids])
-            i, first = torch.arange(batch, device=device), torch.randint(math.lcm(*several), (1,), **kwargs)
-            k = ((first + i) % T)[:, None]  # uniform below T, and of a batch as many of each
-            ts = padded[choice, i].gather(1, torch.cat([k, k + 1], dim=1))
+            between = int(config.first_noise < 1)
+            first = torch.randint(math.lcm(*several) + between, (1,), **kwargs)
+            i = torch.arange(batch, device=device)
+            k = ((first + i) % (T + between))[:, None]  # uniform, and of a batch as many of each
+            ts = padded[choice, i].gather(1, torch.cat([k, k + 1], dim=1).clamp(max=padded.shape[2] - 1))
+            if between:
+                s = padded[0, :, -2:-1]
+                t = torch.lerp(s, torch.ones_like(s), torch.randint(4, (batch, 1), **kwargs) / 4)
+                ts = torch.where(k == T[:, None], torch.cat([s * t, t], dim=1), ts)
         else:
             ts = grids[choice.item() if len(several) > 1 else 0]
         return T, ts, torch.randn(*ts.shape, config.num_tokens, config.token_dim, **kwargs)
@@ -248,8 +150,39 @@ class NTM(ImageModel):
 
     def trajectory_bound(self, x, ts, text):
         """trajectory_nll (B, T+1), and from it Eq. (14)'s upper bound on -log p(x_{t_0}) in nats, (B,)."""
-        nll = self.trajectory_nll(x, ts, text)
-        return nll, nll.sum(dim=1) + forward_log_prob(x, ts)
+        nll, c = self.trajectory_nll(x, ts, text), self.config.first_noise
+        if c == 1:
+            return nll, nll.sum(dim=1) + forward_log_prob(x, ts)
+        z = (x[:, -1:] - math.sqrt(1 - c**2) * self.flowed_to_noise(x[:, -2], ts[:, -2], text)[:, None]) / c
+        log_q = forward_log_prob(x[:, :-1], ts[:, :-1]) - gaussian_nll(z)[:, 0] - z[0].numel() * math.log(c)
+        return nll, nll.sum(dim=1) + log_q
+
+    def trajectory(self, x0, ts, text, generator=None, noise=None):
+        """A trajectory q of Eqs. (1) and (2), and for first_noise below 1 Eq. (36), from x0 (B, N, D): (B, K, N, D).
+
+        ts (B, K), text (B, L); noise (B, K, N, D): standard normal, drawn with `generator` when None.
+        """
+        return self.coupled(forward_trajectory(x0, ts, generator, noise), ts, text)
+
+    @torch.no_grad()
+    def coupled(self, x, ts, text):
+        """Eq. (36): the levels x (B, K, N, D), of which x_1, where it is the last, is fresh noise, with an x_1 that
+        follows for the most part from the level before. ts (B, K), text (B, L)."""
+        if (c := self.config.first_noise) < 1:
+            x, rows = x.clone(), ts[:, -1] == 1
+            follows = self.flowed_to_noise(x[rows, -2], ts[rows, -2], text[rows])
+            x[rows, -1] = math.sqrt(1 - c**2) * follows + c * x[rows, -1]
+        return x
+
+    def flowed_to_noise(self, x, s, text):
+        """Eq. (35): x_s (B, N, D) carried to t = 1 by the velocities of the model's own estimates, along which the
+        marginals of Eq. (1) flow; by the midpoint method, in two steps. s (B,), text (B, L)."""
+        T, h = torch.full((len(x),), self.config.steps[0], device=x.device), (1 - s) / 2
+        def along(x, t, dt, v):
+            return x + dt[:, None, None] * self.predictor(v, t, t * s, T, text)[0]
+        for t in (s, s + h):
+            x = along(x, t + h / 2, h, along(x, t, h / 2, x))
+        return x
 
     def predict(self, u, t, s, steps, text):
         """Eq. (10): mean and log standard deviation of p(u_s | u_t = u), each (B, N, D), and with rank R > 0 directions
@@ -260,7 +193,10 @@ class NTM(ImageModel):
         """
         mean, log_std, *directions = self.predictor(u, t, s, steps, text)
         if self.config.parametrization == "posterior":
-            A, B, C = (a[:, None, None] for a in reverse_posterior(t, s))
+            A, B, C = reverse_posterior(t, s)
+            if (c := self.config.first_noise) < 1:  # x_1 tells the noise of x_s, but for c of it
+                A, C = torch.where(t == 1, math.sqrt(1 - c**2) * s, A), torch.where(t == 1, c * s, C)
+            A, B, C = (a[:, None, None] for a in (A, B, C))
             mean = A * u + B * (u - t[:, None, None] * mean)
             # At the last step C, about t_min, is many times smaller than the deviation of x_s given x_t, for data of
             # variance 1 at most sqrt(C^2 + B^2). In units of the way between the two, delta is as large at every step.
@@ -280,7 +216,7 @@ class NTM(ImageModel):
         u = randn(T + 1, *shape) if noise is None else noise.clone()  # each level's noise, then the levels
         along, steps, ts = randn(T, self.config.rank), torch.full((B,), T, device=text.device), ts.expand(B, -1)
         for k in reversed(range(T)):
-            for again in range(1 + restarts * (k in range(T // 2, T - 1))):
+            for again in range(1 + restarts * (k in taken_again(T))):
                 if again:
                     x = self.transporter.inverse(u[:, k], ts[:, k], steps)
                     x = forward_chain(x, ts[:, k:], randn(T - k, *shape))

@@ -10,13 +10,127 @@ keys, and rotary positions. "Eq. (3)" is equation (3) of docs/method.md.
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
-from flow import Layer, TimeEmbedding, full_precision, zeroed
+from flow import Layer, TimeEmbedding, full_precision, time_grid, zeroed
+
+
+@dataclass
+class NTMConfig:
+    image_size: int | tuple = 8  # side, or (height, width)
+    channels: int = 1
+    patch_size: int = 2  # the fewer numbers in a token, the more the transporter can do between them
+    vocab_size: int = 514
+    text_len: int = 8
+    width: int = 128  # of the predictor
+    depth: int = 4  # 0: no predictor, a standard normal in u-space
+    heads: int = 4
+    transporter_width: int = 64
+    transporter_blocks: int = 3
+    transporter_layers: int = 2
+    transporter_heads: int = 2
+    parametrization: str = "direct"  # or "posterior": the head emits a velocity, to start from flow matching
+    rank: int = 0  # directions along which a step's Gaussian is correlated; 0, the paper's: none
+    predictor: str = "captions"  # the network below; or "sit": a published one, of classes
+    steps: int | tuple = 4  # T; with several, each example of training has one of them
+    shift: float | None = None  # e^m of the time grid; None: from the number of tokens
+    max_t_min: float = 0.05  # training has t_0 uniform below this
+    pairs: bool = False  # train on one random step of a trajectory per example instead of all T
+    level_weight: float = 0.0  # p: a step that ends at s counts s^p in the loss; 0, the paper's: all count the same
+    first_noise: float = 1.0  # c: of the last level, how much its noise is drawn anew; 1, the paper's: all of it
+    closed_form: bool = False  # train on the expected loss, which takes a model without a transporter
+    velocity_weight: float = 0.0  # of flow matching's loss beside it, which keeps the means as good as flow matching's
+
+    def __post_init__(self):
+        size = self.image_size
+        height, width = self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        self.steps = tuple(self.steps) if isinstance(self.steps, (tuple, list)) else (self.steps,)
+        for name, value in {**vars(self), "steps": min(self.steps)}.items():
+            least = 0 if name in ("depth", "transporter_blocks", "rank") else 1
+            if type(value) is int and value < least:
+                raise ValueError(f"{name} is {value}, but must be at least {least}")
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"image_size {height}x{width} is not divisible by patch_size {self.patch_size}")
+        for name, known in {"parametrization": ("direct", "posterior"), "predictor": ("captions", "sit")}.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} {value!r} is unknown: choose {' or '.join(map(repr, known))}")
+        if self.closed_form and self.transporter_blocks:
+            raise ValueError(f"closed_form is True, which needs transporter_blocks 0, not {self.transporter_blocks}")
+        if self.velocity_weight and not self.closed_form:
+            raise ValueError(f"velocity_weight is {self.velocity_weight}, which needs closed_form True")
+        if not self.depth and (self.rank or self.parametrization == "posterior"):
+            raise ValueError(f"depth is 0, but a rank, {self.rank}, or a start from flow matching needs a predictor")
+        if self.first_noise < 1 and (self.parametrization != "posterior" or self.transporter_blocks
+                                     or not self.pairs or len(self.steps) > 1):
+            raise ValueError(f"first_noise is {self.first_noise}, which needs a start from flow matching or an NTM "
+                             "that had one, transporter_blocks 0, pairs True and a single number of steps")
+        for steps in self.steps:
+            try:
+                self.time_grid(self.max_t_min, steps)
+            except ValueError as error:
+                raise ValueError(f"max_t_min: {error}") from error
+
+    @property
+    def patches(self):
+        """Rows and columns of patches, a token each."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_tokens(self):
+        return math.prod(self.patches)
+
+    @property
+    def token_dim(self):
+        return self.channels * self.patch_size**2
+
+    def examples_at_once(self, steps, gradients=True):
+        """How many trajectories of so many steps fit into about 4 GB. A layer makes some 13 numbers of 4 bytes for a
+        token and unit of width; gradients, of a score for instance, need those of all layers at a time."""
+        depth, layers = (self.depth, self.transporter_blocks * self.transporter_layers) if gradients else (1, 1)
+        units = steps * depth * (self.text_len + self.num_tokens) * self.width
+        units += (steps + 1) * layers * self.num_tokens * self.transporter_width
+        return max(1, 4_000_000_000 // (4 * 13 * units))
+
+    def time_grid(self, t_min, steps=0):
+        """Eq. (6): the noise levels (T+1,) of a trajectory that ends at t_min; steps: T, 0 for the first trained with.
+
+        Raises ValueError for a t_min outside [0, t_1), and for 0 in the posterior parametrisation.
+        """
+        if self.parametrization == "posterior" and t_min == 0:
+            raise ValueError("t_min is 0, where the posterior's last step has no variance (C = 0) and so no density: "
+                             "choose t_min > 0, such as 0.02")
+        return time_grid(steps or self.steps[0], t_min, self.num_tokens, self.shift)
+
+
+class ImageModel(nn.Module):
+    """A network on images as tokens, patches of them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_fields(cls, fields):
+        """A network by the fields of its NTMConfig, a dict. Raises ValueError for a field there is not."""
+        if unknown := fields.keys() - NTMConfig.__dataclass_fields__:
+            raise ValueError(f"model_config has {', '.join(sorted(unknown))}")
+        return cls(NTMConfig(**fields))
+
+    def patchify(self, images):
+        """(B, C, H, W) to tokens (B, N, D), row by row."""
+        p = self.config.patch_size
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+    def unpatchify(self, tokens):
+        """(B, N, D) to images (B, C, H, W)."""
+        p, (rows, columns) = self.config.patch_size, self.config.patches
+        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
 
 
 def exact(method):

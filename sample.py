@@ -25,7 +25,7 @@ import torch
 
 from configurator import configure
 from data import dataset_class_captions, get_tokenizer, open_dataset
-from flow import bits_per_dim, forward_trajectory, time_grid
+from flow import bits_per_dim, time_grid
 from fm import EULER_STEPS, FlowMatching
 from model import NTM, Denoiser
 from plumbing import checkpoint
@@ -45,7 +45,6 @@ best_of = 1  # candidates for each image, of which the one is kept that the mode
 denoise = "learned"  # by the denoiser in one pass; "score": by the model's own score; "none": as sampled, at t_min
 t_min = 0.02  # the noise level where sampling ends; the denoiser knows its own
 shift = 1.0  # e^m of the time grid of flow matching, 1: equal steps; an NTM keeps the one that it was trained on
-split_first = False  # the first step, which one Gaussian is least right for, in two halves: one step more
 seed = 0  # the same seed gives the same images, whatever the batch size
 batch_size = 64
 show_trajectory = False  # also a strip and a film of every level for each image
@@ -85,9 +84,9 @@ class TrainedModel:
         self.latents, self.denoiser = self.settings.get("latents"), None
         self.choose(*chosen, **by_name)
 
-    def choose(self, steps=0, denoise="learned", t_min=0.02, shift=1.0, split_first=False):
+    def choose(self, steps=0, denoise="learned", t_min=0.02, shift=1.0):
         """Sets noise levels and way to denoise, and the clock to zero. steps: T, or Euler's; 0: as trained, or 50.
-        denoise: of an NTM. shift: of Euler's steps. split_first: one level more, halfway up the first step."""
+        denoise: of an NTM. shift: of Euler's steps."""
         if denoise not in ("learned", "score", "none"):
             raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
         if type(steps) is not int or steps < 0:
@@ -106,8 +105,7 @@ class TrainedModel:
                 denoise = "score"
             self.denoise = denoise
             ts = config.time_grid(self.distilled["t_min"] if denoise == "learned" else t_min, steps)
-        halfway = [(ts[-2:-1] + 1) / 2] if split_first else []
-        self.steps, self.ts = len(ts) - 1, torch.cat([ts[:-1], *halfway, ts[-1:]]).to(self.device)
+        self.ts = ts.to(self.device)
 
     def obstacle(self, steps=0):
         """Why trajectories of so many steps have no learned denoiser, or "" if they have: it is then loaded. Raises
@@ -223,11 +221,12 @@ class TrainedModel:
         if not images.abs().max() <= (math.inf if self.latents else 1.5):  # nor if some are NaN
             raise ValueError(f"images reach {images.abs().max():g}, but are to be in [-1, 1]")
         x0 = network.patchify(images.to(self.device, torch.float32))
-        ts = network.config.time_grid(t_min, self.steps).to(self.device).expand(len(x0), -1)
+        ts = network.config.time_grid(t_min, len(self.ts) - 1).to(self.device).expand(len(x0), -1)
         generator, nats = torch.Generator().manual_seed(seed), []
         for _ in range(trajectories):
             noise = torch.randn(1, *ts.shape[1:], *x0.shape[1:], generator=generator).to(x0)
-            nats.append(-network.trajectory_bound(forward_trajectory(x0, ts, noise=noise), ts, text)[1])
+            noise = noise.expand(len(x0), -1, -1, -1)
+            nats.append(-network.trajectory_bound(network.trajectory(x0, ts, text, noise=noise), ts, text)[1])
         mean, error = (nats := torch.stack(nats)).mean(dim=0), nats.std(dim=0) / math.sqrt(trajectories)
         return LogLikelihood(mean, error, bits_per_dim(-mean, x0[0].numel()))
 
@@ -281,7 +280,7 @@ def strip(levels, image, model):
 def main(config):
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown: choose 'sheet', 'flat' or 'geneval'")
-    model = load(out_dir or SHIPPED, device, steps, denoise, t_min, shift, split_first)
+    model = load(out_dir or SHIPPED, device, steps, denoise, t_min, shift)
     if "t_min" in config.given and model.denoise == "learned":
         note(f"t_min is {model.ts[0]:g}, the noise level that the denoiser was distilled for, whatever is given")
     captions, entries = captions_to_sample(model)

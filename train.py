@@ -72,6 +72,7 @@ max_t_min = 0.05  # training has t_0 uniform below this
 rank = 0  # directions along which a step's Gaussian is correlated; 0, the paper's: none
 pairs = True  # train on one random step of each trajectory instead of all T
 level_weight = 0.0  # p: a step that ends at noise level s counts s^p, which balances their gradients; 0, the paper's: 1
+first_noise = 1.0  # c: of the last level, how much its noise is drawn anew; 0.1: the rest follows from the level before
 closed_form = False  # a first stage, without a transporter: the expected loss, whose gradients have less noise
 velocity_weight = 0.0  # then, of flow matching's loss beside it, so that the means stay as good as flow matching's
 aux_weight = 2.5  # weight of staying close to the flow-matching model it starts from; goes to 0 by a cosine
@@ -97,8 +98,6 @@ t_min = 0.02  # where validation's trajectories and its samples end
 num_samples = 25  # on the sheet
 chunk = 0  # examples that are validated or score-denoised at once; 0: what fits into about 4 GB
 wandb_log = False  # the log to Weights & Biases as well
-wandb_project = "ntm"
-wandb_run_name = ""
 
 NETWORKS = {"ntm": NTM, "fm": FlowMatching}
 NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
@@ -126,6 +125,7 @@ def starting_point(name, device, heads=None):
     if trained["kind"] == "fm":
         return network, decided | {"parametrization": "posterior", "predictor": "captions"}, vocabulary
     kept = TRANSPORTER if network.config.transporter_blocks else ()  # what has no transporter may be given one
+    kept += ("first_noise",) if network.config.first_noise < 1 else ()
     decided |= {key: getattr(network.config, key) for key in ("parametrization", "predictor", "rank", *kept)}
     return network, decided | {"aux_weight": 0.0}, vocabulary  # there is no flow-matching model to stay close to
 
@@ -196,7 +196,7 @@ def validate(ema, batches, ts, config):
         with autocast(config, ts.device):
             if isinstance(ema, NTM):
                 times = ts.expand(len(images), -1)
-                x = forward_trajectory(ema.patchify(images), times, generator)
+                x = ema.trajectory(ema.patchify(images), times, text, generator)
                 chunk = config["chunk"] or ema.config.examples_at_once(len(ts) - 1, gradients=False)
                 nll, bound = map(torch.cat, zip(*(ema.trajectory_bound(*part) for part in zip(
                     x.split(chunk), times.split(chunk), text.split(chunk)))))
@@ -295,6 +295,11 @@ def main(config):
             # The batch, and all that is random about it: sampled for the whole batch, of which a rank keeps its rows.
             images, text, generator = next(batches)
             randomness = [a[batches.rows] for a in model.randomness(config["batch_size"], device, generator)]
+            if model_config.first_noise < 1:  # the averaged model's flow; and at t = 1 a level is its noise
+                _, times, noise = randomness
+                with autocast(config, device):
+                    x_1 = ema.trajectory(ema.patchify(images), times, text, noise=noise)[:, -1]
+                noise[:, -1] = torch.where(times[:, -1, None, None] == 1, x_1, noise[:, -1])
 
             # Forward and backward, in as many passes as memory needs; the ranks' gradients meet in the last one.
             losses = Counter()

@@ -26,8 +26,7 @@ class Log:
                 import wandb
             except ImportError as error:
                 raise ValueError("wandb_log needs wandb: `pip install wandb`, or leave wandb_log out") from error
-            name = config["wandb_run_name"] or None
-            self.wandb = wandb.init(project=config["wandb_project"], name=name, config=dict(config))
+            self.wandb = wandb.init(config=dict(config))
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start]

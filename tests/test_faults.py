@@ -277,10 +277,9 @@ def test_wandb_is_named_when_it_is_missing_and_told_everything_when_not(tmp_path
             told.append({**values, "iter": step})
 
     class Wandb:
-        def init(project, name, config):
-            assert (project, name, config["max_iters"]) == ("mine", "first", 6)
+        def init(config):
+            assert config["max_iters"] == 6
             return Run()
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--wandb_log=True", "--wandb_project=mine",
-        "--wandb_run_name=first")
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--wandb_log=True")
     assert told == [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -315,18 +315,3 @@ def test_flow_matching_takes_steps_again_but_has_nothing_to_choose_by(tmp_path):
 
 def test_an_ntm_keeps_its_time_grid(copied):
     assert "shift is 2.0, but" in fails("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--shift=2")
-
-
-def test_a_first_step_in_two_halves(copied):
-    """One step more when sampling, by the denoiser there is; the likelihood of images is as before."""
-    whole, split = (load(copied, device="cpu", denoise="none", split_first=split) for split in (False, True))
-    assert split.ts.tolist() == pytest.approx([*whole.ts.tolist()[:-1], (whole.ts[-2].item() + 1) / 2, 1])
-    images, x, nll = split.sample_trajectories(["the digit one"] * 2, range(2), levels=True)
-    assert x.shape[1] == 6 and nll.isfinite().all()
-    images = images.clamp(-1, 1)
-    assert torch.equal(*(model.log_likelihood(images, ["the digit one"] * 2).nats for model in (whole, split)))
-    printed, notes = noted(copied, "--split_first=True")
-    assert "sampling in 5 steps" in printed and "learned denoising" in printed and notes == []
-    run("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--parts=samples", "--num_samples=20", "--split_first=True",
-        "--denoise=learned", "--restarts=1")
-    assert json.loads((copied / "evaluate.json").read_text())["curves"][0]["passes"] == 5 + 2 + 1
