@@ -689,8 +689,8 @@ def test_config_runs(tmp_path, config):
     if config == "sit.py":
         torch.save(contents(ROOT / "tests" / "sit_tiny.pt")["state_dict"], tmp_path / "sit.pt")
         small = [setting for setting in small if setting not in SMALL] + ["--heads=4", f"--init_from=sit:{tmp_path / 'sit.pt'}"]
-    if config.endswith("_tune.py"):
-        run("train.py", str(ROOT / "config" / config.replace("_tune", "_fm")), *small, f"--out_dir={tmp_path / 'fm'}")
+    if config.endswith(("_tune.py", "_first.py")):
+        run("train.py", str(ROOT / "config" / f"{config.rsplit('_', 1)[0]}_fm.py"), *small, f"--out_dir={tmp_path / 'fm'}")
         small += [f"--init_from={tmp_path / 'fm' / 'ckpt.pt'}"]
         if "closed_form = True" in (ROOT / "config" / config).read_text():
             small = [setting for setting in small if "transporter_blocks" not in setting]
