@@ -20,9 +20,8 @@ from torch import nn
 
 from flow import (TimeEmbedding, Transporter, forward_chain, forward_log_prob, forward_trajectory, full_precision,
                   gaussian_nll, reverse_posterior, taken_again, time_grid, trajectory_covariance, zeroed)
-from predictor import NTMConfig  # noqa: F401: who imports one wants both
-from predictor import (CaptionedTransformer, Gaussian, ImageModel, Predictor, StandardNormal, gaussian_head,
-                       null_caption)
+from predictor import (CaptionedTransformer, Gaussian, ImageModel, NTMConfig, Predictor,  # noqa: F401: the config, for
+                       StandardNormal, gaussian_head, null_caption)  # whoever imports a model and wants both
 
 
 class NTM(ImageModel):
@@ -178,10 +177,11 @@ class NTM(ImageModel):
         """Eq. (35): x_s (B, N, D) carried to t = 1 by the velocities of the model's own estimates, along which the
         marginals of Eq. (1) flow; by the midpoint method, in two steps. s (B,), text (B, L)."""
         T, h = torch.full((len(x),), self.config.steps[0], device=x.device), (1 - s) / 2
-        def along(x, t, dt, v):
-            return x + dt[:, None, None] * self.predictor(v, t, t * s, T, text)[0]
+        def velocity(x, t):
+            return self.predictor(x, t, t * s, T, text)[0]
         for t in (s, s + h):
-            x = along(x, t + h / 2, h, along(x, t, h / 2, x))
+            midpoint = x + h[:, None, None] / 2 * velocity(x, t)
+            x = x + h[:, None, None] * velocity(midpoint, t + h / 2)
         return x
 
     def predict(self, u, t, s, steps, text):
