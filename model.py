@@ -73,7 +73,7 @@ class NTM(ImageModel):
         return {"objective": loss, "nll": nll.mean(), **aux}
 
     def level_weights(self, ts, steps):
-        """s^p of every step that ends at s, over its mean over the grid: (B, K-1); ts (B, K), steps (B,).
+        """Eq. (30): s^p of every step that ends at s, over its mean over the grid, (B, K-1); ts (B, K), steps (B,).
 
         They leave each step's optimum where it is. Without them the gradients of the last step, tens of times those of
         the first, drown what the first have to learn: what the image shows.
@@ -86,7 +86,8 @@ class NTM(ImageModel):
     def randomness(self, batch, device=None, generator=None):
         """What is random about a batch: steps (B,), times ts (B, K) and noise (B, K, N, D). K = T+1: whole trajectories
         of one T; or 2: a step of one at random, which has the same expected loss, each example with its own T. Where
-        first_noise is below 1, one example in T+1 has instead a step between the last two levels, Eq. (35)'s."""
+        first_noise is below 1, one example in T+1 has instead one of Eq. (35)'s: from t, which lies between the last
+        two levels, s and 1, to s t."""
         config, several, kwargs = self.config, self.config.steps, dict(generator=generator, device=device)
         choice = torch.randint(len(several), (batch if config.pairs and len(several) > 1 else 1,), **kwargs)
         T = torch.tensor(several).to(device, non_blocking=True)[choice].expand(batch)
@@ -207,8 +208,8 @@ class NTM(ImageModel):
     def sample(self, text, ts, guidance=0.0, generator=None, restarts=0, noise=None, randn=None):
         """Eq. (19): a trajectory sampled in u-space, noisiest level first, all tokens in parallel.
 
-        text (B, L); ts (T+1,); guidance: w >= 0; restarts: of Eq. (34)'s steps. noise (B, T+1, N, D), and
-        what else is standard normal, randn(*shape), (B, *shape), by `generator`. Returns u, cleanest level first.
+        text (B, L); ts (T+1,); guidance: w >= 0; restarts: of Eq. (34)'s steps, after which x_1 is not coupled(). noise
+        (B, T+1, N, D), and what else is standard normal, randn(*shape), (B, *shape), by `generator`: u, cleanest first.
         """
         B, T, shape = len(text), len(ts) - 1, (self.config.num_tokens, self.config.token_dim)
         kwargs = dict(generator=generator, dtype=next(self.parameters()).dtype, device=text.device)
@@ -243,7 +244,7 @@ class NTM(ImageModel):
         T, score = torch.full((len(x0),), len(ts) - 1, device=x0.device), 0.0
         ts = ts[:max(3, len(ts) - 1)].expand(len(x0), -1)
         for noise_of_one in noise[:, :ts.shape[1]]:
-            x = forward_trajectory(x0, ts, noise=noise_of_one.expand(len(x0), -1, -1, -1))[:, 1:]
+            x = self.trajectory(x0, ts, text, noise=noise_of_one.expand(len(x0), -1, -1, -1))[:, 1:]
             u, logdet = self.transport(x, ts[:, 1:], T)
             for weight, caption in [(1 + guidance, text), (-guidance, null_caption(text))][:2 if guidance else 1]:
                 score -= weight * self.transitions_in_u(u, logdet, ts[:, 1:], caption, T)[0].sum(dim=1)
@@ -265,8 +266,8 @@ class NTM(ImageModel):
             x.requires_grad_()
             steps = torch.full((len(x),), ts.shape[1] - 1, device=x.device)
             u, logdet = self.transport(x, ts, steps, from_noise=True)
-            nll = self.transitions_in_u(u, logdet, ts, text, steps)[0].sum() + gaussian_nll(x[:, -1:]).sum()
-            g, = torch.autograd.grad(nll, x)
+            kept = slice(-1 if self.config.first_noise < 1 and x.shape[1] > 2 else None)  # but a coupled first step
+            g, = torch.autograd.grad(self.transitions_in_u(u, logdet, ts, text, steps)[0][:, kept].sum(), x)
             weights, t0 = trajectory_covariance(ts)[:, 0, :, None, None], ts[:, 0, None, None]
             pairs.append((u[:, 0].detach(), (x[:, 0].detach() - (weights * g).sum(dim=1)) / (1 - t0)))
         return [torch.cat(tensors) for tensors in zip(*pairs)]

@@ -192,6 +192,8 @@ class TrainedModel:
             u = self.clock(stage, network.sample, text, ts, guidance, restarts=restarts, randn=randn)
         if self.kind == "fm":
             return u[:, 0], u, None
+        if restarts and (levels or self.denoise == "score"):  # they leave an x_1 that is fresh noise
+            u = network.coupled(u, ts.expand(len(u), -1), text)
         if self.denoise == "learned":
             return self.clock("learned denoising", self.denoiser, u[:, 0], text), None, u
         if self.denoise == "none" and not levels:  # the cleanest level is all there is to see
@@ -224,8 +226,7 @@ class TrainedModel:
         ts = network.config.time_grid(t_min, len(self.ts) - 1).to(self.device).expand(len(x0), -1)
         generator, nats = torch.Generator().manual_seed(seed), []
         for _ in range(trajectories):
-            noise = torch.randn(1, *ts.shape[1:], *x0.shape[1:], generator=generator).to(x0)
-            noise = noise.expand(len(x0), -1, -1, -1)
+            noise = torch.randn(1, *ts.shape[1:], *x0.shape[1:], generator=generator).to(x0).expand(len(x0), -1, -1, -1)
             nats.append(-network.trajectory_bound(network.trajectory(x0, ts, text, noise=noise), ts, text)[1])
         mean, error = (nats := torch.stack(nats)).mean(dim=0), nats.std(dim=0) / math.sqrt(trajectories)
         return LogLikelihood(mean, error, bits_per_dim(-mean, x0[0].numel()))
@@ -301,8 +302,7 @@ def main(config):
         ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
         ours |= {"iteration": model.iteration, "denoise": model.denoise,  # "score" until there is a denoiser
                  "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
-        claim(to / ".settings.json", ours,
-              f"{to} holds images of other settings: choose another --folder, or remove it")
+        claim(to / ".settings.json", ours, f"{to} holds images of other settings: choose another --folder or remove it")
 
     def decoded(images):
         """What to look at: the images that the decoder makes of normalised latents; without one, the samples."""
@@ -341,8 +341,7 @@ def main(config):
         mean, numbers = sum(nlls) / len(nlls), x[0].numel()
         print(f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers"
               + (", under the model without guidance" if guidance else ""))
-    print(f"wrote {to / 'sheet.png'}" if layout == "sheet" else
-          f"wrote {len(wanted)} of {len(captions)} images into {to}")
+    print("wrote", to / "sheet.png" if layout == "sheet" else f"{len(wanted)} of {len(captions)} images into {to}")
 
 
 if __name__ == "__main__":

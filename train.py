@@ -170,7 +170,7 @@ def training_losses(network, frozen, images, text, randomness, config, i):
     error of the velocity, per dimension. What level_weight and velocity_weight do to the objective, it does not show.
 
     frozen: the flow-matching model that an NTM started from, whose means it is to stay close to, or None. Equations
-    (16), (22) and (26) of docs/method.md.
+    (16), (22), (26), (30) and (31) of docs/method.md.
     """
     if not (frozen or config["level_weight"] or config["velocity_weight"]):
         return {"loss": network(images, text, randomness)}

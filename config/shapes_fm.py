@@ -1,5 +1,5 @@
 # Flow matching on coloured shapes, 16x16, with the network of config/shapes.py: a start for config/shapes_tune.py.
-# An hour on one core (70 to 85 images a second).
+# A quarter of an hour on one core (300 images a second, --bfloat16=True); val_loss 0.052.
 objective = "fm"
 out_dir = "out/shapes_fm"
 dataset = "shapes"

@@ -1,7 +1,8 @@
-# A second stage: the model of config/shapes_tune.py gets a transporter. On shapes it has not paid so far (docs/log.md).
+# A second stage: an NTM of shapes gets a transporter, which its first step may not be coupled for. It has not paid so far
+# (docs/log.md). The start: train.py config/shapes_tune.py --first_noise=1 --out_dir=out/shapes_plain
 # 10 minutes on 2 cores (58 images a second); val_bound -2.294, where it starts from -2.298.
 #   torchrun --nproc_per_node=2 train.py config/shapes_more.py
-init_from = "out/shapes_tune/ckpt.pt"
+init_from = "out/shapes_plain/ckpt.pt"
 out_dir = "out/shapes_more"
 dataset = "shapes"
 

@@ -1,11 +1,11 @@
-# The first stage of an NTM of coloured shapes: correlated Gaussian steps, in closed form, levels in balance, from the
-# flow-matching model of config/shapes_fm.py. The model in assets/.
-# 47 minutes on 2 cores (95 images a second); val_bound -2.298.
-#   torchrun --nproc_per_node=2 train.py config/shapes_tune.py
+# An NTM of coloured shapes from the flow-matching model of config/shapes_fm.py: correlated Gaussian steps, in closed form,
+# levels in balance, the first step coupled to its noise (docs/method.md, 13). The model in assets/.
+# 20 minutes on one core (220 images a second, --bfloat16=True); val_bound VALBOUND.
 init_from = "out/shapes_fm/ckpt.pt"
 out_dir = "out/shapes_tune"
 dataset = "shapes"
 
+first_noise = 0.5
 transporter_blocks = 0
 rank = 24
 shift = 1.0

@@ -184,6 +184,31 @@ def test_training_sampling_and_likelihood(settings, tmp_path):
     assert log_p.nats.isfinite().all() and (log_p.nats[0] - log_p.nats[1]).abs() > 0
 
 
+def test_restarts_leave_a_coupled_trajectory(settings, tmp_path):
+    """They draw x_1 anew, and what reads the trajectory wants one that follows from the level before."""
+    run("train.py", *settings, f"--out_dir={tmp_path}", "--max_iters=60", "--warmup_iters=5")
+    model = evaluate.TrainedModel(tmp_path, "cpu", denoise="score")
+    sampled = [model.sample_trajectories(["the digit one"] * 20, range(20), levels=True, restarts=n) for n in (0, 1)]
+    (once, x, nll), (again, x_again, nll_again) = sampled
+    assert not torch.equal(x_again[:, :2], x[:, :2]) and (nll_again - nll).abs().mean() < 20
+    follows = model.network.flowed_to_noise(x_again[:, -2], torch.full((20,), model.ts[-2]), model.encode(["the digit one"] * 20))
+    assert torch.corrcoef(torch.stack([x_again[:, -1].flatten(), follows.flatten()]))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_score_denoising_is_of_the_steps_before_a_coupled_one(steps):
+    """As if x_1 were not there: E[x_0 | the other levels]; where it is all there is, the plain one."""
+    model, x0, text = make_model(), torch.randn(3, 6, 4).double(), make_text(3)
+    ts = time_grid(steps, 0.02, 6, shift=1.0).double().expand(3, -1)
+    x = model.trajectory(x0, ts, text).requires_grad_()
+    T, last = torch.full((3,), steps), max(1, steps - 1)
+    nll = sum(model.step_nll(x[:, k], x[:, k + 1], ts[:, k], ts[:, k + 1], T, text).sum() for k in range(last))
+    g, = torch.autograd.grad(nll, x)
+    weights = torch.tensor([0.02**2 * (1 - t) / (1 - 0.02) for t in ts[0].tolist()])
+    expected = (x[:, 0] - torch.einsum("j,bjnd->bnd", weights.double(), g)) / (1 - 0.02)
+    torch.testing.assert_close(model.score_denoise(x.detach(), ts, text), expected.detach(), rtol=1e-5, atol=1e-7)
+
+
 def test_it_resumes_bit_for_bit(settings, tmp_path):
     run("train.py", *settings, f"--out_dir={tmp_path / 'whole'}")
     interrupted_run(NTM, 3, "train.py", *settings, f"--out_dir={tmp_path / 'parts'}")

@@ -689,14 +689,15 @@ def test_config_runs(tmp_path, config):
     if config == "sit.py":
         torch.save(contents(ROOT / "tests" / "sit_tiny.pt")["state_dict"], tmp_path / "sit.pt")
         small = [setting for setting in small if setting not in SMALL] + ["--heads=4", f"--init_from=sit:{tmp_path / 'sit.pt'}"]
-    if config.endswith(("_tune.py", "_first.py")):
+    if config.endswith(("_tune.py", "_first.py", "_more.py")):
         run("train.py", str(ROOT / "config" / f"{config.rsplit('_', 1)[0]}_fm.py"), *small, f"--out_dir={tmp_path / 'fm'}")
         small += [f"--init_from={tmp_path / 'fm' / 'ckpt.pt'}"]
         if "closed_form = True" in (ROOT / "config" / config).read_text():
             small = [setting for setting in small if "transporter_blocks" not in setting]
     if config.endswith("_more.py"):
-        small = [setting for setting in small if setting not in SMALL and "transporter" not in setting]
-        small += [f"--init_from={ROOT / 'assets' / 'shapes' / 'ckpt.pt'}"]
+        plain = [setting for setting in small if "transporter_blocks" not in setting]
+        run("train.py", str(ROOT / "config" / "shapes_tune.py"), *plain, "--first_noise=1", f"--out_dir={tmp_path / 'plain'}")
+        small[-1] = f"--init_from={tmp_path / 'plain' / 'ckpt.pt'}"
     run("train.py", str(ROOT / "config" / config), *small)
     assert contents(tmp_path / "ckpt.pt")["settings"]["dataset"] in (config.split("_")[0].removesuffix(".py").removesuffix("32"), "shards")
     iterations = 2 if config.startswith("t2i") else 1
