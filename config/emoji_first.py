@@ -6,7 +6,7 @@ dataset = "shards"
 data_dir = "out/data/emoji"
 flip = True
 
-first_noise = 0.1
+first_noise = 0.5
 shift = 1.0
 level_weight = 0.5
 closed_form = True

@@ -1,6 +1,6 @@
 # An NTM of coloured shapes from the flow-matching model of config/shapes_fm.py: correlated Gaussian steps, in closed form,
 # levels in balance, the first step coupled to its noise (docs/method.md, 13). The model in assets/.
-# 20 minutes on one core (220 images a second, --bfloat16=True); val_bound VALBOUND.
+# 20 minutes on one core (220 images a second, --bfloat16=True); val_bound -2.268.
 init_from = "out/shapes_fm/ckpt.pt"
 out_dir = "out/shapes_tune"
 dataset = "shapes"
