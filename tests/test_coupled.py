@@ -209,6 +209,15 @@ def test_score_denoising_is_of_the_steps_before_a_coupled_one(steps):
     torch.testing.assert_close(model.score_denoise(x.detach(), ts, text), expected.detach(), rtol=1e-5, atol=1e-7)
 
 
+def test_candidates_see_a_coupled_step_where_that_is_all_there_is():
+    """Of two steps the first alone scores them: of an x_1 that follows from the level before."""
+    model, x0, text, noise = make_model(), torch.randn(4, 6, 4).double(), make_text(4), torch.randn(2, 3, 6, 4).double()
+    ts, T = time_grid(2, 0.02, 6, shift=1.0).double(), torch.full((4,), 2)
+    levels = [model.trajectory(x0, ts.expand(4, -1), text, noise=one.expand(4, -1, -1, -1)) for one in noise]
+    nll = sum(model.step_nll(x[:, 1], x[:, 2], *ts[1:, None].expand(2, 4), T, text) for x in levels) / 2
+    torch.testing.assert_close(model.guided_score(x0, ts, text, 0.0, noise), -nll)
+
+
 def test_it_resumes_bit_for_bit(settings, tmp_path):
     run("train.py", *settings, f"--out_dir={tmp_path / 'whole'}")
     interrupted_run(NTM, 3, "train.py", *settings, f"--out_dir={tmp_path / 'parts'}")
