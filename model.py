@@ -265,9 +265,9 @@ class NTM(ImageModel):
         for x, ts, text in zip(x.detach().split(chunk), ts.expand(x.shape[:2]).split(chunk), text.split(chunk)):
             x.requires_grad_()
             steps = torch.full((len(x),), ts.shape[1] - 1, device=x.device)
-            u, logdet = self.transport(x, ts, steps, from_noise=True)
-            kept = slice(-1 if self.config.first_noise < 1 and x.shape[1] > 2 else None)  # but a coupled first step
-            g, = torch.autograd.grad(self.transitions_in_u(u, logdet, ts, text, steps)[0][:, kept].sum(), x)
+            K = x.shape[1] - (self.config.first_noise < 1 and x.shape[1] > 2)  # without a coupled first step, Eq. (36)
+            u, logdet = self.transport(x[:, :K], ts[:, :K], steps, from_noise=K == x.shape[1])
+            g, = torch.autograd.grad(self.transitions_in_u(u, logdet, ts[:, :K], text, steps)[0].sum(), x)
             weights, t0 = trajectory_covariance(ts)[:, 0, :, None, None], ts[:, 0, None, None]
             pairs.append((u[:, 0].detach(), (x[:, 0].detach() - (weights * g).sum(dim=1)) / (1 - t0)))
         return [torch.cat(tensors) for tensors in zip(*pairs)]
