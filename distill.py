@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from configurator import configure
 from data import get_tokenizer, open_dataset
+from flow import forward_trajectory
 from model import NTM, Denoiser
 from plumbing import checkpoint
 from plumbing.images import contact_sheet, save_image
@@ -70,7 +71,8 @@ wandb_log = False  # the log to Weights & Biases as well
 def lesson(teacher, images, text, ts, noise, chunk=0):
     """The denoiser's input u_0 and its target, the score-denoised tokens of a real trajectory: Eq. (27) and (21)."""
     with coarse_products(ts.device), torch.autocast(ts.device.type, enabled=False):  # bfloat16: mostly rounding
-        x = teacher.trajectory(teacher.patchify(images), ts.expand(len(images), -1), text, noise=noise)
+        times = ts.expand(len(images), -1)
+        x = teacher.coupled(forward_trajectory(teacher.patchify(images), times, noise=noise), times, text)
         return teacher.distillation_pair(x, ts, text, chunk)
 
 

@@ -113,11 +113,10 @@ def nats_of(model, batches, ts, captioned=True, several=1):
     nats = []
     for x0, text, _, generator in batches:
         text = text if captioned else model.encode([""] * len(x0))
-        noise = torch.randn(several, len(x0), len(ts), *x0.shape[1:], generator=generator, dtype=x0.dtype,
-                            device=x0.device)
+        noise = torch.randn(several, len(x0), len(ts), *x0.shape[1:], generator=generator, device=x0.device)
         noise[:, :, 0], times = noise[0, :, 0].clone(), ts.expand(len(x0), -1)
-        nll, bounds = zip(*(model.network.trajectory_bound(model.network.trajectory(x0, times, text, noise=of_one),
-                                                           times, text) for of_one in noise))
+        nll, bounds = zip(*(model.network.trajectory_bound(forward_trajectory(x0, times, noise=of_one), times, text)
+                            for of_one in noise))
         tighter = math.log(several) - torch.logsumexp(-torch.stack(bounds), dim=0)
         nats.append(torch.cat([nll[0], bounds[0][:, None], tighter[:, None]], dim=1).cpu())
     nats = torch.cat(sum(gathered(nats), []))
@@ -152,8 +151,7 @@ def evaluate_likelihood(model, dataset):
 def caption_log_likelihoods(network, x, ts, candidates):
     """Lower bounds on log p(x_{t_0} | caption) in nats, Eq. (14), (B, K), by one trajectory x (B, T+1, N, D) each at ts
     (B, T+1), the same for K captions each, (B, K, L), but for an x_1 that follows from the caption, Eq. (36)."""
-    return -torch.stack([network.trajectory_bound(network.coupled(x, ts, text), ts, text)[1]
-                         for text in candidates.unbind(dim=1)], dim=1)
+    return -torch.stack([network.trajectory_bound(x, ts, text)[1] for text in candidates.unbind(dim=1)], dim=1)
 
 
 def credits(log_p, text, truth):

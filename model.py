@@ -149,30 +149,29 @@ class NTM(ImageModel):
         return torch.cat([self.transitions(x, ts, text, steps, from_noise=True)[0], gaussian_nll(x[:, -1:])], dim=1)
 
     def trajectory_bound(self, x, ts, text):
-        """trajectory_nll (B, T+1), and from it Eq. (14)'s upper bound on -log p(x_{t_0}) in nats, (B,)."""
-        nll, c = self.trajectory_nll(x, ts, text), self.config.first_noise
-        if c == 1:
-            return nll, nll.sum(dim=1) + forward_log_prob(x, ts)
-        z = (x[:, -1:] - math.sqrt(1 - c**2) * self.flowed_to_noise(x[:, -2], ts[:, -2], text)[:, None]) / c
-        log_q = forward_log_prob(x[:, :-1], ts[:, :-1]) - gaussian_nll(z)[:, 0] - z[0].numel() * math.log(c)
+        """trajectory_nll (B, T+1), and from it Eq. (14)'s upper bound on -log p(x_{t_0}) in nats, (B,), both of a
+        forward_trajectory x (B, T+1, N, D), with an x_1 that is coupled() where the model wants one."""
+        nll = self.trajectory_nll(self.coupled(x, ts, text), ts, text)
+        log_q = forward_log_prob(x, ts) - x[0, 0].numel() * math.log(self.config.first_noise)  # x_1 has c of it
         return nll, nll.sum(dim=1) + log_q
-
-    def trajectory(self, x0, ts, text, generator=None, noise=None):
-        """A trajectory q of Eqs. (1) and (2), and for first_noise below 1 Eq. (36), from x0 (B, N, D): (B, K, N, D).
-
-        ts (B, K), text (B, L); noise (B, K, N, D): standard normal, drawn with `generator` when None.
-        """
-        return self.coupled(forward_trajectory(x0, ts, generator, noise), ts, text)
 
     @torch.no_grad()
     def coupled(self, x, ts, text):
-        """Eq. (36): the levels x (B, K, N, D), of which x_1, where it is the last, is fresh noise, with an x_1 that
-        follows for the most part from the level before. ts (B, K), text (B, L)."""
-        if (c := self.config.first_noise) < 1:
-            x, rows = x.clone(), ts[:, -1] == 1
-            follows = self.flowed_to_noise(x[rows, -2], ts[rows, -2], text[rows])
-            x[rows, -1] = math.sqrt(1 - c**2) * follows + c * x[rows, -1]
-        return x
+        """Eq. (36): the levels x (B, K, N, D) of a forward_trajectory, whose x_1, where it is the last, is fresh noise,
+        with an x_1 that follows for the most part from the level before. ts (B, K), text (B, L)."""
+        if (c := self.config.first_noise) == 1:
+            return x
+        x_1 = math.sqrt(1 - c**2) * self.flowed_to_noise(x[:, -2], ts[:, -2], text) + c * x[:, -1]
+        return torch.cat([x[:, :-1], torch.where(ts[:, -1:, None] == 1, x_1, x[:, -1])[:, None]], dim=1)
+
+    @torch.no_grad()
+    def couple(self, images, text, randomness):
+        """Changes the noise in what randomness() drew of a batch where an example ends at t = 1, and a level is its
+        noise: to an x_1 of Eq. (36). images (B, C, H, W), text (B, L)."""
+        _, ts, noise = randomness
+        rows = ts[:, -1].topk(math.ceil(len(ts) / (self.config.steps[0] + 1))).indices  # one in T + 1; others stay
+        x = forward_trajectory(self.patchify(images[rows]), ts[rows], noise=noise[rows])
+        noise[rows] = torch.where(ts[rows, :, None, None] == 1, self.coupled(x, ts[rows], text[rows]), noise[rows])
 
     def flowed_to_noise(self, x, s, text):
         """Eq. (35): x_s (B, N, D) carried to t = 1 by the velocities of the model's own estimates, along which the
@@ -242,9 +241,10 @@ class NTM(ImageModel):
         """Eq. (32), nats (B,), to compare candidates x0 (B, N, D) for captions (B, L): the density that guidance stands
         for, of the middle steps of R forward trajectories. ts (T+1,), T > 1; noise (R, T+1, N, D)."""
         T, score = torch.full((len(x0),), len(ts) - 1, device=x0.device), 0.0
-        ts = ts[:max(3, len(ts) - 1)].expand(len(x0), -1)
+        ts, x_1_is_last = ts[:max(3, len(ts) - 1)].expand(len(x0), -1), len(ts) == 3
         for noise_of_one in noise[:, :ts.shape[1]]:
-            x = self.trajectory(x0, ts, text, noise=noise_of_one.expand(len(x0), -1, -1, -1))[:, 1:]
+            x = forward_trajectory(x0, ts, noise=noise_of_one.expand(len(x0), -1, -1, -1))
+            x = (self.coupled(x, ts, text) if x_1_is_last else x)[:, 1:]
             u, logdet = self.transport(x, ts[:, 1:], T)
             for weight, caption in [(1 + guidance, text), (-guidance, null_caption(text))][:2 if guidance else 1]:
                 score -= weight * self.transitions_in_u(u, logdet, ts[:, 1:], caption, T)[0].sum(dim=1)

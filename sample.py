@@ -25,7 +25,7 @@ import torch
 
 from configurator import configure
 from data import dataset_class_captions, get_tokenizer, open_dataset
-from flow import bits_per_dim, time_grid
+from flow import bits_per_dim, forward_trajectory, time_grid
 from fm import EULER_STEPS, FlowMatching
 from model import NTM, Denoiser
 from plumbing import checkpoint
@@ -227,7 +227,7 @@ class TrainedModel:
         generator, nats = torch.Generator().manual_seed(seed), []
         for _ in range(trajectories):
             noise = torch.randn(1, *ts.shape[1:], *x0.shape[1:], generator=generator).to(x0).expand(len(x0), -1, -1, -1)
-            nats.append(-network.trajectory_bound(network.trajectory(x0, ts, text, noise=noise), ts, text)[1])
+            nats.append(-network.trajectory_bound(forward_trajectory(x0, ts, noise=noise), ts, text)[1])
         mean, error = (nats := torch.stack(nats)).mean(dim=0), nats.std(dim=0) / math.sqrt(trajectories)
         return LogLikelihood(mean, error, bits_per_dim(-mean, x0[0].numel()))
 

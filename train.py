@@ -196,7 +196,7 @@ def validate(ema, batches, ts, config):
         with autocast(config, ts.device):
             if isinstance(ema, NTM):
                 times = ts.expand(len(images), -1)
-                x = ema.trajectory(ema.patchify(images), times, text, generator)
+                x = forward_trajectory(ema.patchify(images), times, generator)
                 chunk = config["chunk"] or ema.config.examples_at_once(len(ts) - 1, gradients=False)
                 nll, bound = map(torch.cat, zip(*(ema.trajectory_bound(*part) for part in zip(
                     x.split(chunk), times.split(chunk), text.split(chunk)))))
@@ -295,11 +295,9 @@ def main(config):
             # The batch, and all that is random about it: sampled for the whole batch, of which a rank keeps its rows.
             images, text, generator = next(batches)
             randomness = [a[batches.rows] for a in model.randomness(config["batch_size"], device, generator)]
-            if model_config.first_noise < 1:  # the averaged model's flow; and at t = 1 a level is its noise
-                _, times, noise = randomness
+            if model_config.first_noise < 1:
                 with autocast(config, device):
-                    x_1 = ema.trajectory(ema.patchify(images), times, text, noise=noise)[:, -1]
-                noise[:, -1] = torch.where(times[:, -1, None, None] == 1, x_1, noise[:, -1])
+                    ema.couple(images, text, randomness)
 
             # Forward and backward, in as many passes as memory needs; the ranks' gradients meet in the last one.
             losses = Counter()

@@ -24,6 +24,11 @@ def make_text(batch):
     return torch.randint(2, 9, (batch, 3))
 
 
+def drawn(model, x0, ts, text, noise=None):
+    """A trajectory of q, x_1 included."""
+    return model.coupled(forward_trajectory(x0, ts, noise=noise), ts, text)
+
+
 def exact_velocity(u, t, s, steps, text):
     """noise - E[x_0 | x_t] of Gaussian data, and no correction to the scale."""
     t = t[:, None, None]
@@ -69,21 +74,21 @@ def test_only_a_last_level_of_pure_noise_is_coupled():
     model, x0, text = make_model(), torch.randn(4, 6, 4).double(), make_text(4)
     ts = torch.tensor([[0.5, 0.75], [0.75, 1], [0.25, 0.5], [0.75, 1]]).double()
     noise = torch.randn(4, 2, 6, 4).double()
-    fresh, coupled = forward_trajectory(x0, ts, noise=noise), model.trajectory(x0, ts, text, noise=noise)
+    fresh, coupled = forward_trajectory(x0, ts, noise=noise), drawn(model, x0, ts, text, noise)
     assert torch.equal(coupled[:, 0], fresh[:, 0]) and torch.equal(coupled[::2], fresh[::2])
     correlations = [torch.corrcoef(torch.stack([levels[1::2, 1].flatten(), noise[1::2, 1].flatten()]))[0, 1]
                     for levels in (fresh, coupled)]
     assert correlations[0] > 0.999 and correlations[1] < 0.7
     plain = make_model(first_noise=1.0)
-    assert torch.equal(plain.trajectory(x0, ts, text, noise=noise), fresh)
+    assert torch.equal(drawn(plain, x0, ts, text, noise), fresh)
 
 
-def test_the_bound_counts_what_the_last_level_tells():
+def test_the_bound_counts_what_the_last_level_tells(monkeypatch):
     """-log p(x_{t_0:T}) + log q(x_{t_1:T} | x_{t_0}), each factor by torch's own normal distribution."""
     model, text = make_model(), make_text(3)
     ts = time_grid(4, 0.02, 6, shift=1.0).double().expand(3, -1)
-    x = model.trajectory(torch.randn(3, 6, 4).double(), ts, text)
-    nll, bound = model.trajectory_bound(x, ts, text)
+    fresh = forward_trajectory(torch.randn(3, 6, 4).double(), ts)
+    x, (nll, bound) = model.coupled(fresh, ts, text), model.trajectory_bound(fresh, ts, text)
     log_q = 0
     for k in range(3):
         alpha = (1 - ts[0, k + 1]) / (1 - ts[0, k])
@@ -93,6 +98,10 @@ def test_the_bound_counts_what_the_last_level_tells():
     log_q = log_q + Normal(mean, 0.2).log_prob(x[:, 4]).sum(dim=(1, 2))
     torch.testing.assert_close(bound, nll.sum(dim=1) + log_q)
     torch.testing.assert_close(nll, model.trajectory_nll(x, ts, text))
+    flowed, calls = model.flowed_to_noise, []
+    monkeypatch.setattr(model, "flowed_to_noise", lambda *args: calls.append(1) or flowed(*args))
+    model.trajectory_bound(fresh, ts, text)
+    assert len(calls) == 1  # to draw x_1: its density is that of the noise it was drawn from
 
 
 def test_the_bound_stays_above_the_truth_and_touches_it(exact):
@@ -101,7 +110,7 @@ def test_the_bound_stays_above_the_truth_and_touches_it(exact):
     n, c = 400, 0.2
     x0, text = MEAN + STD * torch.randn(n, 6, 4).double(), make_text(n)
     ts = torch.tensor([[0.75, 1.0]]).double().expand(n, 2)
-    x = exact.trajectory(x0, ts, text)
+    x = forward_trajectory(x0, ts)
     scale = math.hypot(0.25 * STD, 0.75)
     truth = -Normal(0.25 * MEAN, scale).log_prob(x[:, 0]).sum(dim=(1, 2))
 
@@ -136,12 +145,26 @@ def test_a_batch_has_as_many_of_each_pair_and_of_the_flows():
     assert {t for _, t in flow} == {0.75, 0.8125, 0.875, 0.9375} and all(s == 0.75 * t for s, t in flow)
 
 
+@pytest.mark.parametrize("batch", [3, 23, 50])
+def test_training_couples_every_example_that_ends_at_noise_and_no_other(batch):
+    """Found without a look at the times, for that would wait for a GPU: as many as a batch may have."""
+    model, images, text = make_model(), torch.rand(batch, 1, 4, 6).double(), make_text(batch)
+    for seed in range(5):
+        steps, ts, noise = model.randomness(batch, generator=torch.Generator().manual_seed(seed))
+        ts, noise = ts.double(), noise.double()
+        expected = drawn(model, model.patchify(images), ts, text, noise)[:, -1]
+        expected, before = torch.where(ts[:, -1, None, None] == 1, expected, noise[:, -1]), noise[:, 0].clone()
+        model.couple(images, text, (steps, ts, noise))
+        torch.testing.assert_close(noise[:, -1], expected)
+        assert torch.equal(noise[:, 0], before)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_loss_of_the_first_step_is_of_levels_as_drawn(rank):
     """Elsewhere closed form; there -log p(x_s | x_1) itself."""
     model, images, text = make_model(rank=rank), torch.rand(6, 1, 4, 6).double(), make_text(6)
     ts = torch.tensor([[0.75, 1]]).double().expand(6, 2)
-    x = model.trajectory(model.patchify(images), ts, text)
+    x = drawn(model, model.patchify(images), ts, text)
     times, steps = ts[..., None, None], torch.full((6,), 4)
     noise = (x - (1 - times) * model.patchify(images)[:, None]) / times
     nll = model.step_nll(x[:, 0], x[:, 1], ts[:, 0], ts[:, 1], steps, text)
@@ -154,8 +177,7 @@ def test_captions_are_compared_with_levels_of_their_own(monkeypatch):
     x, candidates = forward_trajectory(x0, ts), torch.randint(2, 9, (2, 3, 3))
     found = evaluate.caption_log_likelihoods(model, x, ts, candidates)
     for k in range(3):
-        own = model.coupled(x, ts, candidates[:, k])
-        torch.testing.assert_close(found[:, k], -model.trajectory_bound(own, ts, candidates[:, k])[1])
+        torch.testing.assert_close(found[:, k], -model.trajectory_bound(x, ts, candidates[:, k])[1])
     assert (found[:, 0] - found[:, 1]).abs().min() > 1e-3
 
 
@@ -200,7 +222,7 @@ def test_score_denoising_is_of_the_steps_before_a_coupled_one(steps):
     """As if x_1 were not there: E[x_0 | the other levels]; where it is all there is, the plain one."""
     model, x0, text = make_model(), torch.randn(3, 6, 4).double(), make_text(3)
     ts = time_grid(steps, 0.02, 6, shift=1.0).double().expand(3, -1)
-    x = model.trajectory(x0, ts, text).requires_grad_()
+    x = drawn(model, x0, ts, text).requires_grad_()
     T, last = torch.full((3,), steps), max(1, steps - 1)
     nll = sum(model.step_nll(x[:, k], x[:, k + 1], ts[:, k], ts[:, k + 1], T, text).sum() for k in range(last))
     g, = torch.autograd.grad(nll, x)
@@ -213,7 +235,7 @@ def test_candidates_see_a_coupled_step_where_that_is_all_there_is():
     """Of two steps the first alone scores them: of an x_1 that follows from the level before."""
     model, x0, text, noise = make_model(), torch.randn(4, 6, 4).double(), make_text(4), torch.randn(2, 3, 6, 4).double()
     ts, T = time_grid(2, 0.02, 6, shift=1.0).double(), torch.full((4,), 2)
-    levels = [model.trajectory(x0, ts.expand(4, -1), text, noise=one.expand(4, -1, -1, -1)) for one in noise]
+    levels = [drawn(model, x0, ts.expand(4, -1), text, one.expand(4, -1, -1, -1)) for one in noise]
     nll = sum(model.step_nll(x[:, 1], x[:, 2], *ts[1:, None].expand(2, 4), T, text) for x in levels) / 2
     torch.testing.assert_close(model.guided_score(x0, ts, text, 0.0, noise), -nll)
 

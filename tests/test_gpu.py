@@ -1,5 +1,7 @@
 """What a GPU will need. Without one: graphs that are whole and compiled once, and no wait for the device in an update;
 with one, `pytest -m cuda` runs the scripts on it in bfloat16, compiled."""
+import json
+
 import pytest
 import torch
 from helpers import DISTILL, NETWORKS, SAMPLE, TRAIN, contents, run, torchrun, training_lines
@@ -18,6 +20,7 @@ WAYS = {"pairs": dict(pairs=True), "trajectories": {}, "several T": dict(pairs=T
         "flow matching": {}, "directions": dict(pairs=True, rank=2, level_weight=0.5),
         "closed form": dict(pairs=True, transporter_blocks=0, rank=2, closed_form=True, level_weight=1.0,
                             velocity_weight=1.0, parametrization="posterior")}
+WAYS["coupled"] = WAYS["closed form"] | dict(first_noise=0.5)
 
 
 def an_update(way, device, size=TINY, batch=8):
@@ -32,6 +35,8 @@ def an_update(way, device, size=TINY, batch=8):
 
     def update(i):
         randomness = model.randomness(batch, device)
+        if model.config.first_noise < 1:
+            average.couple(images, text, randomness)
         with autocast(settings, device):
             parts = train.training_losses(model, None, images, text, randomness, settings, i)
         parts.get("objective", parts["loss"]).backward()
@@ -112,6 +117,8 @@ class TestCuda:
             run("sample.py", *SAMPLE, GPU, f"--out_dir={on_gpu}", f"--denoise={denoise}", "--show_trajectory=True")
         run("evaluate.py", GPU, f"--out_dir={on_gpu}", "--val_examples=20", "--num_samples=20", "--trajectories=1")
         run("bench.py", GPU, f"--out_dir={on_gpu}", "--repeats=1", "--batch_size=4", "--image_sizes=(8,)")
+        training = json.loads((on_gpu / "bench.json").read_text())["training"]
+        assert all(0 < row["peak GiB"] < 2 for name, row in training.items() if name != "matrix product GFLOP/s")
 
     def test_what_is_compiled_is_compiled_once(self, on_gpu):
         assert int((on_gpu / "graphs").read_text()) == 1
