@@ -86,8 +86,8 @@ class NTM(ImageModel):
     def randomness(self, batch, device=None, generator=None):
         """What is random about a batch: steps (B,), times ts (B, K) and noise (B, K, N, D). K = T+1: whole trajectories
         of one T; or 2: a step of one at random, which has the same expected loss, each example with its own T. Where
-        first_noise is below 1, one example in T+1 has instead one of Eq. (35)'s: from t, which lies between the last
-        two levels, s and 1, to s t."""
+        first_noise is below 1, one example in T+1 learns a velocity of Eq. (35) instead: in a step to s t from a t in
+        [s, 1), where s is the level next to noise."""
         config, several, kwargs = self.config, self.config.steps, dict(generator=generator, device=device)
         choice = torch.randint(len(several), (batch if config.pairs and len(several) > 1 else 1,), **kwargs)
         T = torch.tensor(several).to(device, non_blocking=True)[choice].expand(batch)
@@ -157,8 +157,8 @@ class NTM(ImageModel):
 
     @torch.no_grad()
     def coupled(self, x, ts, text):
-        """Eq. (36): the levels x (B, K, N, D) of a forward_trajectory, whose x_1, where it is the last, is fresh noise,
-        with an x_1 that follows for the most part from the level before. ts (B, K), text (B, L)."""
+        """Eq. (36): the levels x (B, K, N, D) of a forward_trajectory, whose x_1, where it is the noisiest, is fresh,
+        with an x_1 that follows for the most part from the next cleaner level. ts (B, K), text (B, L)."""
         if (c := self.config.first_noise) == 1:
             return x
         x_1 = math.sqrt(1 - c**2) * self.flowed_to_noise(x[:, -2], ts[:, -2], text) + c * x[:, -1]
@@ -166,8 +166,8 @@ class NTM(ImageModel):
 
     @torch.no_grad()
     def couple(self, images, text, randomness):
-        """Changes the noise in what randomness() drew of a batch where an example ends at t = 1, and a level is its
-        noise: to an x_1 of Eq. (36). images (B, C, H, W), text (B, L)."""
+        """In what randomness() drew for a batch, makes the noise of pairs from t = 1 that of Eq. (36), in place: there
+        a level is its noise. images (B, C, H, W), text (B, L)."""
         _, ts, noise = randomness
         rows = ts[:, -1].topk(math.ceil(len(ts) / (self.config.steps[0] + 1))).indices  # one in T + 1; others stay
         x = forward_trajectory(self.patchify(images[rows]), ts[rows], noise=noise[rows])
@@ -198,7 +198,7 @@ class NTM(ImageModel):
                 A, C = torch.where(t == 1, math.sqrt(1 - c**2) * s, A), torch.where(t == 1, c * s, C)
             A, B, C = (a[:, None, None] for a in (A, B, C))
             mean = A * u + B * (u - t[:, None, None] * mean)
-            # At the last step C, about t_min, is many times smaller than the deviation of x_s given x_t, for data of
+            # At the cleanest step C, some t_min, is many times smaller than the deviation of x_s given x_t, for data of
             # variance 1 at most sqrt(C^2 + B^2). In units of the way between the two, delta is as large at every step.
             log_std = C.log() + log_std * 0.5 * torch.log1p((B / C) ** 2)
         return (mean, log_std, torch.stack(directions, dim=1)) if directions else (mean, log_std)
@@ -207,8 +207,9 @@ class NTM(ImageModel):
     def sample(self, text, ts, guidance=0.0, generator=None, restarts=0, noise=None, randn=None):
         """Eq. (19): a trajectory sampled in u-space, noisiest level first, all tokens in parallel.
 
-        text (B, L); ts (T+1,); guidance: w >= 0; restarts: of Eq. (34)'s steps, after which x_1 is not coupled(). noise
-        (B, T+1, N, D), and what else is standard normal, randn(*shape), (B, *shape), by `generator`: u, cleanest first.
+        text (B, L); ts (T+1,); guidance: w >= 0; restarts: of Eq. (34)'s steps, after which x_1 is not coupled(). Noise
+        comes from randn(*shape), (B, *shape), by default of `generator`; noise (B, T+1, N, D), if given: each level's
+        own, x_1 the last. Returns u (B, T+1, N, D), cleanest first.
         """
         B, T, shape = len(text), len(ts) - 1, (self.config.num_tokens, self.config.token_dim)
         kwargs = dict(generator=generator, dtype=next(self.parameters()).dtype, device=text.device)

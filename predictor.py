@@ -43,7 +43,7 @@ class NTMConfig:
     max_t_min: float = 0.05  # training has t_0 uniform below this
     pairs: bool = False  # train on one random step of a trajectory per example instead of all T
     level_weight: float = 0.0  # p: a step that ends at s counts s^p in the loss; 0, the paper's: all count the same
-    first_noise: float = 1.0  # c: of the last level, how much its noise is drawn anew; 1, the paper's: all of it
+    first_noise: float = 1.0  # c: how much of x_1 is fresh noise; the rest follows from the next cleaner level
     closed_form: bool = False  # train on the expected loss, which takes a model without a transporter
     velocity_weight: float = 0.0  # of flow matching's loss beside it, which keeps the means as good as flow matching's
 

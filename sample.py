@@ -25,7 +25,7 @@ import torch
 
 from configurator import configure
 from data import dataset_class_captions, get_tokenizer, open_dataset
-from flow import bits_per_dim, forward_trajectory, time_grid
+from flow import bits_per_dim, forward_trajectory, taken_again, time_grid
 from fm import EULER_STEPS, FlowMatching
 from model import NTM, Denoiser
 from plumbing import checkpoint
@@ -69,7 +69,7 @@ class TrainedModel:
     """Captions in, images out: an NTM with a way to denoise, or a flow-matching model.
 
     out_dir: holds ckpt.pt and, for denoise "learned", denoiser.pt, which knows its own t_min. device: cuda, mps or cpu;
-    empty: the best there is; the rest is choose()'s. Raises ValueError, or for a wrong file CheckpointError.
+    empty: the best there is; the rest is choose()'s. Raises ValueError.
 
     network, kind ("ntm" or "fm"), settings (of its training), tokenizer, ts (T+1,): its noise levels, cleanest first.
     latents: {"mean", "scale"} of each channel if it samples normalised latents, else None; seconds: {stage: so far}.
@@ -145,9 +145,10 @@ class TrainedModel:
         return self.tokenizer.encode(captions, self.network.config.text_len).to(self.device)
 
     def sample(self, captions, guidance=1.0, seed=0, best_of=1, restarts=0):
-        """An image for each of B captions: (B, C, H, W), in [-1, 1] but for what a pixel or two overshoots."""
+        """An image for each of B captions: (B, C, H, W), in [-1, 1] unless they are latents."""
         self.remark(captions)
-        return self.sample_trajectories(captions, range(len(captions)), guidance, seed, False, best_of, restarts)[0]
+        images, *_ = self.sample_trajectories(captions, range(len(captions)), guidance, seed, False, best_of, restarts)
+        return images if self.latents else images.clamp(-1, 1)
 
     @torch.no_grad()
     def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, levels=False, best_of=1, restarts=0):
@@ -184,7 +185,8 @@ class TrainedModel:
 
     def draw(self, text, guidance, restarts, generators, levels):
         """Clean tokens (B, N, D); the trajectory x (B, T+1, N, D), or None if not needed; and u, of an NTM."""
-        network, ts, stage = self.network, self.ts, f"sampling in {len(self.ts) - 1} steps"
+        network, ts, T = self.network, self.ts, len(self.ts) - 1
+        stage = f"sampling in {T + restarts * len(taken_again(T))} steps"
         def randn(*shape):
             return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
 

@@ -47,7 +47,7 @@ workers = 0  # processes that load data, per rank; 0: load in the training proce
 dataset = "digits"
 data_dir = ""  # which shards: a folder, a glob, or NAME-{00000..00099}.tar; or where fashion's files are
 crop = "center"  # of the shards' images that are not square; or "random"
-flip = False  # mirror every second image of the shards
+flip = False  # mirror images of the shards at random, half of them
 latent_scale = 0.0  # what latents are multiplied by; 0: what `data.py encode` measured. SiT's want 0.18215
 bad_limit = 0.01  # the fraction of unusable examples, replaced by others, at which a run stops
 bad_captions = 0.1  # the fraction of captions, cut or in bytes for want of words, above which a run does not start
@@ -72,7 +72,7 @@ max_t_min = 0.05  # training has t_0 uniform below this
 rank = 0  # directions along which a step's Gaussian is correlated; 0, the paper's: none
 pairs = True  # train on one random step of each trajectory instead of all T
 level_weight = 0.0  # p: a step that ends at noise level s counts s^p, which balances their gradients; 0, the paper's: 1
-first_noise = 1.0  # c: of the last level, how much its noise is drawn anew; 0.1: the rest follows from the level before
+first_noise = 1.0  # c: how much of x_1 is fresh noise; the rest follows from the next cleaner level
 closed_form = False  # a first stage, without a transporter: the expected loss, whose gradients have less noise
 velocity_weight = 0.0  # then, of flow matching's loss beside it, so that the means stay as good as flow matching's
 aux_weight = 2.5  # weight of staying close to the flow-matching model it starts from; goes to 0 by a cosine
@@ -119,7 +119,7 @@ def starting_point(name, device, heads=None):
         return network, decided | {"parametrization": "posterior"}, None
     if not Path(name).exists():
         starts = ", ".join(map(repr, checkpoint.STARTS))
-        raise ValueError(f"init_from {name!r} is neither {starts}, sit:PATH nor a file")
+        raise ValueError(f"init_from {name!r} is neither {starts}, sit:PATH nor a file: train the model there first")
     network, trained = checkpoint.load_network(name, NETWORKS, device)
     decided, vocabulary = {key: trained["settings"][key] for key in NETWORK}, trained.get("vocabulary")
     if trained["kind"] == "fm":
@@ -166,8 +166,8 @@ def start(config, device):
 
 
 def training_losses(network, frozen, images, text, randomness, config, i):
-    """{name: number} of iteration i, of which "objective" is minimised if there is one, else "loss": -log p, or the
-    error of the velocity, per dimension. What level_weight and velocity_weight do to the objective, it does not show.
+    """{name: number} of iteration i, of which "objective" is minimised if there is one, else "loss": -log p and what
+    stays close to `frozen`, or the error of the velocity, per dimension. "loss" has no level_weight or velocity_weight.
 
     frozen: the flow-matching model that an NTM started from, whose means it is to stay close to, or None. Equations
     (16), (22), (26), (30) and (31) of docs/method.md.

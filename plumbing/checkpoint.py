@@ -16,19 +16,15 @@ from pathlib import Path
 
 import torch
 
-from plumbing.runtime import gathered, job, restarts
+from plumbing.runtime import gathered, job, one_line_errors, restarts
 
 STARTS = "scratch", "resume", "auto"
 OF_A_SITTING = {"out_dir", "init_from", "device"}  # settings that a resumed run does not take from its checkpoint
 
 
-class CheckpointError(SystemExit):
-    """What is wrong with a checkpoint, in one line; uncaught, it is all that the user sees."""
-
-
 def save(path, **contents):
     """Writes `contents` by way of a temporary file, so that whatever happens one whole checkpoint is there: modules and
-    optimisers (a list) as their state, and `model`'s config as `model_config`. Raises CheckpointError if it cannot be
+    optimisers (a list) as their state, and `model`'s config as `model_config`. Raises SystemExit if it cannot be
     written, a full disk for instance; the old one is then still in place."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -46,7 +42,7 @@ def save(path, **contents):
         with contextlib.suppress(OSError):
             part.unlink()
         kept = "; the one before it is kept" if path.exists() else ""
-        raise CheckpointError(f"cannot write checkpoint {path}, is the disk full? {error}{kept}") from error
+        raise SystemExit(f"cannot write checkpoint {path}, is the disk full? {error}{kept}") from error
 
 
 def state_of(value):
@@ -58,31 +54,31 @@ def state_of(value):
 
 def load(path, *kinds):
     """The contents of a checkpoint, its tensors mapped from the file: they take no memory until they are read. Raises
-    CheckpointError if it is missing, damaged, or of none of the `kinds`."""
+    ValueError if it is missing, damaged, or of none of the `kinds`."""
     try:
         contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         script = {"denoiser": "distill.py", "judge": "python -m plumbing.judge"}.get(kinds[0], "train.py")
-        raise CheckpointError(f"there is no checkpoint {path}: make it with {script}, or name another") from None
+        raise ValueError(f"there is no checkpoint {path}: make it with {script}, or name another") from None
     except Exception as error:  # what reading garbage raises depends on the garbage
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = f"cannot read checkpoint {path}: it is truncated or not a checkpoint ({reason})"
-        raise CheckpointError(message) from error
+        raise ValueError(message) from error
     if not isinstance(contents, dict) or contents.get("kind") not in kinds:
         found = contents.get("kind") if isinstance(contents, dict) else type(contents).__name__
         expected = " or ".join(map(repr, kinds))
-        raise CheckpointError(f"{path} is not a {expected} checkpoint of this repository (its kind is {found!r})")
+        raise ValueError(f"{path} is not a {expected} checkpoint of this repository (its kind is {found!r})")
     return contents
 
 
 def restore(module, state, path):
-    """Load a state dict into a module. Raises CheckpointError that names every tensor that does not fit."""
+    """Load a state dict into a module. Raises ValueError that names every tensor that does not fit."""
     own = module.state_dict()
     wrong = [f"{name} is {'unknown' if name in state else 'missing'}" for name in own.keys() ^ state.keys()]
     wrong += [f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
               for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
     if wrong:
-        raise CheckpointError(f"{path} is of another architecture: {'; '.join(sorted(wrong))}")
+        raise ValueError(f"{path} is of another architecture: {'; '.join(sorted(wrong))}")
     module.load_state_dict(state)
 
 
@@ -93,7 +89,7 @@ def load_network(path, networks, device="cpu"):
     try:
         network = networks[contents["kind"]].from_fields(contents["model_config"]).to(device)
     except ValueError as error:
-        raise CheckpointError(f"{path} was made by another version: {error}") from error
+        raise ValueError(f"{path} was made by another version: {error}") from error
     restore(network, contents["ema"], path)
     for weights in "model", "ema", "optimizers", "frozen":
         contents.pop(weights, None)
@@ -129,19 +125,19 @@ def keep_settings(config, contents):
 
 
 def resume(contents, path, model, ema, optimizers, config, *fixed):
-    """Brings weights and optimisers back. Raises CheckpointError that names every setting that does not fit: what the
+    """Brings weights and optimisers back. Raises ValueError that names every setting that does not fit: what the
     model is made by, and those in `fixed`."""
     theirs = {**contents["model_config"], **{name: contents["settings"].get(name) for name in fixed}}
     ours = {**asdict(model.config), **{name: config[name] for name in fixed}}
     if wrong := [f"{name} is {theirs.get(name)}, the settings say {value}"
                  for name, value in ours.items() if theirs.get(name, value) != value]:  # older ones lack what is new
-        raise CheckpointError(f"{path} is of another model: {', '.join(wrong)}; leave them out to resume it")
+        raise ValueError(f"{path} is of another model: {', '.join(wrong)}; leave them out to resume it")
     restore(model, contents["model"], path)
     restore(ema, contents["ema"], path)
     for optimizer, state in zip(optimizers, contents["optimizers"]):
         groups = optimizer.state_dict()["param_groups"]  # with the weight_decay and words_lr of now
         if [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
-            raise CheckpointError(f"{path} groups its weights as another version did: resume it with that one")
+            raise ValueError(f"{path} groups its weights as another version did: resume it with that one")
         state = {"state": copy.deepcopy(state["state"]), "param_groups": groups}  # not the file's memory, which will go
         optimizer.load_state_dict(state)
 
@@ -163,4 +159,5 @@ if __name__ == "__main__":
         sys.exit(f"{sys.argv[2]} would lose what resuming needs: name another folder to write to")
     for name in ("ckpt.pt", "denoiser.pt"):
         if name == "ckpt.pt" or (Path(sys.argv[1]) / name).exists():  # not every model has a denoiser
-            slim(Path(sys.argv[1]) / name, Path(sys.argv[2]) / name)
+            with one_line_errors():
+                slim(Path(sys.argv[1]) / name, Path(sys.argv[2]) / name)

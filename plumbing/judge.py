@@ -93,7 +93,7 @@ def judged(judge, images, records):
 
 
 def load(path):
-    """A judge that main() has trained. Raises CheckpointError for a file that is none."""
+    """A judge that main() has trained. Raises ValueError for a file that is none."""
     contents = checkpoint.load(path, "judge")
     judge = Judge(contents["size"], contents["classes"], contents["width"])
     checkpoint.restore(judge, contents["judge"], path)

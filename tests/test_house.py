@@ -61,7 +61,7 @@ def test_files_are_one_sitting(path):
 
 
 def test_the_whole_can_be_read():
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 5759
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 5760
     assert len(README.splitlines()) <= 180
 
 
@@ -81,7 +81,7 @@ def test_the_readmes_python_runs_as_it_stands(monkeypatch, capsys):
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     names = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert names["images"].shape == (2, 3, 32, 32) and names["images"].abs().max() < 1.5
+    assert names["images"].shape == (2, 3, 32, 32) and names["images"].abs().max() <= 1
     assert all(values.shape == (2,) for values in names["log_p"])
     assert capsys.readouterr().out.strip() in names["choices"]
 

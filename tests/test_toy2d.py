@@ -141,10 +141,12 @@ def test_best_gaussian_bound_is_the_density_where_the_data_are_a_gaussian(ran, m
     """Its steps are Gaussian, so that nothing is lost; the data sets' are not."""
     monkeypatch.setattr(toy2d, "num_samples", 3000)
     best = toy2d.best_gaussian_bound(TS, toy2d.grid_inside(60), torch.Generator().manual_seed(0))
-    assert toy2d.ENTROPY + 0.5 < best < toy2d.ENTROPY + 2
-    monkeypatch.setattr(toy2d, "sample_data", lambda n, generator: 0.4 * torch.randn(n, 2, 1, generator=generator))
-    exact = math.log(2 * math.pi * math.e * ((0.98 * 0.4) ** 2 + 0.02**2))
-    x0 = 0.4 * torch.randn(3000, 2, generator=torch.Generator().manual_seed(1))
+    assert toy2d.ENTROPY + 0.4 < best < toy2d.ENTROPY + 2
+    mixed = torch.tensor([[0.4, 0.0], [0.35, 0.15]])  # of two pixels that are alike: independent ones would not do
+    monkeypatch.setattr(toy2d, "sample_data", lambda n, generator: mixed @ torch.randn(n, 2, 1, generator=generator))
+    covariance = 0.98**2 * mixed @ mixed.T + 0.02**2 * torch.eye(2)
+    exact = math.log(2 * math.pi * math.e) + 0.5 * covariance.logdet().item()
+    x0 = (mixed @ torch.randn(3000, 2, 1, generator=torch.Generator().manual_seed(1)))[..., 0]
     assert toy2d.best_gaussian_bound(TS, x0, torch.Generator().manual_seed(0)) == pytest.approx(exact, abs=0.1)
 
 

@@ -393,7 +393,7 @@ def test_resuming_keeps_what_optimizers_gathered_but_not_their_rates(tmp_path):
         assert all(same(old.state[parameter], new.state[parameter]) for parameter in old.state)
     first, second = held["optimizers"][1]["param_groups"]
     held["optimizers"][1]["param_groups"] = [first | {"params": first["params"] + second["params"]}]
-    with pytest.raises(checkpoint.CheckpointError, match="ckpt.pt groups its weights as another version did"):
+    with pytest.raises(ValueError, match="ckpt.pt groups its weights as another version did"):
         checkpoint.resume(held, path, model, model, after, {})
 
 
@@ -663,7 +663,7 @@ def test_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
     checkpoint.save(path, kind="ntm", iter=1)
     before = path.read_bytes()
     monkeypatch.setattr(torch, "save", half_written(error))
-    with pytest.raises(checkpoint.CheckpointError) as stop:
+    with pytest.raises(SystemExit) as stop:
         checkpoint.save(path, kind="ntm", iter=2)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["ckpt.pt"]
     message = str(stop.value)
@@ -672,7 +672,7 @@ def test_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
 
 def test_failed_first_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", half_written(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(checkpoint.CheckpointError) as stop:
+    with pytest.raises(SystemExit) as stop:
         checkpoint.save(tmp_path / "ckpt.pt", kind="ntm")
     assert os.listdir(tmp_path) == []
     assert "No space left on device" in str(stop.value) and "kept" not in str(stop.value)
@@ -692,9 +692,9 @@ def test_checkpoint_brings_the_averaged_network_back(tmp_path, network):
 
 def refused(path, kind="ntm"):
     """The one line that says why a checkpoint is not taken."""
-    with pytest.raises(checkpoint.CheckpointError) as stop:
+    with pytest.raises(ValueError) as stop:
         checkpoint.load(path, kind)
-    assert isinstance(stop.value, SystemExit) and str(path) in str(stop.value) and "\n" not in str(stop.value)
+    assert str(path) in str(stop.value) and "\n" not in str(stop.value)
     return str(stop.value)
 
 
@@ -748,7 +748,7 @@ def test_every_tensor_that_does_not_fit_is_named():
     state["0.weight"], state["extra"] = torch.zeros(5, 2), torch.zeros(1)
     del state["1.bias"]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(checkpoint.CheckpointError) as stop:
+    with pytest.raises(ValueError) as stop:
         checkpoint.restore(model, state, "x/ckpt.pt")
     for part in ("x/ckpt.pt", "0.weight is (5, 2), expected (3, 2)", "1.bias is missing", "extra is unknown"):
         assert part in str(stop.value)
@@ -759,7 +759,7 @@ def test_every_tensor_that_does_not_fit_is_named():
 def test_checkpoint_of_another_version_is_named(tmp_path):
     config = asdict(TINY) | {"rotary": True}
     checkpoint.save(tmp_path / "x.pt", kind="ntm", model_config=config, ema=NTM(TINY))
-    with pytest.raises(checkpoint.CheckpointError, match="another version: model_config has rotary"):
+    with pytest.raises(ValueError, match="another version: model_config has rotary"):
         checkpoint.load_network(tmp_path / "x.pt", {"ntm": NTM})
 
 
