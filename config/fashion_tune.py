@@ -1,5 +1,5 @@
 # An NTM of Fashion-MNIST from the flow-matching model of config/fashion_fm.py: correlated Gaussian steps, in closed form.
-# 20 minutes on one core (110 to 150 images a second); val_bound -1.356.
+# 10 minutes on one core with --bfloat16=True, 20 without; val_bound -1.357, with --steps=8 -1.438.
 init_from = "out/fashion_fm/ckpt.pt"
 out_dir = "out/fashion_tune"
 dataset = "fashion"

@@ -419,6 +419,8 @@ def test_mistakes_from_python_are_named(trained, tmp_path):
         model.sample("a 3")
     with pytest.raises(ValueError, match="there is no checkpoint .*nowhere"):
         load_model(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="there is no checkpoint .*README.md"):
+        load_model(ROOT / "README.md")  # a file, not a folder
     with pytest.raises(ValueError, match="captions is \\[\\]: give a list of at least one"):
         model.sample([])
     with pytest.raises(ValueError, match="images reach 200, but are to be in"):
