@@ -230,8 +230,8 @@ class NTM(ImageModel):
                 u[:, k] = gaussian.sample(z, w)
         return u
 
-    def invert(self, u, ts, method="cache", tol=1e-5, steps=0):
-        """Levels of u (B, K, N, D) to x-space, one batch. ts (K,) or (B, K); tol: Eq. (9)'s; steps: T, or 0: K-1."""
+    def invert(self, u, ts, method="", tol=1e-5, steps=0):
+        """Levels u (B, K, N, D) to x-space, a batch, as Transporter.inverse. ts (K,) or (B, K); steps: T, or 0: K-1."""
         B, levels = u.shape[:2]
         steps = torch.full((B * levels,), steps or levels - 1, device=u.device)
         x = self.transporter.inverse(u.flatten(0, 1), ts.expand(B, levels).flatten(), steps, method, tol)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.utils import clip_grad_norm_
 
 import train
-from model import NTMConfig
+from model import NTM, NTMConfig
 from plumbing.optim import make_optimizers, step, update_average
 from plumbing.runtime import autocast
 
@@ -143,6 +143,16 @@ class TestCuda:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert norm.isfinite()
+
+    def test_an_inverse_is_by_sweeps_and_exact_to_its_tolerance(self):
+        model = NTM(NTMConfig(image_size=16, width=16, depth=1, heads=2)).cuda()
+        for parameter in model.transporter.parameters():
+            torch.nn.init.normal_(parameter, std=0.03)
+        ts = model.config.time_grid(0.02).cuda()
+        x = torch.randn(3, len(ts), model.config.num_tokens, model.config.token_dim, device="cuda")
+        u, _ = model.transport(x, ts.expand(3, -1), torch.full((3,), len(ts) - 1, device="cuda"))
+        torch.testing.assert_close(model.invert(u, ts), x, atol=1e-4, rtol=0)
+        assert (u - x).abs().max() > 0.01 and 1 < max(model.transporter.sweeps) < model.config.num_tokens
 
     def test_encode(self, tmp_path):
         from test_prepare import Encoder
