@@ -1,5 +1,5 @@
 # An NTM of emoji, 64x64, from the flow-matching model of config/emoji64_fm.py: config/emoji_tune.py and emoji_first.py in one.
-# Three minutes on an H200 that others shared (1,600 images a second); val_bound -1.819.
+# Three and a half minutes on an H200 that others shared (1,600 images a second); val_bound -1.819.
 init_from = "out/emoji64_fm/ckpt.pt"
 out_dir = "out/emoji64"
 dataset = "shards"
