@@ -50,7 +50,7 @@ batch_size = 64
 show_trajectory = False  # also a strip and a film of every level for each image
 scale = 1  # how many times single images are enlarged
 layout = "sheet"  # "flat": single images and nothing else; "geneval": a folder for each prompt
-folder = ""  # where the images go; empty: out_dir/images
+folder = ""  # where the images go; empty: out_dir/images, or of a model in assets/ out/images/NAME
 decoder = ""  # of a model of latents: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
 device = ""  # cuda, mps or cpu; empty: the best there is
 
@@ -283,7 +283,7 @@ def strip(levels, image, model):
 def main(config):
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown: choose 'sheet', 'flat' or 'geneval'")
-    model = load(out_dir or SHIPPED, device, steps, denoise, t_min, shift)
+    model = load(source := Path(out_dir or SHIPPED), device, steps, denoise, t_min, shift)
     if "t_min" in config.given and model.denoise == "learned":
         note(f"t_min is {model.ts[0]:g}, the noise level that the denoiser was distilled for, whatever is given")
     captions, entries = captions_to_sample(model)
@@ -298,8 +298,8 @@ def main(config):
     decode = load_exported(decoder, model.device) if decoder else None
     # what is wrong with captions or folder is told before anything is sampled
     model.remark(captions)
-    shipped = not out_dir or Path(out_dir).resolve().parent == SHIPPED.parent.resolve()  # assets/ is not written to
-    make_folder(to := Path(folder or Path("out" if shipped else out_dir) / "images"))
+    shipped = source.resolve().parent == SHIPPED.parent.resolve()  # assets/ is not written to
+    make_folder(to := Path(folder or (Path("out/images", source.resolve().name) if shipped else source / "images")))
     if layout != "sheet":
         ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
         ours |= {"iteration": model.iteration, "denoise": model.denoise,  # "score" until there is a denoiser

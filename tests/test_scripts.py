@@ -835,7 +835,9 @@ def test_sample_without_a_model_takes_the_shipped_one(tmp_path):
     assert "learned denoising" in printed and pixels(tmp_path / "0001.png").shape == (32, 32, 3)
 
 
-def test_images_of_a_shipped_model_do_not_go_into_assets(tmp_path, monkeypatch):
+def test_images_of_a_shipped_model_go_into_a_folder_of_its_own_outside_assets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run("sample.py", "--device=cpu", "--prompt=a red circle", "--num_samples=1", f"--out_dir={ROOT / 'assets/shapes'}")
-    assert (tmp_path / "out" / "images" / "0000.png").exists()
+    run("sample.py", "--device=cpu", "--prompt=a red circle", "--num_samples=1", f"--out_dir={ROOT / 'assets/shapes'}/")
+    run("sample.py", "--device=cpu", "--prompt=a red heart", "--num_samples=1")
+    assert sorted(path.parts[-2:] for path in (tmp_path / "out").glob("**/0000.png")) == [
+        ("emoji", "0000.png"), ("shapes", "0000.png")]
