@@ -177,8 +177,7 @@ class NTM(ImageModel):
         """Eq. (35): x_s (B, N, D) carried to t = 1 by the velocities of the model's own estimates, along which the
         marginals of Eq. (1) flow; by the midpoint method, in two steps. s (B,), text (B, L)."""
         T, h = torch.full((len(x),), self.config.steps[0], device=x.device), (1 - s) / 2
-        def velocity(x, t):
-            return self.predictor(x, t, t * s, T, text)[0]
+        velocity = lambda x, t: self.predictor(x, t, t * s, T, text)[0]
         for t in (s, s + h):
             midpoint = x + h[:, None, None] / 2 * velocity(x, t)
             x = x + h[:, None, None] * velocity(midpoint, t + h / 2)

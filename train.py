@@ -263,6 +263,7 @@ def main(config):
         progress = Progress(path, "log.jsonl", config, first, counts, rank)
 
     network = for_training(model, config, device)
+    couple = for_training(ema.couple, config, device) if model_config.first_noise < 1 else None
     if rank == 0:
         describe(model, config, train_set, f"{world} x {device.type}")
         for line in notes:
@@ -295,9 +296,9 @@ def main(config):
             # The batch, and all that is random about it: sampled for the whole batch, of which a rank keeps its rows.
             images, text, generator = next(batches)
             randomness = [a[batches.rows] for a in model.randomness(config["batch_size"], device, generator)]
-            if model_config.first_noise < 1:
+            if couple:
                 with autocast(config, device):
-                    ema.couple(images, text, randomness)
+                    couple(images, text, randomness)
 
             # Forward and backward, in as many passes as memory needs; the ranks' gradients meet in the last one.
             losses = Counter()

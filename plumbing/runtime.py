@@ -115,11 +115,11 @@ def coarse_products(device):
 
 
 def for_training(model, config, device):
-    """The model as training calls it: compiled, and wrapped where several ranks train."""
+    """The model, or a method of one, as training calls it: compiled, and a model wrapped where several ranks train."""
     compiled = device.type == "cuda" if config["compile"] is None else config["compile"]
     warnings.filterwarnings("ignore", "TensorFloat32")  # it is slower, but a likelihood wants all of float32
     network = torch.compile(model) if compiled else model
-    if dist.is_initialized():
+    if dist.is_initialized() and isinstance(model, torch.nn.Module):
         # no second copy of the gradients; and there are no buffers that training changes
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
                                           gradient_as_bucket_view=True, broadcast_buffers=False)

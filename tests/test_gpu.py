@@ -73,9 +73,13 @@ def test_the_training_loop_waits_once_an_update(tmp_path, monkeypatch):
     assert counts[1]["sums"] - counts[0]["sums"] == 4 and counts[1]["torch.float32"] == counts[0]["torch.float32"]
 
 
-@pytest.mark.parametrize("way", ["pairs", "closed form", "flow matching"])
+@pytest.mark.parametrize("way", ["pairs", "closed form", "flow matching", "coupled"])
 def test_a_graph_is_whole_and_compiled_once(tmp_path, monkeypatch, way):
-    """Captured as on CUDA, and run by Python."""
+    """Captured as on CUDA, and run by Python. What couples noise, from a flow-matching model, is another graph."""
+    start = []
+    if way == "coupled":
+        run("train.py", *TRAIN, "--objective=fm", "--max_iters=1", "--num_samples=1", f"--out_dir={tmp_path}/fm")
+        start = [f"--init_from={tmp_path}/fm/ckpt.pt", "--aux_weight=0"]
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="eager"))
     objective = "fm" if way == "flow matching" else "ntm"
@@ -83,9 +87,9 @@ def test_a_graph_is_whole_and_compiled_once(tmp_path, monkeypatch, way):
     counters.clear()
     run("train.py", *TRAIN, *(f"--{name}={value}" for name, value in {"pairs": False, **WAYS[way]}.items()
                               if name != "parametrization"),
-        f"--objective={objective}", "--compile=True", "--max_iters=5", "--val_interval=100", "--val_examples=2",
+        *start, f"--objective={objective}", "--compile=True", "--max_iters=5", "--val_interval=100", "--val_examples=2",
         "--num_samples=1", f"--out_dir={tmp_path}")
-    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1 + (way == "coupled")
     torch._dynamo.reset()
 
 
@@ -126,6 +130,12 @@ class TestCuda:
     def test_a_run_goes_on(self, on_gpu):
         run("train.py", GPU, f"--out_dir={on_gpu}", "--init_from=resume", "--max_iters=10")
         assert contents(on_gpu / "ckpt.pt")["iter"] == 10
+
+    def test_a_coupled_model_trains(self, tmp_path):
+        run("train.py", *TRAIN, GPU, "--objective=fm", f"--out_dir={tmp_path / 'fm'}")
+        run("train.py", *TRAIN, GPU, "--transporter_blocks=0", "--closed_form=True", "--aux_weight=0", "--rank=2",
+            "--first_noise=0.5", f"--init_from={tmp_path / 'fm' / 'ckpt.pt'}", f"--out_dir={tmp_path / 'ntm'}")
+        assert contents(tmp_path / "ntm" / "ckpt.pt")["model_config"]["first_noise"] == 0.5
 
     def test_bfloat16_is_near_float32(self, on_gpu, tmp_path):
         run("train.py", *TRAIN, GPU, f"--out_dir={tmp_path}", "--optimizer=muon", "--max_iters=8", "--bfloat16=False",
