@@ -199,7 +199,7 @@ class TrainedModel:
         if self.denoise == "learned":
             return self.clock("learned denoising", self.denoiser, u[:, 0], text), None, u
         if self.denoise == "none" and not levels:  # the cleanest level is all there is to see
-            return self.clock("inversion", network.invert, u[:, :1], ts[:1], steps=len(ts) - 1)[:, 0], None, u
+            return self.clock("inversion", network.invert, u[:, :1], ts[:1], steps=T)[:, 0], None, u
         x = self.clock("inversion", network.invert, u, ts)
         by_score = self.denoise == "score"
         return self.clock("score denoising", network.score_denoise, x, ts, text) if by_score else x[:, 0], x, u

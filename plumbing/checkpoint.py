@@ -62,8 +62,7 @@ def load(path, *kinds):
         raise ValueError(f"there is no checkpoint {path}: make it with {script}, or name another") from None
     except Exception as error:  # what reading garbage raises depends on the garbage
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"cannot read checkpoint {path}: it is truncated or not a checkpoint ({reason})"
-        raise ValueError(message) from error
+        raise ValueError(f"cannot read checkpoint {path}: it is truncated or not a checkpoint ({reason})") from error
     if not isinstance(contents, dict) or contents.get("kind") not in kinds:
         found = contents.get("kind") if isinstance(contents, dict) else type(contents).__name__
         expected = " or ".join(map(repr, kinds))
