@@ -1,12 +1,15 @@
 """Shards of images to shards of latents, by an autoencoder that torch.export has saved, and latents back to images.
 
     python data.py encode --data_dir=out/data/mine --encoder=encoder.pt2 --image_size=256 --out=out/data/mine_latents
+    torchrun --nproc_per_node=8 data.py encode ...     # the same by eight GPUs
 """
 
+import fcntl
 import hashlib
 import io
 import json
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,11 @@ import torch
 from tqdm import tqdm
 
 from plumbing.loader import read_ahead
-from plumbing.runtime import claim, find_device
-from plumbing.shards import Shards, find_shards, first_example, load_index, write_shard
+from plumbing.runtime import claim, gathered, leave_ranks, start_ranks
+from plumbing.shards import Shards, Unusable, find_shards, first_example, write_shard
+
+WORDS = ("txt", "json", "cls")  # suffixes of what a shard says about an image, which its latent keeps
+PATIENCE = timedelta(days=1)  # of a rank whose shards are encoded, for the others
 
 
 def load_exported(path, device):
@@ -39,32 +45,56 @@ def load_exported(path, device):
     return call
 
 
-def encode_shards(args, split, out, encoder, device):
-    """Encodes the shards of a split, each to a shard of `out`, except those that are there already, so that an
-    interrupted encoding goes on. Returns how many unusable images were left out."""
-    paths, _ = find_shards(args.data_dir, split)
-    if first_example(paths)[0]:
-        raise ValueError(f"{paths[0]} holds latents already")
-    source = Shards(args.data_dir, split, 3, args.image_size, args.image_size)
-    left_out, counts = 0, source.header["counts"]
-    for path, first, count in zip(tqdm(source.paths, desc=split, unit="shard"), source.firsts, counts):
-        if (out / path.name).exists():
+class Examples:
+    """What encoding reads of shards: ds[i] -> (image (3, H, W), {suffix: bytes} of its captions and all else that the
+    shard says about it), or None if it is unusable."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __getitem__(self, number):
+        try:
+            members = self.source.members(number)
+            image, _ = self.source.decode(members, number)
+        except Unusable:
+            return None
+        return image, {suffix: members[suffix] for suffix in WORDS if suffix in members}
+
+
+def encode_shard(source, shard, encoder, device, args):
+    """The usable examples of a shard, (key, members), with latents in place of images."""
+    first, count = int(source.firsts[shard]), source.header["counts"][shard]
+    numbers = range(first, first + count)
+    batches = [numbers[i:i + args.batch_size] for i in range(0, count, args.batch_size)]
+    examples = []
+    for batch, loaded in zip(batches, read_ahead(Examples(source), batches, args.workers, collate_fn=list)):
+        usable = [(number, *example) for number, example in zip(batch, loaded) if example]
+        if not usable:
             continue
-        numbers = range(first, first + count)
-        batches = [numbers[i:i + args.batch_size] for i in range(0, count, args.batch_size)]
-        examples = []
-        for batch, triples in zip(batches, read_ahead(source, batches, args.workers, collate_fn=list)):
-            usable = [(number, image, caption) for number, (image, caption, fault) in zip(batch, triples) if not fault]
-            if usable:
-                kept, images, captions = zip(*usable)
-                with torch.inference_mode():
-                    latents = encoder(torch.stack(images).to(device)).half().cpu().numpy()
-                for number, latent, caption in zip(kept, latents, captions):
-                    np.save(file := io.BytesIO(), latent)
-                    examples.append((f"{number:09d}", {"npy": file.getvalue(), "txt": caption.encode()}))
-        left_out += count - len(examples)
-        write_shard(out / path.name, examples)
-    return left_out
+        kept, images, words = zip(*usable)
+        with torch.inference_mode():
+            latents = encoder(torch.stack(images).to(device)).half().cpu().numpy()
+        for number, latent, its_words in zip(kept, latents, words):
+            np.save(file := io.BytesIO(), latent)
+            examples.append((f"{number:09d}", {"npy": file.getvalue(), **its_words}))
+    return examples
+
+
+def encode_shards(sources, folders, encoder, ranks, args):
+    """Encodes the shards of each split, every one to a shard in the split's folder, except those that are there
+    already, so that an interrupted encoding goes on. Ranks take them by turns. Returns how many unusable images all
+    ranks left out."""
+    device, rank, world = ranks
+    missing = [(split, shard) for split, source in sources.items() for shard, path in enumerate(source.paths)
+               if not (folders[split] / path.name).exists()]
+    missing = gathered(missing)[0]  # by one rank's list, before any of them writes
+    left_out = 0
+    for split, shard in tqdm(missing[rank::world], desc="encoding", unit="shard", disable=rank > 0):
+        source = sources[split]
+        examples = encode_shard(source, shard, encoder, device, args)
+        left_out += source.header["counts"][shard] - len(examples)
+        write_shard(folders[split] / source.paths[shard].name, examples)
+    return sum(gathered(left_out))
 
 
 def measure_latents(data_dir, most=10_000):
@@ -79,24 +109,63 @@ def measure_latents(data_dir, most=10_000):
     return some.mean(dim=(0, 2, 3)).tolist(), (1 / deviation).tolist()
 
 
-def prepare_latents(args):
-    device = find_device(args.device)
-    encoder, out = load_exported(args.encoder, device), Path(args.out)
-    splits = {"train": out / "train", "val": out / "val"} if (Path(args.data_dir) / "train").is_dir() else {"all": out}
-    sources = {split: load_index(find_shards(args.data_dir, split)[0])[0]["shards"] for split in splits}
-    for shards in sources.values():
-        if len({Path(name).name for name, _, _ in shards}) < len(shards):
+def open_sources(args):
+    """The shards to encode, {split: Shards}. Raises ValueError where they cannot be encoded."""
+    splits = ("train", "val") if (Path(args.data_dir) / "train").is_dir() else ("all",)
+    sources = {}
+    for split in splits:
+        paths, _ = find_shards(args.data_dir, split)
+        if first_example(paths)[0]:
+            raise ValueError(f"{paths[0]} holds latents already")
+        if len({path.name for path in paths}) < len(paths):
             raise ValueError(f"several shards of data_dir {args.data_dir!r} have one name: encode folder by folder")
+        sources[split] = Shards(args.data_dir, split, 3, args.image_size, args.image_size)
+    return sources
+
+
+def take_folder(out, sources, args):
+    """Makes the folder `out`, or goes on with it, and removes what a killed process had begun in it. The folder is
+    taken as long as the file that this returns is open. Raises ValueError where another job has taken it, or it holds
+    other latents."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / "encoding.lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process encodes into {out}: wait until it ends, or stop it and start one job of all "
+                         "GPUs, torchrun --nproc_per_node=8 data.py encode ...") from None
+    shards = {split: source.header["shards"] for split, source in sources.items()}
     settings = {"data_dir": args.data_dir, "encoder": args.encoder, "image_size": args.image_size,
                 "encoder_sha256": hashlib.sha256(Path(args.encoder).read_bytes()).hexdigest(),
-                "shards_sha256": hashlib.sha256(json.dumps(sources).encode()).hexdigest()}
+                "shards_sha256": hashlib.sha256(json.dumps(shards).encode()).hexdigest()}
     claim(out / "encoding.json", settings,
           f"{out} holds latents made with other settings (its encoding.json): choose another --out, or remove it")
-    left_out = sum(encode_shards(args, split, folder, encoder, device) for split, folder in splits.items())
-    mean, scale = measure_latents(str(out))
-    (out / "latents.json").write_text(json.dumps({"mean": mean, "scale": scale}) + "\n")
-    print(f"means {', '.join(f'{m:.3f}' for m in mean)}; scales {', '.join(f'{s:.4f}' for s in scale)}")
-    print(f"wrote {out}" + (f"; {left_out} unusable images were left out" if left_out else ""))
+    for part in out.rglob("*.tar.*.part"):
+        part.unlink()
+    return lock
+
+
+def prepare_latents(args):
+    ranks = device, rank, _ = start_ranks(args.device, PATIENCE)
+    encoder, out = load_exported(args.encoder, device), Path(args.out)
+    sources = open_sources(args)
+    folders = {split: out if split == "all" else out / split for split in sources}
+    lock, fault = None, ""
+    if rank == 0:
+        try:
+            lock = take_folder(out, sources, args)
+        except (ValueError, OSError) as error:
+            fault = str(error)
+    if fault := gathered(fault)[0]:  # all ranks end by it, so that none waits for another
+        raise ValueError(fault)
+    left_out = encode_shards(sources, folders, encoder, ranks, args)
+    if rank == 0:
+        mean, scale = measure_latents(str(out))
+        (out / "latents.json").write_text(json.dumps({"mean": mean, "scale": scale}) + "\n")
+        print(f"means {', '.join(f'{m:.3f}' for m in mean)}; scales {', '.join(f'{s:.4f}' for s in scale)}")
+        print(f"wrote {out}" + (f"; {left_out} unusable images were left out" if left_out else ""))
+        lock.close()
+    leave_ranks()
 
 
 def add_commands(command):

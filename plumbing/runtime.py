@@ -70,8 +70,9 @@ def find_device(name=""):
     return device
 
 
-def start_ranks(device_name=""):
-    """Joins the other processes under torchrun, if there are any. Returns device, rank, world size."""
+def start_ranks(device_name="", patience=timedelta(minutes=10)):
+    """Joins the other processes under torchrun, if there are any. Returns device, rank, world size. patience: how long
+    a rank waits for another that is silent, before it ends with an error."""
     device = find_device(device_name)
     if "RANK" not in os.environ:
         return device, 0, 1
@@ -87,7 +88,7 @@ def start_ranks(device_name=""):
     # that a dead one left there, and wait for it. (The nodes of several do not count restarts alike, and need none.)
     prefix = f"start {restarts()}" if world == int(os.environ["LOCAL_WORLD_SIZE"]) else "start"
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(prefix, store),
-                            rank=rank, world_size=world, timeout=timedelta(minutes=10))  # for a rank that is silent
+                            rank=rank, world_size=world, timeout=patience)
     return device, rank, world
 
 

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import tarfile
+import uuid
 import warnings
 from pathlib import Path
 
@@ -255,7 +256,10 @@ class Shards:
 
     def example(self, number):
         """(image, caption) of a number that runs on from epoch to epoch. Raises Unusable."""
-        members = self.members(number % len(self))
+        return self.decode(self.members(number % len(self)), number)
+
+    def decode(self, members, number):
+        """(image, caption) of the members of example `number`. Raises Unusable."""
         captions, symmetric = captions_of(members)
         across, down, mirrored, which = uniforms(self.seed, [number], 4)[0]
         caption = captions[int(which * len(captions))]
@@ -327,15 +331,18 @@ def latent_statistics(shard, channels, scale):
 
 def write_shard(path, examples):
     """Writes examples (key, {suffix: bytes}) to a tar, whole or not at all; equal examples make equal files."""
-    part = path.with_suffix(".part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")  # which no other process writes
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
-        for key, members in examples:
-            for suffix, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size, info.mode = len(data), 0o644
-                tar.addfile(info, io.BytesIO(data))
-    os.replace(part, path)
+    try:
+        with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
+            for key, members in examples:
+                for suffix, data in members.items():
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size, info.mode = len(data), 0o644
+                    tar.addfile(info, io.BytesIO(data))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_shards(folder, examples, per_shard=1000):

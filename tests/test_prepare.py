@@ -1,4 +1,5 @@
 """Shards from emoji packages, from folders, and from other shards by way of an autoencoder."""
+import fcntl
 import io
 import json
 import re
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import DISTILL, SAMPLE, SHORT, SMALL, contents, fails, latent_shard, pixels, png, run
+from helpers import (DISTILL, ROOT, SAMPLE, SHORT, SMALL, contents, fails, latent_shard, on_ranks, pixels, png, run,
+                     torchrun)
 from PIL import Image
 from torch import nn
 
@@ -19,7 +21,7 @@ from plumbing import latents
 from sample import load
 from plumbing.images import to_uint8
 from plumbing.latents import measure_latents
-from plumbing.shards import Shards, write_shards
+from plumbing.shards import Shards, captions_of, write_shard, write_shards
 
 
 def command(*arguments):
@@ -420,6 +422,115 @@ def test_an_interrupted_encoding_goes_on(exported, photographs, encoded, tmp_pat
     assert (tmp_path / "latents.json").read_text() == (encoded / "latents.json").read_text()
     line = fails("data.py", *settings, "--image_size=64")
     assert "holds latents made with other settings" in line and "another --out" in line
+
+
+def words_of(data_dir, split, shape):
+    """What each example of some shards says beside its image or latent, and its captions."""
+    shards = Shards(str(data_dir), split, *shape)
+    members = [shards.members(i) for i in range(len(shards))]
+    return [(captions_of(some), {suffix: some[suffix] for suffix in some.keys() - {"png", "npy"}}) for some in members]
+
+
+def test_latents_keep_all_that_their_examples_say(exported, tmp_path):
+    """Every caption, whether a flip is allowed, and what a shard says that training does not read."""
+    records = [{"captions": ["a cat", "one cat", "a grey cat, asleep"]}, {"captions": ["a dog"], "mirror": False},
+               {"caption": "a cow", "url": "http://cows/1", "style": "fluent"}]
+    examples = [(f"{i}", {"png": png((40 * i, 9 * i, 200 - i), (32, 32)), "json": json.dumps(record).encode()})
+                for i, record in enumerate(records)]
+    examples.append(("3", {"png": png((9, 200, 9)), "txt": "\ufeff an owl \n".encode(), "json": b'{"mirror": false}'}))
+    for split in ("train", "val"):
+        write_shards(tmp_path / "in" / split, examples)
+    command("encode", f"--data_dir={tmp_path / 'in'}", f"--encoder={exported / 'encoder.pt2'}",
+            f"--out={tmp_path / 'out'}", "--image_size=32", "--device=cpu", "--workers=1")
+    before, after = words_of(tmp_path / "in", "train", (3, 32, 32)), words_of(tmp_path / "out", "train", (4, 8, 8))
+    assert before == after
+    assert after[0] == ((["a cat", "one cat", "a grey cat, asleep"], True), {"json": json.dumps(records[0]).encode()})
+    assert after[1][0] == (["a dog"], False) and json.loads(after[2][1]["json"])["url"] == "http://cows/1"
+    made, source = Shards(str(tmp_path / "out"), "train", 4, 8, 8), Shards(str(tmp_path / "in"), "train", 3, 32, 32)
+    drawn = [made.example(4 * epoch)[1] for epoch in range(30)]
+    assert set(drawn) == set(records[0]["captions"])  # training still sees them by turns
+    assert drawn == [source.example(4 * epoch)[1] for epoch in range(30)]
+
+
+def test_a_shard_of_nothing_usable_does_not_end_an_encoding(exported, tmp_path):
+    """As where a download failed half-way: more in a row than training would skip."""
+    good = [(f"{i}", {"png": png((i, 2 * i, 255 - i)), "txt": b"x"}) for i in range(110)]
+    bad = [(f"{i}", {"png": b"", "txt": b"x"}) for i in range(110)]
+    write_shards(tmp_path / "in", good + bad, 110)
+    printed = command("encode", f"--data_dir={tmp_path / 'in'}", f"--encoder={exported / 'encoder.pt2'}",
+                      f"--out={tmp_path / 'out'}", "--image_size=32", "--device=cpu")
+    assert "110 unusable images were left out" in printed
+    assert len(Shards(str(tmp_path / "out"), "all", 4, 8, 8)) == 110
+
+
+NOTING = """
+import os, sys
+sys.path.insert(0, {root!r})
+import data
+from plumbing import latents
+write = latents.write_shard
+
+def note_and_write(path, examples):
+    print("rank", os.environ["RANK"], "writes", "/".join(path.parts[-2:]), flush=True)
+    write(path, examples)
+
+latents.write_shard = note_and_write
+data.main()
+"""
+
+
+def test_ranks_encode_shards_by_turns(exported, photographs, encoded, tmp_path):
+    """Two ranks make what one process makes, each shard once; and go on where they were interrupted."""
+    (tmp_path / "noting.py").write_text(NOTING.format(root=str(ROOT)))
+    out = tmp_path / "out"
+    settings = [tmp_path / "noting.py", "encode", f"--data_dir={photographs}", f"--out={out}", "--device=cpu",
+                f"--encoder={exported / 'encoder.pt2'}", "--image_size=32", "--batch_size=80"]
+    printed = on_ranks(2, *settings)
+    lines = [line for line in printed.splitlines() if line.startswith("rank ")]
+    assert sorted(lines) == ["rank 0 writes train/00000.tar", "rank 0 writes val/00000.tar",
+                             "rank 1 writes train/00001.tar"]
+    assert printed.count("wrote ") == 1 and "; 2 unusable images were left out" in printed
+    made = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.suffix in (".tar", ".json")}
+    expected = {path.relative_to(encoded): path.read_bytes() for path in encoded.rglob("*.tar")}
+    expected[Path("latents.json")] = (encoded / "latents.json").read_bytes()
+    assert made.pop(Path("encoding.json")) and made == expected
+    assert not list(out.rglob("*.part"))
+
+    for name in ("train/00001.tar", "val/00000.tar", "latents.json"):  # as if they had been killed
+        (out / name).unlink()
+    (out / "train" / "00001.tar.0badcafe.part").write_bytes(b"half of it")
+    lines = [line for line in on_ranks(2, *settings).splitlines() if line.startswith("rank ")]
+    assert sorted(lines) == ["rank 0 writes train/00001.tar", "rank 1 writes val/00000.tar"]
+    assert all((out / name).read_bytes() == content for name, content in expected.items())
+    assert not list(out.rglob("*.part"))
+
+    status, _, errors = torchrun(2, *settings, "--image_size=36")  # which no rank waits for
+    assert status != 0 and errors.count("data.py: ") == 2 and "holds latents made with other settings" in errors
+
+
+def test_two_jobs_do_not_encode_into_one_folder(exported, photographs, tmp_path):
+    with open(tmp_path / "encoding.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = fails("data.py", "encode", f"--data_dir={photographs}", f"--encoder={exported / 'encoder.pt2'}",
+                     f"--out={tmp_path}", "--image_size=32", "--device=cpu")
+    assert "another process encodes into" in line and "torchrun" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["encoding.lock"]
+
+
+def test_processes_that_write_one_shard_do_not_meet(tmp_path):
+    path = tmp_path / "0.tar"
+
+    def examples(text, meanwhile=None):
+        yield "0", {"txt": text}
+        if meanwhile:
+            write_shard(path, meanwhile)
+        yield "1", {"txt": text}
+    write_shard(path, examples(b"first", examples(b"second")))
+    with tarfile.open(path) as tar:
+        assert [tar.extractfile(member).read() for member in tar] == [b"first"] * 2
+    with pytest.raises(ZeroDivisionError):
+        write_shard(path, (("0", {"txt": bytes(1 // 0)}) for _ in range(1)))
+    assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
 
 
 def test_flat_shards_are_encoded_flat(exported, tmp_path):
