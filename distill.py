@@ -21,7 +21,8 @@ from data import get_tokenizer, open_dataset
 from flow import forward_trajectory
 from model import NTM, Denoiser
 from plumbing import checkpoint
-from plumbing.images import contact_sheet, save_image
+from plumbing.images import contact_sheet
+from plumbing.latents import load_decoder
 from plumbing.loader import Batches, validation_batches
 from plumbing.log import Progress
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
@@ -64,8 +65,9 @@ log_interval = 50
 val_interval = 100  # iterations between validations, each with a sheet of samples and a checkpoint
 val_examples = 297
 num_samples = 25  # on the sheet
+decoder = ""  # of latents, for the sheet: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
 chunk = 0  # examples that are score-denoised at once; 0: what fits into about 4 GB
-wandb_log = False  # the log to Weights & Biases as well
+wandb_log = False  # the log and the sheets to Weights & Biases as well
 
 
 def lesson(teacher, images, text, ts, noise, chunk=0):
@@ -106,6 +108,7 @@ def main(config):
         config["data_dir"] = config["data_dir"] or trained["settings"]["data_dir"]
         train_set, val_set = (open_dataset(config, split) for split in ("train", "val"))
         tokenizer = get_tokenizer(config["tokenizer"], trained.get("vocabulary"))
+        decode = load_decoder(config, device) if config["decoder"] else None
         ts = teacher.config.time_grid(config["t_min"], config["steps"]).to(device)
 
         torch.manual_seed(config["seed"])  # the same initial weights on every rank
@@ -142,7 +145,8 @@ def main(config):
                 count = config["num_samples"]
                 _, text, captions, generator = next(validation_batches(*held_out, count, device, batch_size=count))
                 images = ema.unpatchify(ema(teacher.sample(text, ts, generator=generator)[:, 0], text))
-                save_image(contact_sheet(images, captions), path.parent / "samples" / f"denoiser_{i:06d}.png")
+                sheet = contact_sheet(decode(images) if decode else images, captions)
+                progress.show(i, sheet, path.parent / "samples" / f"denoiser_{i:06d}.png")
         progress.validated(i, values)
 
     with Interrupt() as interrupt, batches, progress:

@@ -25,7 +25,8 @@ from flow import forward_trajectory
 from fm import FlowMatching
 from model import NTM, NTMConfig
 from plumbing import checkpoint
-from plumbing.images import contact_sheet, save_image
+from plumbing.images import contact_sheet
+from plumbing.latents import load_decoder
 from plumbing.loader import Batches, examine, validation_batches
 from plumbing.log import Progress
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
@@ -96,8 +97,9 @@ val_interval = 500  # iterations between validations, each with a sheet of sampl
 val_examples = 297
 t_min = 0.02  # where validation's trajectories and its samples end
 num_samples = 25  # on the sheet
+decoder = ""  # of latents, for the sheet: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
 chunk = 0  # examples that are validated or score-denoised at once; 0: what fits into about 4 GB
-wandb_log = False  # the log to Weights & Biases as well
+wandb_log = False  # the log and the sheets to Weights & Biases as well
 
 NETWORKS = {"ntm": NTM, "fm": FlowMatching}
 NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
@@ -233,6 +235,7 @@ def main(config):
         tokenizer = get_tokenizer(config["tokenizer"], vocabulary)
         if config["dataset"] == "shards" and train_set.latent:  # for whoever decodes what the model samples
             config["latents"] = {"mean": train_set.mean.flatten().tolist(), "scale": train_set.scale.flatten().tolist()}
+        decode = load_decoder(config, device) if config["decoder"] else None
         model_config = NTMConfig(vocab_size=tokenizer.vocab_size, **{
             name: config[name] for name in NTMConfig.__dataclass_fields__ if name in config})
         ts = model_config.time_grid(config["t_min"]).to(device)
@@ -284,8 +287,9 @@ def main(config):
             with progress.a_sheet(i):
                 count = config["num_samples"]
                 _, text, captions, generator = next(validation_batches(*held_out, count, device, batch_size=count))
-                sheet = contact_sheet(sample_images(ema, text, ts, generator, config["chunk"]), captions)
-                save_image(sheet, path.parent / "samples" / f"{i:06d}.png")
+                images = sample_images(ema, text, ts, generator, config["chunk"])
+                sheet = contact_sheet(decode(images) if decode else images, captions)
+                progress.show(i, sheet, path.parent / "samples" / f"{i:06d}.png")
         of_this_rank = validation_batches(*held_out, config["val_examples"], device, rank, world)
         progress.validated(i, validate(ema, of_this_rank, ts, config))
 

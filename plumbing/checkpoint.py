@@ -146,7 +146,8 @@ def slim(path, out):
     contents = load(path, "ntm", "fm", "denoiser")
     names = "kind", "model_config", "iter", "vocabulary", "words", "teacher"
     kept = {name: contents[name] for name in names if name in contents}
-    settings = contents["settings"] | {"out_dir": "", "init_from": "", "data_dir": ""}  # paths are of no use elsewhere
+    paths = dict.fromkeys(("out_dir", "init_from", "data_dir", "decoder"), "")  # which are of no use elsewhere
+    settings = contents["settings"] | paths
     ema = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in contents["ema"].items()}
     save(out, **kept, settings=settings, ema=ema)
 

@@ -45,6 +45,30 @@ def load_exported(path, device):
     return call
 
 
+def load_decoder(settings, device):
+    """A function that makes images in [-1, 1] of the normalised latents (B, C, h, w) that a model of these settings
+    samples, by the program that their "decoder" names. Raises ValueError or OSError for a program that is no decoder,
+    or a model that samples images."""
+    path, statistics = settings["decoder"], settings.get("latents")
+    if not statistics:
+        raise ValueError(f"decoder is {path!r}, but this model makes images, not latents: leave it out")
+    program = load_exported(path, device)
+    size = settings["image_size"]
+    shape = settings["channels"], *((size, size) if type(size) is int else size)
+    mean, scale = (torch.tensor(statistics[name], device=device)[:, None, None] for name in ("mean", "scale"))
+
+    @torch.no_grad()
+    def decode(latents):
+        return program(latents / scale + mean).clamp(-1, 1)
+
+    made = decode(torch.zeros(1, *shape, device=device)).shape  # so that a wrong program is reported at once
+    if len(made) != 4 or made[1] not in (1, 3):
+        sizes = ["x".join(map(str, size)) for size in (made[1:], shape)]
+        raise ValueError(f"decoder {path} makes {sizes[0]} of a latent {sizes[1]}, which is no image: name the "
+                         "decoder, not the encoder")
+    return decode
+
+
 class Examples:
     """What encoding reads of shards: ds[i] -> (image (3, H, W), {suffix: bytes} of its captions and all else that the
     shard says about it), or None if it is unusable."""

@@ -9,7 +9,7 @@ from collections import defaultdict
 from tqdm import tqdm
 
 from plumbing.images import plot, save_image
-from plumbing.runtime import gathered
+from plumbing.runtime import gathered, note
 
 CURVES = {"loss": "loss", "val_loss": "loss", "val_mse": "loss", "val_bound": "nats per dimension", "val_psnr": "dB"}
 PATIENCE = 10  # updates skipped in a row before a run gives up
@@ -17,17 +17,13 @@ PATIENCE = 10  # updates skipped in a row before a run gives up
 
 class Log:
     """out_dir/log.jsonl, one JSON object a line; on resuming, lines from after the checkpoint are dropped. With
-    wandb_log, the same to Weights & Biases."""
+    wandb_log, the same to Weights & Biases, in the run that log.wandb names."""
 
     def __init__(self, path, start, config):
         self.path, self.wandb = path, None
-        if config["wandb_log"]:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ValueError("wandb_log needs wandb: `pip install wandb`, or leave wandb_log out") from error
-            self.wandb = wandb.init(config=dict(config))
         path.parent.mkdir(parents=True, exist_ok=True)
+        if config["wandb_log"]:
+            self.wandb = open_wandb(path.with_suffix(".wandb"), start, config)
         lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start]
         path.write_text("".join(lines))
@@ -49,6 +45,30 @@ class Log:
                 panels[title][name] = points
         # a run's first losses are hundreds of times its last: the axis leaves them out
         save_image(plot(panels, "iteration", shown=0.95), self.path.with_suffix(".png"))
+
+
+def open_wandb(path, start, config):
+    """A run of Weights & Biases, which the file `path` names from then on: a run that is resumed, after iteration
+    `start`, goes on in it. Raises ValueError where there is no wandb, or it cannot begin."""
+    try:
+        from wandb import init  # a mere folder wandb/, which its logs leave behind, has none
+    except ImportError as error:
+        raise ValueError("wandb_log needs wandb: `pip install wandb`, or leave wandb_log out") from error
+    place = {}
+    if start and path.exists():
+        try:
+            place = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            note(f"{path} is damaged: Weights & Biases gets a new run")
+    try:
+        run = init(config=dict(config), resume="allow", **place)
+    except Exception as error:  # not logged in, no network, and whatever else its versions raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"Weights & Biases cannot begin a run ({reason}): mend that, set WANDB_MODE=offline, or leave "
+                         "wandb_log out") from error
+    named = {name: getattr(run, name, None) for name in ("entity", "project", "id")}
+    path.write_text(json.dumps({name: value for name, value in named.items() if value}) + "\n")
+    return run
 
 
 class Progress:
@@ -134,6 +154,13 @@ class Progress:
             self.log.plot()
             self.bar.write(f"iteration {i}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
         self.since = time.perf_counter()  # the rate is that of training
+
+    def show(self, i, sheet, path):
+        """Saves a sheet of samples of iteration i, a PIL.Image, and sends it where the log goes."""
+        save_image(sheet, path)
+        if self.log.wandb:
+            from wandb import Image
+            self.log.wandb.log({"samples": Image(sheet)}, step=i)
 
     @contextlib.contextmanager
     def a_sheet(self, i):

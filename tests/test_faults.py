@@ -9,8 +9,9 @@ import sys
 import time
 
 import pytest
-from helpers import (DISTILL, ROOT, TRAIN, assert_close_training, contents, fails, on_ranks, read_log_without_speed,
-                     run, same, same_training, start, torchrun, training_lines)
+from helpers import (DISTILL, ROOT, TRAIN, assert_close_training, contents, fails, on_ranks, read_log,
+                     read_log_without_speed, run, run_with_notes, same, same_training, start, torchrun, training_lines)
+from PIL import Image
 
 from model import NTM
 from plumbing import checkpoint
@@ -265,21 +266,74 @@ def test_a_folder_of_another_run_is_refused_with_the_two_ways_on(tmp_path):
 # Weights & Biases
 
 
-def test_wandb_is_named_when_it_is_missing_and_told_everything_when_not(tmp_path, monkeypatch):
+def test_wandb_is_named_when_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     line = fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'without'}", "--wandb_log=True")
     assert "pip install wandb" in line
 
-    told = []
+    (tmp_path / "empty" / "wandb").mkdir(parents=True)  # what its logs leave behind can be imported, and is not it
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.syspath_prepend(tmp_path / "empty")
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'without'}", "--wandb_log=True")
+    assert "pip install wandb" in line
 
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A wandb that remembers what it is asked for: begun, what runs were begun with; told, what they logged."""
     class Run:
+        def __init__(self, entity="me", project="ntm", id=None):
+            self.entity, self.project, self.id = entity, project, id or f"run{len(Wandb.begun)}"
+
         def log(self, values, step):
-            told.append({**values, "iter": step})
+            Wandb.told.append({**values, "iter": step})
 
     class Wandb:
-        def init(config):
-            assert config["max_iters"] == 6
-            return Run()
+        begun, told, broken, Image = [], [], "", staticmethod(lambda sheet: sheet.size)
+
+        @staticmethod
+        def init(config, resume, **place):
+            if Wandb.broken:
+                raise RuntimeError(Wandb.broken)
+            assert resume == "allow"
+            Wandb.begun.append({"max_iters": config["max_iters"], **place})
+            return Run(**place)
+
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--wandb_log=True")
-    assert told == [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    return Wandb
+
+
+@pytest.mark.parametrize("script", ["train.py", "distill.py"])
+def test_wandb_is_told_everything_and_a_resumed_run_goes_on_there(tmp_path, wandb, script):
+    """Every line of the log and every sheet; and after resuming in the same run, whatever the environment says."""
+    settings, log, sheets = [*TRAIN, f"--out_dir={tmp_path}"], "log.jsonl", "samples/{:06d}.png"
+    if script == "distill.py":
+        run("train.py", *settings)
+        settings, log, sheets = [*DISTILL, f"--out_dir={tmp_path}"], "denoiser_log.jsonl", "samples/denoiser_{:06d}.png"
+    run(script, *settings, "--max_iters=3", "--wandb_log=True")
+    run(script, f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=6")
+    assert wandb.begun == [{"max_iters": 3}, {"max_iters": 6, "entity": "me", "project": "ntm", "id": "run1"}]
+    assert [line for line in wandb.told if "samples" not in line] == read_log(tmp_path / log)
+    shown = {line["iter"]: line["samples"] for line in wandb.told if "samples" in line}
+    assert shown == {i: Image.open(tmp_path / sheets.format(i)).size for i in (3, 6)}
+    steps = [line["iter"] for line in wandb.told]
+    assert steps == sorted(steps)  # it drops what goes back
+
+    (tmp_path / log).with_suffix(".wandb").write_text('{"id": ')
+    *_, notes = run_with_notes(script, f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=7")
+    assert wandb.begun[-1] == {"max_iters": 7} and "is damaged: Weights & Biases gets a new run" in "".join(notes)
+    assert json.loads((tmp_path / log).with_suffix(".wandb").read_text())["id"] == "run3"
+
+
+def test_a_new_run_does_not_go_on_in_an_old_one_of_wandb(tmp_path, wandb):
+    settings = [*TRAIN, f"--out_dir={tmp_path}", "--max_iters=1", "--val_interval=1", "--wandb_log=True"]
+    run("train.py", *settings)
+    (tmp_path / "ckpt.pt").unlink()
+    run("train.py", *settings)
+    assert wandb.begun == [{"max_iters": 1}] * 2
+
+
+def test_wandb_that_cannot_begin_says_why(tmp_path, wandb):
+    wandb.broken = "api_key not configured (no-tty)\nand a lot more"
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--wandb_log=True")
+    assert "api_key not configured" in line and "WANDB_MODE=offline" in line

@@ -17,7 +17,7 @@ from torch import nn
 
 import data
 import plumbing.emoji
-from plumbing import latents
+from plumbing import checkpoint, images, latents
 from sample import load
 from plumbing.images import to_uint8
 from plumbing.latents import measure_latents
@@ -467,7 +467,7 @@ NOTING = """
 import os, sys
 sys.path.insert(0, {root!r})
 import data
-from plumbing import latents
+from plumbing import checkpoint, images, latents
 write = latents.write_shard
 
 def note_and_write(path, examples):
@@ -590,6 +590,50 @@ def test_from_latents_to_images(encoded, exported, tmp_path):
     line = fails("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--decoder=none.pt2")
     assert "there is no none.pt2" in line
     assert "makes images, not latents: leave it out" in fails("sample.py", *SAMPLE, decoder)
+
+
+@pytest.mark.parametrize("script", ["train.py", "distill.py", "train.py of flow matching"])
+def test_sheets_of_latents_are_decoded(encoded, exported, tmp_path, script):
+    """With --decoder they show the images of what the model samples, and the file is the decoder's, by name."""
+    folder, decoder = tmp_path / "run", f"--decoder={exported / 'decoder.pt2'}"
+    settings = [*SHORT, *SMALL, "--transporter_width=16", "--transporter_blocks=1", "--transporter_layers=1",
+                "--dataset=shards", f"--data_dir={encoded}", "--image_size=8", "--channels=4", f"--out_dir={folder}",
+                "--bad_captions=1"]
+    settings += ["--objective=fm"] if "flow" in script else []
+    wrong = [f"--decoder={exported / 'encoder.pt2'}", "--decoder=none.pt2"]
+    name, resume = "000006.png", [f"--out_dir={folder}", "--init_from=resume", "--max_iters=9"]
+    if script == "distill.py":
+        run("train.py", *settings)
+        settings, name = [*DISTILL, f"--out_dir={folder}"], "denoiser_000006.png"
+    script = script.split()[0]
+    assert "cannot take 4x8x8" in fails(script, *settings, wrong[0])
+    assert "there is no none.pt2" in fails(script, *settings, wrong[1])
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        keep = images.contact_sheet
+        patch.setattr(images, "contact_sheet", lambda *sheet: shown.append(sheet[0]) or keep(*sheet))
+        run(script, *settings, decoder)
+    assert [tuple(some.shape) for some in shown] == [(4, 3, 32, 32)] * 2
+    assert shown[-1].abs().max() <= 1 and not shown[-1].requires_grad
+    assert torch.equal(shown[-1][:, :, ::4, ::4], shown[-1][:, :, 3::4, 3::4])  # blocks, as the decoder makes them
+    assert pixels(folder / "samples" / name).shape[1] > 2 * 96
+    run(script, *resume)  # with the decoder of before
+    checkpoint.slim(folder / ("denoiser.pt" if "denoiser" in name else "ckpt.pt"), tmp_path / "slim.pt")
+    assert contents(tmp_path / "slim.pt")["settings"]["decoder"] == ""  # a path, which is of no use elsewhere
+
+
+def test_a_decoder_is_for_latents(exported, encoded, tmp_path):
+    line = fails("train.py", *SHORT, f"--out_dir={tmp_path}", f"--decoder={exported / 'decoder.pt2'}")
+    assert "makes images, not latents: leave it out" in line and not (tmp_path / "ckpt.pt").exists()
+    torch.export.save(torch.export.export(nn.Identity(), (torch.zeros(1, 4, 8, 8),)), tmp_path / "identity.pt2")
+    settings = {"decoder": str(tmp_path / "identity.pt2"), "latents": {"mean": [0.0] * 4, "scale": [1.0] * 4},
+                "image_size": 8, "channels": 4}
+    with pytest.raises(ValueError, match="makes 4x8x8 of a latent 4x8x8, which is no image"):
+        latents.load_decoder(settings, torch.device("cpu"))
+    settings |= {"decoder": str(exported / "decoder.pt2"), "latents": {"mean": [1.0] * 4, "scale": [1 / 3] * 4}}
+    decode, normalised = latents.load_decoder(settings, torch.device("cpu")), torch.randn(2, 4, 8, 8) / 3
+    expected = nn.functional.interpolate(normalised[:, :3], scale_factor=4.0).clamp(-1, 1)
+    torch.testing.assert_close(decode(normalised), expected)
 
 
 def test_measured_scale_of_known_latents(tmp_path):
