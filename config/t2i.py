@@ -1,6 +1,7 @@
 # Text to image, 256x256 as 4x32x32 latents: 256 tokens of 16 numbers, 1.25 billion parameters; for eight GPUs of 80 GB.
-#   python data.py encode --data_dir='cc12m/cc12m-{00000..01242}.tar' --encoder=encoder.pt2 --out=out/data/cc12m
-#   torchrun --nproc_per_node=8 train.py config/t2i.py
+#   torchrun --nproc_per_node=8 data.py encode --data_dir=IMAGES --encoder=encoder.pt2 --workers=8 --out=out/data/cc12m
+#   torchrun --nproc_per_node=8 train.py config/t2i.py --decoder=decoder.pt2
+# docs/data.md has the way from a list of URLs to here.
 # Computed, not measured. Memory of each: 25 GB for weights, gradients, AdamW and the average in float32; 2.3 GB for
 # weights in bfloat16, and 0.91 GB an image for what back-propagation keeps, 29 GB for the 32 of a pass (both counted in
 # tests/test_memory.py); validation takes 4 GB. Gradients are DDP's buckets, no second copy. An update is 1.67 TFLOP an

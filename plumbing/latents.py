@@ -154,7 +154,7 @@ def take_folder(out, sources, args):
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "encoding.lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by the processes that load
     except BlockingIOError:
         raise ValueError(f"another process encodes into {out}: wait until it ends, or stop it and start one job of all "
                          "GPUs, torchrun --nproc_per_node=8 data.py encode ...") from None
@@ -182,6 +182,8 @@ def prepare_latents(args):
             fault = str(error)
     if fault := gathered(fault)[0]:  # all ranks end by it, so that none waits for another
         raise ValueError(fault)
+    if not all(gathered((out / "encoding.json").exists())):
+        raise ValueError(f"{out} is seen by some ranks only: --out has to be where all of them reach it")
     left_out = encode_shards(sources, folders, encoder, ranks, args)
     if rank == 0:
         mean, scale = measure_latents(str(out))

@@ -1,10 +1,13 @@
 """Shards from emoji packages, from folders, and from other shards by way of an autoencoder."""
-import fcntl
 import io
 import json
+import os
 import re
+import signal
 import subprocess
+import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -508,13 +511,51 @@ def test_ranks_encode_shards_by_turns(exported, photographs, encoded, tmp_path):
     assert status != 0 and errors.count("data.py: ") == 2 and "holds latents made with other settings" in errors
 
 
+TAKING = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from plumbing.latents import take_folder
+
+out, encoder = sys.argv[1:]
+lock = take_folder(Path(out), {}, SimpleNamespace(data_dir="d", encoder=encoder, image_size=32))
+child = os.fork()  # as the processes that load are
+if child:
+    print(child, flush=True)
+    sys.stdin.read()
+    os._exit(0)
+time.sleep(60)
+"""
+
+
 def test_two_jobs_do_not_encode_into_one_folder(exported, photographs, tmp_path):
-    with open(tmp_path / "encoding.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        line = fails("data.py", "encode", f"--data_dir={photographs}", f"--encoder={exported / 'encoder.pt2'}",
-                     f"--out={tmp_path}", "--image_size=32", "--device=cpu")
-    assert "another process encodes into" in line and "torchrun" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["encoding.lock"]
+    """And a folder is free as soon as its process is dead, though those that load may outlive it for a while."""
+    encoder, out = exported / "encoder.pt2", tmp_path / "out"
+    settings = ["encode", f"--data_dir={photographs}", f"--encoder={encoder}", f"--out={out}", "--image_size=32",
+                "--device=cpu"]
+    other = subprocess.Popen([sys.executable, "-c", TAKING, out, encoder], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    child = int(other.stdout.readline())
+    try:
+        line = fails("data.py", *settings)
+        assert "another process encodes into" in line and "torchrun" in line
+        other.stdin.close()
+        other.wait()
+        os.kill(child, 0)  # is alive
+        assert "made with other settings" in fails("data.py", *settings)  # "d"
+        (out / "encoding.json").unlink()
+        command(*settings)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        other.stdout.close()
+    assert (out / "latents.json").exists()
+
+
+def test_a_folder_that_only_some_ranks_see_is_refused(exported, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "gathered", lambda value: [value, False if value is True else value])
+    line = fails("data.py", "encode", f"--data_dir={photographs}", f"--encoder={exported / 'encoder.pt2'}",
+                 f"--out={tmp_path}", "--image_size=32", "--device=cpu")
+    assert "is seen by some ranks only" in line and str(tmp_path) in line
 
 
 def test_processes_that_write_one_shard_do_not_meet(tmp_path):
@@ -634,6 +675,34 @@ def test_a_decoder_is_for_latents(exported, encoded, tmp_path):
     decode, normalised = latents.load_decoder(settings, torch.device("cpu")), torch.randn(2, 4, 8, 8) / 3
     expected = nn.functional.interpolate(normalised[:, :3], scale_factor=4.0).clamp(-1, 1)
     torch.testing.assert_close(decode(normalised), expected)
+
+
+@pytest.mark.parametrize("output", ["latents", "latent_dist"])
+def test_the_documented_export_takes_both_autoencoders(tmp_path, monkeypatch, output):
+    """The commands of docs/data.md, with modules whose outputs have the fields of AutoencoderTiny and AutoencoderKL."""
+    class Autoencoder(nn.Module):
+        def from_pretrained(name):
+            return Autoencoder()
+
+        def encode(self, images):
+            made = nn.functional.avg_pool2d(torch.cat([images, images[:, :1]], dim=1), 8)
+            of_kl = types.SimpleNamespace(mode=lambda: made)
+            return types.SimpleNamespace(**{output: made if output == "latents" else of_kl})
+
+        def decode(self, made):
+            return types.SimpleNamespace(sample=nn.functional.interpolate(made[:, :3], scale_factor=8.0))
+
+    names = types.SimpleNamespace(AutoencoderKL=Autoencoder, AutoencoderTiny=Autoencoder)
+    monkeypatch.setitem(sys.modules, "diffusers", names)
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall("```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    [snippet] = [text for text in snippets if "torch.export" in text]
+    exec(snippet, {})
+    encode, decode = (latents.load_exported(f"{name}.pt2", torch.device("cpu")) for name in ("encoder", "decoder"))
+    made = torch.randn(3, 4, 32, 32)
+    pictures = decode(made)
+    assert pictures.shape == (3, 3, 256, 256)
+    torch.testing.assert_close(encode(pictures), torch.cat([made[:, :3], made[:, :1]], dim=1))
 
 
 def test_measured_scale_of_known_latents(tmp_path):
