@@ -82,7 +82,7 @@ class Examples:
             image, _ = self.source.decode(members, number)
         except Unusable:
             return None
-        return image, {suffix: members[suffix] for suffix in WORDS if suffix in members}
+        return image, {suffix: data for suffix, data in members.items() if suffix.rpartition(".")[2] in WORDS}
 
 
 def encode_shard(source, shard, encoder, device, args):

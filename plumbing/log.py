@@ -21,9 +21,9 @@ class Log:
 
     def __init__(self, path, start, config):
         self.path, self.wandb = path, None
-        path.parent.mkdir(parents=True, exist_ok=True)
         if config["wandb_log"]:
-            self.wandb = open_wandb(path.with_suffix(".wandb"), start, config)
+            self.wandb = start_wandb(path.with_suffix(".wandb"), start, config)
+        path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start]
         path.write_text("".join(lines))
@@ -47,9 +47,9 @@ class Log:
         save_image(plot(panels, "iteration", shown=0.95), self.path.with_suffix(".png"))
 
 
-def open_wandb(path, start, config):
+def start_wandb(path, start, config):
     """A run of Weights & Biases, which the file `path` names from then on: a run that is resumed, after iteration
-    `start`, goes on in it. Raises ValueError where there is no wandb, or it cannot begin."""
+    `start`, goes on in it. Raises ValueError where there is no wandb, or it does not start."""
     try:
         from wandb import init  # a mere folder wandb/, which its logs leave behind, has none
     except ImportError as error:
@@ -64,9 +64,10 @@ def open_wandb(path, start, config):
         run = init(config=dict(config), resume="allow", **place)
     except Exception as error:  # not logged in, no network, and whatever else its versions raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"Weights & Biases cannot begin a run ({reason}): mend that, set WANDB_MODE=offline, or leave "
-                         "wandb_log out") from error
+        raise ValueError(f"wandb_log is True, but wandb does not start ({reason}): mend it, set WANDB_MODE=offline, or "
+                         "leave it out") from error
     named = {name: getattr(run, name, None) for name in ("entity", "project", "id")}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({name: value for name, value in named.items() if value}) + "\n")
     return run
 

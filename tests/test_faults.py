@@ -333,7 +333,8 @@ def test_a_new_run_does_not_go_on_in_an_old_one_of_wandb(tmp_path, wandb):
     assert wandb.begun == [{"max_iters": 1}] * 2
 
 
-def test_wandb_that_cannot_begin_says_why(tmp_path, wandb):
+def test_wandb_that_does_not_start_says_why(tmp_path, wandb):
     wandb.broken = "api_key not configured (no-tty)\nand a lot more"
-    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--wandb_log=True")
-    assert "api_key not configured" in line and "WANDB_MODE=offline" in line
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'run'}", "--wandb_log=True")
+    assert "wandb does not start (api_key not configured (no-tty))" in line and "WANDB_MODE=offline" in line
+    assert not (tmp_path / "run").exists()

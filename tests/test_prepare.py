@@ -441,6 +441,7 @@ def test_latents_keep_all_that_their_examples_say(exported, tmp_path):
     examples = [(f"{i}", {"png": png((40 * i, 9 * i, 200 - i), (32, 32)), "json": json.dumps(record).encode()})
                 for i, record in enumerate(records)]
     examples.append(("3", {"png": png((9, 200, 9)), "txt": "\ufeff an owl \n".encode(), "json": b'{"mirror": false}'}))
+    examples.append(("4", {"png": png((9, 9, 200), (32, 32)), "input.txt": b"a frog"}))
     for split in ("train", "val"):
         write_shards(tmp_path / "in" / split, examples)
     command("encode", f"--data_dir={tmp_path / 'in'}", f"--encoder={exported / 'encoder.pt2'}",
@@ -449,10 +450,11 @@ def test_latents_keep_all_that_their_examples_say(exported, tmp_path):
     assert before == after
     assert after[0] == ((["a cat", "one cat", "a grey cat, asleep"], True), {"json": json.dumps(records[0]).encode()})
     assert after[1][0] == (["a dog"], False) and json.loads(after[2][1]["json"])["url"] == "http://cows/1"
+    assert [captions for (captions, _), _ in after[3:]] == [["an owl"], ["a frog"]]
     made, source = Shards(str(tmp_path / "out"), "train", 4, 8, 8), Shards(str(tmp_path / "in"), "train", 3, 32, 32)
-    drawn = [made.example(4 * epoch)[1] for epoch in range(30)]
+    drawn = [made.example(len(made) * epoch)[1] for epoch in range(30)]
     assert set(drawn) == set(records[0]["captions"])  # training still sees them by turns
-    assert drawn == [source.example(4 * epoch)[1] for epoch in range(30)]
+    assert drawn == [source.example(len(source) * epoch)[1] for epoch in range(30)]
 
 
 def test_a_shard_of_nothing_usable_does_not_end_an_encoding(exported, tmp_path):
