@@ -8,14 +8,12 @@
 - samples: do they look like the data, and show what their captions say? By Frechet distance between Gaussians fitted to
   pixels, class of the nearest training image, the exact detector of shapes, or the judge of emoji (plumbing/judge.py)
 - classifier: which of ten captions makes a held-out image most likely
-- outliers: does the likelihood tell images of another data set from held-out ones?
 - truth: of shapes, whose true density is known, how many nats each step is above it (plumbing/truth.py); takes minutes
 
 Prints each part as it is done, and leaves out_dir/evaluate.json and in out_dir/evaluate/ the first samples and, for
-several step counts or guidances, quality.png. Flow matching has samples only, a model of latents the likelihood only.
+several step counts, quality.png. Flow matching has samples only, a model of latents the likelihood only.
 """
 
-import contextlib
 import copy
 import functools
 import itertools
@@ -30,12 +28,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import configure
-from data import dataset_class_captions, get_dataset, open_dataset
+from data import dataset_class_captions, open_dataset
 from flow import bits_per_dim, forward_log_prob, forward_trajectory, reverse_posterior, taken_again
 from plumbing import judge as judges
 from plumbing import shapes, truth
 from plumbing.detector import TASKS, follows, task_prompts
-from plumbing.images import contact_sheet, dequantize, plot_quality, save_image
+from plumbing.images import contact_sheet, plot_quality, save_image
 from plumbing.judge import frechet_distance, nearest_labels
 from plumbing.layouts import make_folder
 from plumbing.loader import collate, validation_batches
@@ -43,7 +41,7 @@ from plumbing.runtime import gathered, leave_ranks, note, one_line_errors, rank_
 from sample import TrainedModel
 
 out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
-parts = ""  # some of likelihood,samples,classifier,outliers,truth; empty: all that the model has
+parts = ""  # some of likelihood,samples,classifier,truth; empty: all that the model has
 val_examples = 500  # held-out images for the likelihood, and for what it is good for
 num_samples = 1000  # for each step count and way to denoise
 steps: int | tuple = 0  # T, or for samples several; 0: as trained, or 50 for flow matching
@@ -77,11 +75,6 @@ def proportion(hits):
     return {"mean": mean, "standard_error": math.sqrt(p * (1 - p) / n)}
 
 
-def auroc(inside, outside):
-    """The probability that a number of `outside` (m,) exceeds one of `inside` (n,); ties count half."""
-    return ((outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside).double()).mean().item()
-
-
 def shrunk(images):
     """Images (n, C, H, W), the mean of their pixels where they are larger than 32x32."""
     return F.interpolate(images, [min(size, 32) for size in images.shape[2:]], mode="area")
@@ -104,15 +97,14 @@ def held_out(model, dataset, count=0):
         yield model.network.patchify(images), *rest
 
 
-def nats_of(model, batches, ts, captioned=True, several=1):
+def nats_of(model, batches, ts, several=1):
     """{name: nats (n,)} of all ranks' images: -log p of each step, cleanest first, and of the trajectory, Eqs. (11) and
-    (12), and the bound, Eq. (14). batches: as held_out's; captioned: False for the null caption instead of theirs.
+    (12), and the bound, Eq. (14). batches: as held_out's.
 
     several: a tighter bound as well, -log of the mean of exp(-bound) over so many trajectories from the same x_{t_0}:
     between the bound and -log p(x_{t_0}), nearer to it the more there are (arXiv:1509.00519)."""
     nats = []
     for x0, text, _, generator in batches:
-        text = text if captioned else model.encode([""] * len(x0))
         noise = torch.randn(several, len(x0), len(ts), *x0.shape[1:], generator=generator, device=x0.device)
         noise[:, :, 0], times = noise[0, :, 0].clone(), ts.expand(len(x0), -1)
         nll, bounds = zip(*(model.network.trajectory_bound(forward_trajectory(x0, times, noise=of_one), times, text)
@@ -188,25 +180,6 @@ def evaluate_classifier(model, dataset):
     return {"accuracy": proportion(sum(gathered(hits), []))}
 
 
-def evaluate_outliers(model, dataset):
-    """AUROC of telling held-out images from noise and from another data set's, by nats_of without captions."""
-    name, config, (rank, world) = model.settings["dataset"], model.network.config, rank_and_world()
-    noise = torch.rand(val_examples, config.channels, *config.image_size, generator=torch.Generator().manual_seed(seed))
-    outliers, (other, size) = {"noise": 2 * noise - 1}, ("fashion", 28) if name == "digits" else ("digits", 8)
-    with contextlib.suppress(OSError):  # fashion's files are not on every machine
-        others = get_dataset(other, "val", size, 1, data_dir=data_dir or model.settings["data_dir"])
-        images = F.interpolate(first_images(others, val_examples), config.image_size, mode="bilinear", antialias=True)
-        images = dequantize(images, torch.Generator().manual_seed(seed))
-        outliers[other] = images.expand(-1, config.channels, -1, -1)
-    inside, results = nats_of(model, held_out(model, dataset), model.ts, captioned=False), {}
-    for name, images in outliers.items():
-        batches = model.network.patchify(images.to(model.device)).split(batch_size)[rank::world]
-        batches = ((x0, None, None, torch.Generator(model.device).manual_seed(seed)) for x0 in batches)
-        outside = nats_of(model, batches, model.ts, captioned=False)
-        results |= {f"{name}, by {key}": auroc(inside[key], outside[key]) for key in inside}
-    return results
-
-
 def evaluate_truth(model, dataset):
     """Nats by which -log p(x_s | x_t, caption) of each step but the last is above the true one, cleanest first; and by
     which the Gaussians nearest to the truth are, that with independent numbers and that with the full covariance."""
@@ -279,7 +252,7 @@ def evaluate_samples(model, dataset, guidance):
 
 
 PARTS = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "classifier": evaluate_classifier,
-         "outliers": evaluate_outliers, "truth": evaluate_truth}
+         "truth": evaluate_truth}
 
 
 @one_line_errors()

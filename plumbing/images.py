@@ -162,15 +162,18 @@ def plot(panels, x_label, log_x=False, shown=1.0):
 
 
 def plot_quality(rows):
-    """Quality against passes of the network and seconds an image, or against guidance, each row on its curve; None if
-    nothing varies or measures quality. rows: {"curve", "passes", "guidance", and results of evaluate_samples}."""
-    panels, points = defaultdict(lambda: defaultdict(list)), {(row["curve"], row["passes"]) for row in rows}
-    several = len(points) > len({curve for curve, _ in points})
-    for row in sorted(rows, key=lambda row: (row["passes"], row["guidance"])):
+    """Quality against passes of the network and against seconds an image, each row on its curve; None if no curve has
+    several numbers of passes, or nothing measures quality. rows: {"curve", "passes", and results of samples}."""
+    panels = defaultdict(lambda: defaultdict(list))
+    for row in sorted(rows, key=lambda row: row["passes"]):
         axes = {"network passes": row["passes"], "seconds an image": 1 / row["images_per_s"]}
         for key, label in ("overall", "overall score"), ("frechet_distance", "Frechet distance"):
-            for axis, x in (axes if several else {"guidance": row["guidance"]}).items() if key in row else ():
-                y = row[key]["mean"] if key == "overall" else row[key]
-                panels[f"{label} against {axis}"][row["curve"]].append((x, y))
-    varied = several or len({row["guidance"] for row in rows}) > 1
-    return plot(panels, "", log_x=several) if panels and varied else None
+            if key not in row:
+                continue
+            quality = row[key]["mean"] if key == "overall" else row[key]
+            for axis, x in axes.items():
+                panels[f"{label} against {axis}"][row["curve"]].append((x, quality))
+    points = {(row["curve"], row["passes"]) for row in rows}
+    curves = {row["curve"] for row in rows}
+    several = len(points) > len(curves)
+    return plot(panels, "", log_x=True) if panels and several else None

@@ -199,7 +199,7 @@ def test_training_sampling_and_likelihood(settings, tmp_path):
     _, printed = run("sample.py", "--device=cpu", "--num_samples=4", f"--out_dir={tmp_path}", "--restarts=1")
     assert "learned denoising" in printed and "sampling in 5 steps" in printed
     _, printed = run("evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", "--val_examples=20",
-                     "--parts=likelihood,classifier,outliers")
+                     "--parts=likelihood,classifier")
     assert "bound of 4 trajectories" in printed and "accuracy" in printed
     load = evaluate.TrainedModel(tmp_path, "cpu")
     log_p = load.log_likelihood(torch.zeros(2, 1, 8, 8), ["the digit one", "the digit two"])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import randomize
 from helpers import DISTILL, TRAIN, contents, fails, on_ranks, pixels, png, run, run_with_notes
-from test_data import write_idx
 from torch.distributions import MultivariateNormal
 
 import evaluate
@@ -117,12 +116,6 @@ def test_caption_likelihoods_are_those_of_trajectories():
         torch.testing.assert_close(found[:, k], log_p - forward_log_prob(x, ts))
 
 
-def test_auroc():
-    assert evaluate.auroc(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])) == 1
-    assert evaluate.auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0])) == 0.75
-    assert evaluate.auroc(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0])) == 0.5
-
-
 def test_frechet_distance_of_gaussians():
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(50_000, 1, 1, 2, generator=generator)
@@ -204,7 +197,6 @@ def test_digits_in_all_parts(copied):
     assert learned["frechet_distance"] > 0 and learned["images_per_s"] > 0
     assert 0 <= learned["nearest_is_of_the_class"]["mean"] <= 1
     assert results["classifier"]["accuracy"].keys() == {"mean", "standard_error"}
-    assert results["outliers"]["noise, by trajectory"] > 0.9
     assert pixels(copied / "evaluate" / "ntm_4_learned.png").shape[1] > 900
     assert pixels(copied / "evaluate" / "quality.png").shape[1] > 900  # two panels
     for word in ("bits per dimension", "accuracy", "±", "wrote"):
@@ -227,9 +219,9 @@ def test_parts_are_printed_as_they_finish(trained, monkeypatch, capsys):
 
 
 def test_what_json_does_not_have_is_not_written(copied, monkeypatch):
-    for name, value in {"out_dir": str(copied), "parts": "outliers", "device": "cpu"}.items():
+    for name, value in {"out_dir": str(copied), "parts": "classifier", "device": "cpu"}.items():
         monkeypatch.setattr(evaluate, name, value)
-    monkeypatch.setitem(evaluate.PARTS, "outliers", lambda *_: {"noise": math.nan})
+    monkeypatch.setitem(evaluate.PARTS, "classifier", lambda *_: {"accuracy": math.nan})
     with pytest.raises(SystemExit, match="JSON"):
         evaluate.main({"device": "cpu"})
     assert not (copied / "evaluate.json").exists()
@@ -239,7 +231,7 @@ def quality_of(curve, passes, images_per_s, guidance=1.0, **measured):
     return {"curve": curve, "passes": passes, "guidance": guidance, "images_per_s": images_per_s, **measured}
 
 
-def test_quality_is_plotted_against_passes_and_seconds_or_guidance(monkeypatch):
+def test_quality_is_plotted_against_passes_and_seconds(monkeypatch):
     seen = {}
     monkeypatch.setattr(images, "plot", lambda panels, x_label, log_x: seen.update(panels, log_x=log_x) or "image")
     assert images.plot_quality([quality_of("NTM", 8, 10.0, overall={"mean": 0.9}),
@@ -250,8 +242,9 @@ def test_quality_is_plotted_against_passes_and_seconds_or_guidance(monkeypatch):
         "overall score against seconds an image": {"NTM": [(0.05, 0.8), (0.1, 0.9)], "flow matching": [(0.025, 0.3)]},
         "log_x": True}
     seen.clear()
-    images.plot_quality([quality_of("NTM", 4, 9.0, w, frechet_distance=1 + w) for w in (2.0, 0.0)])
-    assert seen == {"Frechet distance against guidance": {"NTM": [(0, 1), (2, 3)]}, "log_x": False}
+    images.plot_quality([quality_of("NTM", passes, 5.0, frechet_distance=9 - passes) for passes in (8, 4)])
+    assert seen["Frechet distance against network passes"] == {"NTM": [(4, 5), (8, 1)]}
+    assert images.plot_quality([quality_of("NTM", 4, 9.0, w, frechet_distance=1 + w) for w in (2.0, 0.0)]) is None
     assert images.plot_quality([quality_of("NTM", passes, 1.0) for passes in (4, 8)]) is None
 
 
@@ -270,7 +263,7 @@ def test_several_guidances_are_measured_side_by_side(copied):
     assert {title for title in results if title.startswith("samples")} == {
         "samples, 4 steps, none, guidance 0", "samples, 4 steps, none, guidance 2.5"}
     assert [row["passes"] for row in results["curves"]] == [6, 6]  # four, and the second twice again
-    assert pixels(copied / "evaluate" / "quality.png").any()
+    assert not (copied / "evaluate" / "quality.png").exists()  # of one number of steps
     assert "vary one at a time" in fails("evaluate.py", f"--out_dir={copied}", "--guidance=0,1", "--steps=2,4")
 
 
@@ -292,7 +285,7 @@ def test_classifier_counts_the_true_class(trained, monkeypatch):
     for name, value in {"val_examples": 60, "batch_size": 25, "trajectories": 1}.items():
         monkeypatch.setattr(evaluate, name, value)
     monkeypatch.setattr(evaluate, "caption_log_likelihoods", lambda model, x, *_: torch.eye(10)[[3] * len(x)])
-    dataset = evaluate.get_dataset("digits", "val", 8, 1)
+    dataset = get_dataset("digits", "val", 8, 1)
     found = evaluate.evaluate_classifier(evaluate.TrainedModel(trained, torch.device("cpu"), 0, "none"), dataset)
     assert found["accuracy"]["mean"] == sum(dataset.labels[i] == 3 for i in range(60)) / 60 > 0
 
@@ -405,47 +398,6 @@ def measured_samples(monkeypatch, tmp_path, model, dataset, count, batch_size=16
     return evaluate.evaluate_samples(model, dataset, 1.0)
 
 
-def test_outliers_are_uniform_noise_and_another_data_set(monkeypatch):
-    for name, value in {"val_examples": 300, "batch_size": 128}.items():
-        monkeypatch.setattr(evaluate, name, value)
-    network = NTM(NTMConfig(image_size=8, channels=3, width=8, depth=1, heads=2, transporter_width=8))
-    model = SimpleNamespace(network=network, tokenizer=get_tokenizer(), device=torch.device("cpu"),
-                            settings={"dataset": "shapes", "data_dir": ""}, ts=network.config.time_grid(0.02))
-    seen = []
-
-    def nats_of(model, batches, ts, captioned):
-        assert captioned is False and torch.equal(ts, model.ts)
-        seen.append(torch.cat([model.network.unpatchify(x0) for x0, *_ in batches]))
-        n = len(seen[-1])
-        return {"bound": [torch.zeros(n), torch.ones(n), torch.arange(n) % 3 - 1.0][len(seen) - 1]}
-
-    monkeypatch.setattr(evaluate, "nats_of", nats_of)
-    found = evaluate.evaluate_outliers(model, get_dataset("shapes", "val", 8, 3))
-    assert found == pytest.approx({"noise, by bound": 1, "digits, by bound": 0.5})
-    inside, noise, digits = seen
-    assert inside.shape == noise.shape == (300, 3, 8, 8) and digits.shape == (297, 3, 8, 8)
-    quantiles = torch.quantile(noise.flatten(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
-    torch.testing.assert_close(quantiles, torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]), atol=0.02, rtol=0)
-    originals, _ = zip(*get_dataset("digits", "val", 8, 1).__getitems__(range(297)))
-    assert (digits - torch.stack(originals)).abs().max() < 0.0040 and torch.equal(digits[:, 0], digits[:, 2])
-
-
-def test_outliers_that_are_larger_are_shrunk_with_antialiasing(monkeypatch, tmp_path):
-    """Stripes a pixel wide of 28x28 garments are an even grey at 8x8."""
-    stripes = np.tile(np.array([0, 255], dtype=np.uint8), (10, 28, 14))
-    write_idx(tmp_path / "t10k-images-idx3-ubyte", stripes)
-    write_idx(tmp_path / "t10k-labels-idx1-ubyte", np.zeros(10, dtype=np.uint8))
-    monkeypatch.setattr(evaluate, "data_dir", str(tmp_path))
-    network = NTM(NTMConfig(image_size=8, width=8, depth=1, heads=2, transporter_width=8))
-    model = SimpleNamespace(network=network, tokenizer=get_tokenizer(), device=torch.device("cpu"),
-                            settings={"dataset": "digits", "data_dir": ""}, ts=network.config.time_grid(0.02))
-    seen = []
-    monkeypatch.setattr(evaluate, "nats_of", lambda model, batches, ts, captioned: seen.append(
-        torch.cat([x0 for x0, *_ in batches])) or {"bound": torch.zeros(1)})
-    assert "fashion, by bound" in evaluate.evaluate_outliers(model, get_dataset("digits", "val", 8, 1))
-    assert seen[2].shape == (10, 16, 4) and seen[2].abs().max() < 0.2
-
-
 def test_speed_is_that_of_the_slowest_rank(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "gathered", lambda value: [value / 2, value] if value == 4.0 else [value])
     dataset = get_dataset("digits", "val", 8, 1)
@@ -507,7 +459,6 @@ def test_shapes_follow_prompts_or_not(tmp_path):
     tasks = results["samples, 4 steps, learned"]
     assert all(tasks[name]["mean"] == 0 for name in ("single object", "counting", "position", "strictly", "overall"))
     assert 0 <= results["classifier"]["accuracy"]["mean"] <= 1
-    assert "digits, by bound" in results["outliers"]
     assert not (tmp_path / "evaluate" / "quality.png").exists()  # of one step count
 
 
@@ -532,7 +483,7 @@ def test_a_likelihood_that_is_not_finite_is_an_error(copied):
     held = contents(copied / "ckpt.pt")
     held["ema"]["predictor.head.bias"][0] = math.inf
     torch.save(held, copied / "ckpt.pt")
-    for part in ("likelihood", "outliers", "classifier"):
+    for part in ("likelihood", "classifier"):
         assert "not finite" in fails("evaluate.py", "--device=cpu", f"--out_dir={copied}", f"--parts={part}")
 
 
