@@ -30,6 +30,7 @@ from tqdm import tqdm
 from configurator import configure
 from data import dataset_class_captions, open_dataset
 from flow import bits_per_dim, forward_log_prob, forward_trajectory, reverse_posterior, taken_again
+from pipeline import TrainedModel
 from plumbing import judge as judges
 from plumbing import shapes, truth
 from plumbing.detector import TASKS, follows, task_prompts
@@ -38,7 +39,6 @@ from plumbing.judge import frechet_distance, nearest_labels
 from plumbing.layouts import make_folder
 from plumbing.loader import collate, validation_batches
 from plumbing.runtime import gathered, leave_ranks, note, one_line_errors, rank_and_world, start_ranks
-from sample import TrainedModel
 
 out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
 parts = ""  # some of likelihood,samples,classifier,truth; empty: all that the model has
@@ -160,7 +160,7 @@ def evaluate_classifier(model, dataset):
     pool = classes or sorted({dataset[i][1] for i in range(min(max(1000, val_examples), len(dataset)))})
     if len(pool) < 10:
         note(f"there are only {len(pool)} held-out captions: the classifier chooses among these")
-    model.remark(pool)
+    model.note_what_is_lost(pool)
     hits = []
     for batch, (x0, _, captions, generator) in enumerate(held_out(model, dataset)):
         first = (rank + batch * world) * batch_size
@@ -275,11 +275,11 @@ def main(config):
     make_folder(Path(out_dir) / "evaluate")
     runs, ways = [], denoise.split(",") if model.kind == "ntm" else ["none"]
     for count, way, w in itertools.product(counts, ways, strengths) if "samples" in chosen else ():
-        if way == "learned" and (obstacle := model.obstacle(count)):
-            note(f"{obstacle}: its samples are left out")
+        if way == "learned" and (reason := model.why_no_denoiser(count)):
+            note(f"{reason}: its samples are left out")
             continue
         runs.append((copy.copy(model), w))  # which shares the networks
-        runs[-1][0].choose(count, way, t_min, shift)
+        runs[-1][0].set_sampling(count, way, t_min, shift)
     if "samples" in chosen and not runs:
         raise ValueError(f"denoise is {denoise!r}, and there are no samples to measure: add 'score' or 'none'")
     results, measured = {"config": config, "iteration": model.iteration}, []

@@ -115,6 +115,19 @@ def coarse_products(device):
         torch.set_float32_matmul_precision(before)
 
 
+@contextlib.contextmanager
+def exact_products(device):
+    """In this context networks compute in float32 with all of its digits, whatever autocast or coarse_products say
+    around it: so is every number measured that is reported as a likelihood."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def for_training(model, config, device):
     """The model, or a method of one, as training calls it: compiled, and a model wrapped where several ranks train."""
     compiled = device.type == "cuda" if config["compile"] is None else config["compile"]

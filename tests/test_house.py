@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 FILES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "plumbing").glob("*.py"))
 OURS = {path.stem for path in ROOT.glob("*.py")}
 # from the bottom up: a file imports those before it, and plumbing
-ORDER = ["configurator", "flow", "predictor", "model", "fm", "data", "sample", "train", "distill", "evaluate", "bench", "toy2d"]
+ORDER = ["configurator", "flow", "predictor", "model", "fm", "data", "pipeline", "sample", "train", "distill", "evaluate", "bench", "toy2d"]
 
 
 def imports(path, everywhere=False):

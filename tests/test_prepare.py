@@ -20,8 +20,8 @@ from torch import nn
 
 import data
 import plumbing.emoji
+from pipeline import load
 from plumbing import checkpoint, images, latents
-from sample import load
 from plumbing.images import to_uint8
 from plumbing.latents import measure_latents
 from plumbing.shards import Shards, captions_of, write_shard, write_shards

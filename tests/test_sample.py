@@ -11,13 +11,15 @@ import torch
 from helpers import ROOT, SAMPLE, TRAIN, contents, fails, pixels, run, run_with_notes
 from test_model import make_model, make_text
 
+import pipeline
 import sample
 from flow import forward_trajectory
+from pipeline import TrainedModel, load
 from plumbing import checkpoint, shapes
 from plumbing.layouts import read_prompts
 from plumbing.runtime import coarse_products
+from plumbing.tokenizer import words
 from predictor import null_caption
-from sample import TrainedModel, load, words
 
 
 def noted(out, *settings):
@@ -106,10 +108,10 @@ def test_the_shipped_models_know_their_words(capsys):
     of_shapes.sample(["a giraffe on the moon"])
     first, second = capsys.readouterr().err.splitlines()
     assert "words giraffe, moon, on, the" in first and "'a giraffe" in second
-    of_emoji.remark(["a giraffe on a hexagon"])
+    of_emoji.note_what_is_lost(["a giraffe on a hexagon"])
     assert "without the words hexagon" in capsys.readouterr().err
     of_shapes.sample(["a red circle left of a blue square"])
-    of_emoji.remark((ROOT / "assets" / "emoji" / "prompts.txt").read_text().splitlines())
+    of_emoji.note_what_is_lost((ROOT / "assets" / "emoji" / "prompts.txt").read_text().splitlines())
     assert capsys.readouterr().err == ""
 
 
@@ -218,7 +220,7 @@ def test_only_steps_are_coarse(trained, monkeypatch):
             precision.setdefault(name, torch.get_float32_matmul_precision())
             return function(*args, **kwargs)
         monkeypatch.setattr(model.network, name, recorded)
-    monkeypatch.setattr(sample, "coarse_products", lambda device: coarse_products(torch.device("cuda")))
+    monkeypatch.setattr(pipeline, "coarse_products", lambda device: coarse_products(torch.device("cuda")))
     model.sample(["the digit one"])
     assert precision == {"predict": "high", "invert": "highest", "trajectory_nll": "highest",
                          "score_denoise": "highest"}
@@ -315,3 +317,42 @@ def test_flow_matching_takes_steps_again_but_has_nothing_to_choose_by(tmp_path):
 
 def test_an_ntm_keeps_its_time_grid(copied):
     assert "shift is 2.0, but" in fails("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--shift=2")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From Python: as many captions as one likes
+
+
+@pytest.mark.parametrize("denoise, best_of", [("learned", 1), ("score", 1), ("none", 2)])
+def test_any_number_of_captions_is_sampled_in_batches_that_fit(trained, monkeypatch, denoise, best_of):
+    """The images are those of one batch, in the same order; no step of them sees more at once than fit into memory."""
+    model, captions = load(trained, device="cpu", denoise=denoise), ["the digit one", "the digit two", "a 3"] * 4
+    whole, sizes, network = model.sample(captions, seed=3, best_of=best_of), [], model.network
+    assert len({tuple(image.flatten().tolist()) for image in whole}) == 12
+    for name in ("sample", "invert", "score_denoise", "trajectory_nll", "guided_score"):
+        monkeypatch.setattr(network, name, lambda batch, *args, function=getattr(network, name), **kwargs:
+                            sizes.append(len(batch)) or function(batch, *args, **kwargs))
+    monkeypatch.setattr(type(network.config), "examples_at_once", lambda self, steps, gradients=True: 5)
+    torch.testing.assert_close(model.sample(captions, seed=3, best_of=best_of), whole, atol=1e-4, rtol=1e-4)
+    assert set(sizes) == {5, 2}
+
+
+def test_any_number_of_images_has_its_likelihood_in_batches_that_fit(trained, monkeypatch):
+    model, captions = load(trained, device="cpu"), ["the digit one", "the digit two", "a 3"] * 4
+    images, sizes = torch.rand(12, 1, 8, 8) * 2 - 1, []
+    whole, bound = model.log_likelihood(images, captions, seed=4), model.network.trajectory_bound
+    monkeypatch.setattr(model.network, "trajectory_bound", lambda x, *args: sizes.append(len(x)) or bound(x, *args))
+    monkeypatch.setattr(type(model.network.config), "examples_at_once", lambda self, steps, gradients=True: 5)
+    for found, expected in zip(model.log_likelihood(images, captions, seed=4), whole, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+    assert set(sizes) == {5, 2} and len(sizes) == 3 * 8  # eight trajectories
+
+
+def test_the_size_of_a_batch_is_what_4_gb_hold(trained, monkeypatch):
+    """Whatever captions there are: no more than the estimate that validation goes by, and never none."""
+    model, asked = load(trained, device="cpu"), []
+    monkeypatch.setattr(type(model.network.config), "examples_at_once",
+                        lambda self, steps, gradients=True: asked.append((steps, gradients)) or 3)
+    assert [len(numbers) for numbers in model.batches(8)] == [3, 3, 2] and asked == [(4, False)]
+    monkeypatch.undo()
+    assert max(len(numbers) for numbers in model.batches(10**6)) == pipeline.MOST_AT_ONCE  # digits are small

@@ -21,6 +21,8 @@ from PIL import Image, ImageSequence
 from torch.distributions import Normal
 
 import distill
+from pipeline import TrainedModel
+from pipeline import load as load_model
 from plumbing import checkpoint
 from plumbing.images import GAP
 from data import DIGITS, get_dataset, get_tokenizer
@@ -29,8 +31,6 @@ from plumbing.emoji import PACKAGES
 from flow import forward_trajectory, time_grid
 from model import NTM, NTMConfig
 from plumbing.loader import validation_batches
-from sample import TrainedModel
-from sample import load as load_model
 from plumbing.shards import write_shard
 
 # ---------------------------------------------------------------------------------------------------------------

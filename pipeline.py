@@ -1,0 +1,322 @@
+"""A trained model as a Python object: captions in, images out, and the likelihood of images under captions.
+
+    from pipeline import load
+
+    model = load("out/digits")                                    # a run's out_dir; load() is the shipped model
+    images = model.sample(["the digit one"] * 1000, seed=0)       # (1000, 1, 8, 8), in batches that fit into memory
+    log_p = model.log_likelihood(images, ["a 1"] * 1000)          # .nats and .standard_error, each (1000,)
+
+sample.py and evaluate.py are made of it. Nothing here reads a script's settings.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data import get_tokenizer
+from flow import bits_per_dim, forward_trajectory, taken_again, time_grid
+from fm import EULER_STEPS, FlowMatching
+from model import NTM, Denoiser
+from plumbing import checkpoint
+from plumbing.runtime import coarse_products, exact_products, find_device, note
+from plumbing.tokenizer import words
+
+SHIPPED = Path(__file__).parent / "assets" / "emoji"
+TRAJECTORIES = 2  # of each candidate that best_of compares
+MOST_AT_ONCE = 256  # images in a batch, however small they are: more would be no faster
+
+
+class LogLikelihood(NamedTuple):
+    """A lower bound on log p(x_{t_min} | caption) of each image, estimated from several trajectories; all (B,)."""
+    nats: torch.Tensor
+    standard_error: torch.Tensor  # of the estimate, in nats
+    bits_per_dim: torch.Tensor  # an upper bound; other models' are to be compared with those at t_min = 0
+
+
+class TrainedModel:
+    """Captions in, images out: an NTM with a way to denoise, or a flow-matching model.
+
+    out_dir: holds ckpt.pt and, for denoise "learned", denoiser.pt, which knows its own t_min. device: cuda, mps or cpu;
+    empty: the best there is. The other arguments are those of set_sampling(). Raises ValueError.
+
+    network, kind ("ntm" or "fm"), settings (of its training), tokenizer, ts (T+1,): its noise levels, cleanest first.
+    latents: {"mean", "scale"} of each channel if it samples normalised latents, else None. seconds: {stage: so far}.
+    """
+
+    def __init__(self, out_dir=SHIPPED, device="", *sampling, **by_name):
+        self.path = Path(out_dir) / "ckpt.pt"
+        self.device = find_device(device)
+        self.network, trained = checkpoint.load_network(self.path, {"ntm": NTM, "fm": FlowMatching}, self.device)
+        self.kind = trained["kind"]
+        self.settings = trained["settings"]
+        self.iteration = trained["iter"]
+        self.tokenizer = get_tokenizer(self.settings["tokenizer"], trained.get("vocabulary"))
+        self.words = set(trained.get("words", ()))  # of its training captions; older checkpoints do not have them
+        self.latents = self.settings.get("latents")
+        self.denoiser = None
+        self.decode = None
+        self.set_sampling(*sampling, **by_name)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # How it samples
+
+    def set_sampling(self, steps=0, denoise="learned", t_min=0.02, shift=1.0):
+        """Sets noise levels and way to denoise, and the clock to zero. Raises ValueError.
+
+        steps: T, or the number of Euler's steps; 0: as trained, or 50. denoise: "learned", "score" or "none", of an
+        NTM. t_min: where an NTM's samples end, but for the learned denoiser's. shift: of Euler's steps.
+        """
+        if denoise not in ("learned", "score", "none"):
+            raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"steps is {steps}, but must be an int of at least 1, or 0 for the default")
+        if self.kind == "ntm" and shift != 1:
+            raise ValueError(f"shift is {shift}, but is of flow matching: an NTM keeps the grid of its training")
+        self.seconds = {}
+        if self.kind == "fm":
+            self.denoise = "none"
+            self.ts = time_grid(steps or EULER_STEPS, 0.0, 0, shift).to(self.device)
+            return
+        config = self.network.config
+        if steps and steps not in config.steps:
+            trained_for = " or ".join(map(str, config.steps))
+            note(f"the model was trained for {trained_for} steps: in {steps}, samples and likelihoods are worse")
+        if denoise == "learned":
+            reason = self.why_no_denoiser(steps)
+            if reason:
+                note(f"{reason}: denoising by the model's own score instead, which is slower")
+                denoise = "score"
+            else:
+                t_min = self.distilled["t_min"]
+        self.denoise = denoise
+        self.ts = config.time_grid(t_min, steps).to(self.device)
+
+    def why_no_denoiser(self, steps=0):
+        """Why trajectories of so many steps have no learned denoiser, or "" if they have: it is then loaded. Raises
+        ValueError for the denoiser of another model."""
+        path = self.path.with_name("denoiser.pt")
+        steps = steps or self.network.config.steps[0]
+        if not path.exists():
+            return f"there is no {path}, which distill.py makes"
+        if self.denoiser is None:
+            denoiser, distilled = checkpoint.load_network(path, {"denoiser": Denoiser}, self.device)
+            for name in ("image_size", "channels", "patch_size", "vocab_size", "text_len"):
+                theirs = getattr(denoiser.config, name)
+                ours = getattr(self.network.config, name)
+                if theirs != ours:
+                    raise ValueError(f"{path} is of another model: its {name} is {theirs}, the model's {ours}; "
+                                     "distil it anew, or choose --denoise=score")
+            if distilled.get("teacher", self.iteration) != self.iteration:
+                raise ValueError(f"{path} was distilled from iteration {distilled['teacher']}, the model is at "
+                                 f"{self.iteration}: remove it and distil anew, or choose --denoise=score")
+            self.denoiser = denoiser
+            self.distilled = distilled["settings"]
+        learned = self.distilled["steps"] or self.denoiser.config.steps[0]
+        return f"{path} was distilled for {learned} steps, not {steps}" if steps != learned else ""
+
+    def load_decoder(self, path):
+        """Loads what makes images of this model's latents, a program saved by torch.export, for to_images(). Raises
+        ValueError for a model of images, or another file."""
+        if not self.latents:
+            raise ValueError(f"decoder is {path!r}, but this model makes images, not latents: leave it out")
+        from plumbing.latents import load_exported  # and with it what encodes data sets
+        self.decode = load_exported(path, self.device)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Captions
+
+    def encode(self, captions):
+        """Token ids (B, L) on the model's device. Raises ValueError for what is no list of captions."""
+        if isinstance(captions, str) or not captions or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"captions is {captions!r}: give a list of at least one string")
+        return self.tokenizer.encode(captions, self.network.config.text_len).to(self.device)
+
+    def note_what_is_lost(self, captions):
+        """Notes what of the captions is lost on the model: words it was never shown, and what it has no room for.
+        Raises ValueError for what is no list of captions."""
+        self.encode(captions)
+        unknown = sorted(words(captions) - self.words)
+        if unknown and self.words:
+            note(f"the model was trained without the words {', '.join(unknown)[:200]}")
+        room = self.network.config.text_len
+        cut = [caption for caption in dict.fromkeys(captions) if len(self.tokenizer.tokens(caption)) > room]
+        if cut:
+            kept = self.tokenizer.decode(self.tokenizer.tokens(cut[0])[:room])
+            note(f"captions are cut to {room} tokens, {len(cut)} of these: of {cut[0][:200]!r} it reads {kept!r}")
+
+    def batches(self, count):
+        """The numbers 0 to count - 1 in ranges, each of as many images as fit into about 4 GB at once."""
+        most = self.network.config.examples_at_once(len(self.ts) - 1, gradients=False)
+        size = min(most, MOST_AT_ONCE)
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Images
+
+    def sample(self, captions, guidance=1.0, seed=0, best_of=1, restarts=0):
+        """An image for each of B captions: (B, C, H, W), in [-1, 1] unless they are latents. They are sampled in
+        batches; image number i is the same, but for rounding, in whatever batch it is sampled."""
+        self.note_what_is_lost(captions)
+        images = []
+        for numbers in self.batches(len(captions)):
+            of_batch = [captions[i] for i in numbers]
+            sampled = self.sample_trajectories(of_batch, numbers, guidance, seed, best_of=best_of, restarts=restarts)
+            images.append(sampled[0])
+        images = torch.cat(images)
+        return images if self.latents else images.clamp(-1, 1)
+
+    @torch.no_grad()
+    def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, levels=False, best_of=1, restarts=0):
+        """Samples an image for each caption, all in one batch; image `number` is the same in whatever batch.
+
+        levels: carry the trajectory back to x-space even where only the score needs it. restarts: NTM.sample()'s.
+        best_of: candidates, of which that with the greatest guided_score is kept; the first is what there is without.
+        Returns images (B, C, H, W); the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), or None, None.
+        """
+        self.check_sampling(guidance, best_of, restarts)
+        text = self.encode(captions)
+        # each image has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
+        with exact_products(self.device):
+            candidates = [self.draw(text, guidance, restarts, generators, levels) for _ in range(best_of)]
+            tokens, x, u = candidates[0] if best_of == 1 else self.likeliest(candidates, text, guidance, seed)
+            if not tokens.isfinite().all():
+                raise ValueError(f"some samples are not finite: choose another guidance than {guidance:g}")
+            if levels and x is None:
+                x = self.clock("inversion", self.network.invert, u, self.ts)
+            nll = None
+            if u is not None and x is not None:
+                nll = self.network.trajectory_nll(x, self.ts.expand(len(x), -1), text).sum(dim=1)
+        return self.network.unpatchify(tokens), x, nll
+
+    def check_sampling(self, guidance, best_of, restarts):
+        """Raises ValueError for a guidance, or for numbers of candidates or restarts, that this model cannot take."""
+        if not 0 <= guidance < math.inf:
+            raise ValueError(f"guidance is {guidance}, but must be at least 0")
+        T = len(self.ts) - 1
+        if type(restarts) is not int or restarts < 0 or (restarts and T < 3):
+            raise ValueError(f"restarts is {restarts!r}, but must be an int of at least 0, and 0 for fewer than 3 "
+                             "steps")
+        cannot_choose = self.kind == "fm" or T < 2
+        if type(best_of) is not int or best_of < 1 or (best_of > 1 and cannot_choose):
+            where = "flow matching" if self.kind == "fm" else "fewer than 2 steps"
+            raise ValueError(f"best_of is {best_of!r}, but must be an int of at least 1, and 1 for {where}")
+
+    def draw(self, text, guidance, restarts, generators, levels):
+        """Clean tokens (B, N, D); the trajectory x (B, T+1, N, D), or None if not needed; and u, of an NTM."""
+        network, ts = self.network, self.ts
+        T = len(ts) - 1
+        stage = f"sampling in {T + restarts * len(taken_again(T))} steps"
+
+        def randn(*shape):
+            return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+
+        with coarse_products(self.device):
+            u = self.clock(stage, network.sample, text, ts, guidance, restarts=restarts, randn=randn)
+        if self.kind == "fm":
+            return u[:, 0], u, None
+        if restarts and (levels or self.denoise == "score"):  # they leave an x_1 that is fresh noise
+            u = network.coupled(u, ts.expand(len(u), -1), text)
+        if self.denoise == "learned":
+            return self.clock("learned denoising", self.denoiser, u[:, 0], text), None, u
+        if self.denoise == "none" and not levels:  # the cleanest level is all there is to see
+            return self.clock("inversion", network.invert, u[:, :1], ts[:1], steps=T)[:, 0], None, u
+        x = self.clock("inversion", network.invert, u, ts)
+        if self.denoise == "none":
+            return x[:, 0], x, u
+        return self.clock("score denoising", network.score_denoise, x, ts, text), x, u
+
+    def likeliest(self, candidates, text, guidance, seed):
+        """Of several results of draw(), for each image the one that the model finds likeliest, put together to one."""
+        shape = (TRAJECTORIES, len(self.ts), *candidates[0][0].shape[1:])
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        scores = [self.clock("choosing", self.network.guided_score, tokens, self.ts, text, guidance, noise)
+                  for tokens, _, _ in candidates]
+        best = torch.stack(scores).argmax(dim=0)
+        images = torch.arange(len(text), device=self.device)
+        chosen = []
+        for of_all in zip(*candidates):  # the tokens, the trajectories in x-space, those in u-space
+            chosen.append(None if of_all[0] is None else torch.stack(of_all)[best, images])
+        return chosen
+
+    def plain_latents(self, images):
+        """Normalised latents (B, C, h, w) as the autoencoder knows them."""
+        mean, scale = (torch.tensor(self.latents[name])[:, None, None].to(images) for name in ("mean", "scale"))
+        return images / scale + mean
+
+    def to_images(self, samples):
+        """What to look at, in [-1, 1]: the images that the decoder makes of normalised latents (B, C, h, w); without
+        one, the samples as they are."""
+        return self.decode(self.plain_latents(samples)).clamp(-1, 1) if self.decode else samples
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Likelihood
+
+    @torch.no_grad()
+    def log_likelihood(self, images, captions, trajectories=8, seed=0, t_min=0.02):
+        """A LogLikelihood of each of the images (B, C, H, W) in [-1, 1] under its caption, from some trajectories each.
+
+        All images see the same noise, so that captions can be compared: expand one image, and take the greatest. t_min:
+        the noise level of the images that it is about; at 0, where a model trained from scratch has a density, images
+        of 8 bits want dequantising. Raises ValueError for a flow-matching model, whose likelihood is not implemented.
+        """
+        if self.kind != "ntm":
+            raise ValueError("the likelihood of a flow-matching model is not implemented: load an NTM")
+        if trajectories < 2:
+            raise ValueError(f"trajectories is {trajectories}, but the standard error needs at least 2")
+        self.note_what_is_lost(captions)
+        images = torch.as_tensor(images)
+        self.check_images(images, captions)
+        config = self.network.config
+        ts = config.time_grid(t_min, len(self.ts) - 1).to(self.device)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, len(ts), config.num_tokens, config.token_dim)
+        noises = [torch.randn(shape, generator=generator).to(self.device) for _ in range(trajectories)]
+        nats = []
+        for numbers in self.batches(len(images)):
+            of_batch = [captions[i] for i in numbers]
+            nats.append(self.bounds(images[numbers.start:numbers.stop], of_batch, ts, noises))
+        nats = torch.cat(nats, dim=1)
+        mean = nats.mean(dim=0)
+        error = nats.std(dim=0) / math.sqrt(trajectories)
+        return LogLikelihood(mean, error, bits_per_dim(-mean, config.num_tokens * config.token_dim))
+
+    def check_images(self, images, captions):
+        """Raises ValueError for images (B, C, H, W) that are not the model's, or not as many as captions."""
+        expected = (self.network.config.channels, *self.network.config.image_size)
+        if images.shape[1:] != expected:
+            raise ValueError(f"images are {tuple(images.shape[1:])}, but the model's are {expected}")
+        if len(images) != len(captions):
+            raise ValueError(f"there are {len(images)} images, but {len(captions)} captions: one caption for each")
+        greatest = images.abs().max()
+        if not greatest <= (math.inf if self.latents else 1.5):  # nor if some are NaN
+            raise ValueError(f"images reach {greatest:g}, but are to be in [-1, 1]")
+
+    def bounds(self, images, captions, ts, noises):
+        """Eq. (14)'s lower bounds (R, B) in nats on log p of images, by R trajectories each, whose noise (1, T+1, N, D)
+        all images share. ts (T+1,)."""
+        text = self.encode(captions)
+        x0 = self.network.patchify(images.to(self.device, torch.float32))
+        ts = ts.expand(len(x0), -1)
+        found = []
+        with exact_products(self.device):
+            for noise in noises:
+                x = forward_trajectory(x0, ts, noise=noise.expand(len(x0), -1, -1, -1))
+                found.append(-self.network.trajectory_bound(x, ts, text)[1])
+        return torch.stack(found)
+
+    def clock(self, stage, function, *args, **kwargs):
+        """The function's result; its seconds, an accelerator waited for, are added to the stage's."""
+        wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(self.device.type, lambda: None)
+        wait()
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        wait()
+        self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
+        return result
+
+
+load = TrainedModel  # as programs of one's own call it
