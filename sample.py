@@ -4,17 +4,22 @@
     python sample.py --out_dir=out/digits --num_samples=16 --seed=1
     python sample.py --out_dir=out/shapes --prompts=prompts.txt --guidance=2 --denoise=score --show_trajectory=True
     python sample.py --prompts=evaluation_metadata.jsonl --layout=geneval --num_samples=4
+    torchrun --nproc_per_node=8 sample.py --out_dir=out/t2i --decoder=decoder.pt2 --num_samples=10000 --layout=flat
 
 Leaves in out_dir/images: sheet.png with the prompts under the images, the single images 0000.png, 0001.png, ... and,
 with --show_trajectory=True, the levels from noise to image for each, a strip 0000_trajectory.png and a film .gif. Where
 the trajectory was carried back to x-space, for these or for --denoise=score|none, its -log p stands beside the prompt.
 A model of latents leaves them as 0000.npy, ... and makes images with --decoder; without, the PNGs are a first look.
+What an earlier run left in the folder under such names is removed.
 
 For judges of many images there are two other layouts (plumbing/layouts.py), which an interrupted run continues.
+Under torchrun the ranks share the images, which are the same as without it.
 A flow-matching checkpoint is sampled by Euler's method, without a denoiser or a likelihood. From Python: pipeline.py.
 """
 
 import hashlib
+import itertools
+from collections import ChainMap
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +29,9 @@ from configurator import configure
 from data import dataset_class_captions, open_dataset
 from pipeline import SHIPPED, load
 from plumbing.images import contact_sheet, save_film, save_image, to_pil
-from plumbing.layouts import LAYOUTS, make_folder, path_of, read_prompts, write_geneval_sheets
-from plumbing.runtime import claim, note, one_line_errors
+from plumbing.layouts import (LAYOUTS, goes_on, make_folder, path_of, read_prompts, start_run, write_geneval_sheets,
+                              write_sheet)
+from plumbing.runtime import from_first_rank, gathered, leave_ranks, note, one_line_errors, start_ranks
 
 out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: assets/emoji. Nothing goes into assets/
 prompt = ""  # one caption; empty, and without `prompts`: out_dir/prompts.txt, or captions of the data it was trained on
@@ -47,6 +53,7 @@ folder = ""  # where the images go; empty: out_dir/images, or of a model in asse
 decoder = ""  # of a model of latents: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
 device = ""  # cuda, mps or cpu; empty: the best there is
 
+
 def captions_to_sample(model):
     """A caption for each image, and what a file of prompts says about each, a dict a prompt."""
     if prompt and prompts:
@@ -66,6 +73,54 @@ def captions_to_sample(model):
     return [captions[i % len(captions)] for i in range(num_samples)], []
 
 
+def check_layout():
+    """Raises ValueError for a layout that is none, or that has no place for what is asked of it."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown: choose 'sheet', 'flat' or 'geneval'")
+    if layout == "geneval" and not prompts and not prompt:
+        raise ValueError("layout 'geneval' makes a folder for each prompt: name a file of them in --prompts")
+    if layout != "sheet" and show_trajectory:
+        raise ValueError(f"layout {layout!r} has no place for strips: leave show_trajectory out")
+
+
+def folder_of(source):
+    """Where the images of the model in the folder `source` go. Nothing is written to assets/."""
+    if folder:
+        return Path(folder)
+    shipped = source.resolve().parent == SHIPPED.parent.resolve()
+    return Path("out/images", source.resolve().name) if shipped else source / "images"
+
+
+def missing(to, settings, count):
+    """The numbers of the images, of `count`, that are to be sampled: all, but for those of an interrupted run."""
+    make_folder(to)
+    if not goes_on(to, settings, own=not folder):
+        return list(range(count))
+    return [i for i in range(count) if not path_of(to, layout, i, num_samples).exists()]
+
+
+def sampled(model, captions, batches):
+    """For each batch of numbers: these, its samples, the images to look at, and of an NTM trajectories and nats."""
+    levels = show_trajectory or model.denoise == "none"
+    for numbers in batches:
+        of_batch = [captions[i] for i in numbers]
+        samples, x, nll = model.sample_trajectories(of_batch, numbers, guidance, seed, levels, best_of, restarts)
+        yield numbers, samples, model.to_images(samples), x, nll
+
+
+def write_images(model, to, numbers, samples, images, x):
+    """Writes what the layout has of each image of a batch."""
+    for j, i in enumerate(numbers):
+        path = path_of(to, layout, i, num_samples)
+        if model.latents and layout == "sheet":  # the others are for judges, some of which take .npy for an image
+            np.save(path.with_suffix(".npy"), model.plain_latents(samples[j]).half().cpu().numpy())
+        save_image(to_pil(images[j], scale), path)  # the last of an image: a run that goes on looks for it
+        if show_trajectory:
+            levels = model.to_images(model.network.unpatchify(x[j]))
+            save_image(strip(levels, images[j], model), path.with_name(f"{i:04d}_trajectory.png"))
+            save_film(torch.cat([levels.flip(0), images[j:j + 1]]), path.with_name(f"{i:04d}_trajectory.gif"))
+
+
 def strip(levels, image, model):
     """Of many levels (T+1, C, H, W) about eight, and the final image (C, H, W), side by side, noise first."""
     shown = slice(None, None, -(-len(levels) // 9))
@@ -73,65 +128,68 @@ def strip(levels, image, model):
     return contact_sheet(torch.cat([levels.flip(0)[shown], image[None]]), names, columns=len(names))
 
 
+def report(model, count, seconds, nlls):
+    """Prints the speed of `count` images, by the seconds of each stage on each rank, and the likelihood of some."""
+    slowest = {stage: max(of_rank.get(stage, 0) for of_rank in seconds) for stage in seconds[0]}
+    for stage, of_stage in slowest.items():
+        print(f"{stage}: {count / of_stage:.1f} images/s")
+    if count:
+        everything = max(sum(of_rank.values()) for of_rank in seconds)
+        where = f"{len(seconds)} x {model.device.type}" if len(seconds) > 1 else model.device.type
+        print(f"all together: {count / everything:.1f} images/s on {where}")
+    if nlls:
+        mean = sum(nlls) / len(nlls)
+        numbers = len(model.ts) * model.network.config.num_tokens * model.network.config.token_dim
+        print(f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers"
+              + (", under the model without guidance" if guidance else ""))
+
+
 @one_line_errors()
 @torch.no_grad()
 def main(config):
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is unknown: choose 'sheet', 'flat' or 'geneval'")
-    model = load(source := Path(out_dir or SHIPPED), device, steps, denoise, t_min, shift)
+    where, rank, world = start_ranks(device)
+    check_layout()
+    source = Path(out_dir or SHIPPED)
+    model = load(source, where, steps, denoise, t_min, shift)
     if "t_min" in config.given and model.denoise == "learned":
         note(f"t_min is {model.ts[0]:g}, the noise level that the denoiser was distilled for, whatever is given")
     captions, entries = captions_to_sample(model)
-    if layout == "geneval" and not entries:
-        raise ValueError("layout 'geneval' makes a folder for each prompt: name a file of them in --prompts")
-    if layout != "sheet" and show_trajectory:
-        raise ValueError(f"layout {layout!r} has no place for strips: leave show_trajectory out")
     if decoder:
         model.load_decoder(decoder)
+    elif model.latents and layout != "sheet":
+        note("without --decoder the images are a first look at latents, and nothing that a score could be taken of")
+
     # what is wrong with captions or folder is told before anything is sampled
     model.note_what_is_lost(captions)
-    shipped = source.resolve().parent == SHIPPED.parent.resolve()  # assets/ is not written to
-    make_folder(to := Path(folder or (Path("out/images", source.resolve().name) if shipped else source / "images")))
-    if layout != "sheet":
-        ours = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
-        ours |= {"iteration": model.iteration, "denoise": model.denoise,  # "score" until there is a denoiser
+    to = folder_of(source)
+    settings = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
+    settings |= {"iteration": model.iteration, "denoise": model.denoise,  # "score" until there is a denoiser
                  "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
-        claim(to / ".settings.json", ours, f"{to} holds images of other settings: choose another --folder or remove it")
+    wanted = from_first_rank(missing, to, settings, len(captions))
 
-    shown, nlls = [], []
-    wanted = [i for i in range(len(captions)) if layout == "sheet" or not path_of(to, layout, i, num_samples).exists()]
-    for start in range(0, len(wanted), batch_size):
-        numbers = wanted[start:start + batch_size]
-        samples, x, nll = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
-                                                    show_trajectory or model.denoise == "none", best_of, restarts)
-        images = model.to_images(samples)
-        nlls += [] if nll is None else nll.tolist()
-        shown += [images] if layout == "sheet" else []
-        for j, i in enumerate(numbers):
-            path = path_of(to, layout, i, num_samples)
-            if model.latents:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.save(path.with_suffix(".npy"), model.plain_latents(samples[j]).half().cpu().numpy())
-            save_image(to_pil(images[j], scale), path)  # the last: a run that continues looks for it
-            if show_trajectory:
-                levels = model.to_images(model.network.unpatchify(x[j]))
-                save_image(strip(levels, images[j], model), path.with_name(f"{i:04d}_trajectory.png"))
-                save_film(torch.cat([levels.flip(0), images[j:j + 1]]), path.with_name(f"{i:04d}_trajectory.gif"))
-    if layout == "sheet":
-        labels = [f"{caption}\n-log p = {nll:.1f}" for caption, nll in zip(captions, nlls)] or captions
-        save_image(contact_sheet(torch.cat(shown), labels), to / "sheet.png")
-    elif layout == "geneval":
-        write_geneval_sheets(to, entries, num_samples)
+    # the ranks take the batches in turns; what is wrong with the first is told before an earlier run's images go
+    batches = [wanted[start:start + batch_size] for start in range(0, len(wanted), batch_size)]
+    drawn = sampled(model, captions, batches[rank::world])
+    first = list(itertools.islice(drawn, 1))
+    done = {path_of(to, layout, i, num_samples) for i in set(range(len(captions))) - set(wanted)}
+    from_first_rank(start_run, to, settings, done)
+    nlls = {}
+    for numbers, samples, images, x, nll in itertools.chain(first, drawn):
+        write_images(model, to, numbers, samples, images, x)
+        if nll is not None:
+            nlls |= zip(numbers, nll.tolist())
 
-    for stage, seconds in model.seconds.items():
-        print(f"{stage}: {len(wanted) / seconds:.1f} images/s")
-    if wanted:
-        print(f"all together: {len(wanted) / sum(model.seconds.values()):.1f} images/s on {model.device.type}")
-    if nlls:
-        mean, numbers = sum(nlls) / len(nlls), x[0].numel()
-        print(f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers"
-              + (", under the model without guidance" if guidance else ""))
-    print("wrote", to / "sheet.png" if layout == "sheet" else f"{len(wanted)} of {len(captions)} images into {to}")
+    nlls = dict(ChainMap(*gathered(nlls)))
+    seconds = gathered(model.seconds)
+    if rank == 0:
+        if layout == "sheet":
+            labels = [f"{caption}\n-log p = {nlls[i]:.1f}" if nlls else caption for i, caption in enumerate(captions)]
+            write_sheet(to, labels, scale)
+        elif layout == "geneval":
+            write_geneval_sheets(to, entries, num_samples)
+        report(model, len(wanted), seconds, nlls.values())
+        print("wrote", to / "sheet.png" if layout == "sheet" else f"{len(wanted)} of {len(captions)} images into {to}")
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """The files around sampling: prompts, and images in one of three layouts.
 
-- sheet    sheet.png with the prompts under the images, and the images 0000.png, 0001.png, ...
+- sheet    sheet.png with the prompts under the images, and the images 0000.png, 0001.png, ...; of latents 0000.npy, ...
 - flat     the images and nothing else, for FID
 - geneval  for each prompt 00000/metadata.jsonl, 00000/samples/0000.png, ... and 00000/grid.png, for GenEval's scorer
+
+A folder holds the images of one run: what an earlier one left there is removed before the first image is written. The
+hidden file .settings.json says what they were made with, so that a flat or geneval run that was interrupted goes on.
 """
 
+import contextlib
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -13,8 +18,14 @@ import numpy as np
 from PIL import Image
 
 from plumbing.images import contact_sheet, save_image, to_pixels
+from plumbing.runtime import claim
 
 LAYOUTS = "sheet", "flat", "geneval"
+SETTINGS = ".settings.json"
+OF_AN_IMAGE = re.compile(r"(\d{4}|[1-9]\d{4,})(\.png|\.npy|_trajectory\.png|_trajectory\.gif)(\.part)?")
+SHEET = re.compile(r"sheet\.png(\.part)?")
+PROMPT = re.compile(r"\d{5}|[1-9]\d{5,}")
+OF_A_PROMPT = re.compile(r"metadata\.jsonl|grid\.png(\.part)?")
 
 
 def read_prompts(path):
@@ -56,10 +67,82 @@ def path_of(folder, layout, i, per_prompt):
     return folder / f"{i:04d}.png"
 
 
+def files_named(folder, *patterns):
+    """The files in a folder, if it is there, whose name is as one of the patterns."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in paths if path.is_file() and any(pattern.fullmatch(path.name) for pattern in patterns)]
+
+
+def prompt_folders(folder):
+    """The folders of prompts in a folder, those of the geneval layout."""
+    return [path for path in folder.iterdir() if path.is_dir() and PROMPT.fullmatch(path.name)]
+
+
+def files_of_a_run(folder):
+    """The files in a folder that have names that sampling gives, in whatever layout."""
+    found = files_named(folder, OF_AN_IMAGE, SHEET)
+    for home in prompt_folders(folder):
+        found += files_named(home, OF_A_PROMPT) + files_named(home / "samples", OF_AN_IMAGE)
+    return found
+
+
+def goes_on(folder, settings, own):
+    """Whether a folder holds a part of a flat or geneval run of these settings, which this run continues.
+
+    own: whether the folder is for samples alone. Raises ValueError where such a run had other settings, and where
+    images have names that sampling gives but are nobody knows whose.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        strange = [] if own or files_named(folder, SHEET) else files_of_a_run(folder)
+        if strange:
+            raise ValueError(f"{folder} holds {strange[0].relative_to(folder)}, which no run of sample.py has left "
+                             "there: choose another --folder, or remove it")
+        return False
+    if settings["layout"] == "sheet" or layout_of(path) == "sheet":
+        return False
+    claim(path, settings, f"{folder} holds images of other settings: choose another --folder or remove it")
+    return True
+
+
+def layout_of(path):
+    """The layout that a file of settings has recorded, or "" if it is damaged."""
+    try:
+        return json.loads(path.read_text())["layout"]
+    except (ValueError, LookupError, TypeError):
+        return ""
+
+
+def start_run(folder, settings, kept):
+    """Removes what an earlier run has left in a folder, but for the paths `kept`, and records the settings of this."""
+    for path in files_of_a_run(folder):
+        if path not in kept:
+            path.unlink()
+    for home in prompt_folders(folder):
+        for empty in home / "samples", home:
+            with contextlib.suppress(OSError):  # it holds what sampling has not left there
+                empty.rmdir()
+    if not kept:
+        (folder / SETTINGS).unlink(missing_ok=True)
+    claim(folder / SETTINGS, settings, "")
+
+
+def read_image(path, scale=1):
+    """An image (H, W, 3), uint8, that was enlarged `scale` times when it was written."""
+    with Image.open(path) as image:
+        return np.asarray(image)[::scale, ::scale]
+
+
+def write_sheet(folder, labels, scale):
+    """The contact sheet of the images of a sheet layout, enlarged `scale` times, with a label under each."""
+    images = np.stack([read_image(path_of(folder, "sheet", i, 1), scale) for i in range(len(labels))])
+    save_image(contact_sheet(to_pixels(images).permute(0, 3, 1, 2), labels), folder / "sheet.png")
+
+
 def write_geneval_sheets(folder, entries, per_prompt):
     """What GenEval's scorer expects beside the samples of each prompt."""
     for number, entry in enumerate(entries):
         home = folder / f"{number:05d}"
         (home / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
-        samples = [np.asarray(Image.open(home / "samples" / f"{k:04d}.png")) for k in range(per_prompt)]
-        save_image(contact_sheet(to_pixels(np.stack(samples)).permute(0, 3, 1, 2), scale=1), home / "grid.png")
+        images = np.stack([read_image(home / "samples" / f"{k:04d}.png") for k in range(per_prompt)])
+        save_image(contact_sheet(to_pixels(images).permute(0, 3, 1, 2), scale=1), home / "grid.png")

@@ -188,6 +188,21 @@ def gathered(value):
     return values
 
 
+def from_first_rank(function, *arguments):
+    """The first rank's result of a function that the other ranks do not call, on all of them; and on all of them the
+    ValueError or OSError that it raises."""
+    result, error = None, None
+    if rank_and_world()[0] == 0:
+        try:
+            result = function(*arguments)
+        except (ValueError, OSError) as raised:
+            error = raised
+    result, error = gathered((result, error))[0]
+    if error:
+        raise error
+    return result
+
+
 def restarts():
     """How often torchrun has started this process anew, as it does with --max-restarts when one dies."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

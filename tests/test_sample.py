@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SAMPLE, TRAIN, contents, fails, pixels, run, run_with_notes
+from helpers import ROOT, SAMPLE, TRAIN, contents, fails, on_ranks, pixels, run, run_with_notes, torchrun
 from test_model import make_model, make_text
 
 import pipeline
@@ -317,6 +317,138 @@ def test_flow_matching_takes_steps_again_but_has_nothing_to_choose_by(tmp_path):
 
 def test_an_ntm_keeps_its_time_grid(copied):
     assert "shift is 2.0, but" in fails("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--shift=2")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A folder holds the images of one run
+
+
+def names(folder):
+    """The files in a folder, those in its folders too, but for the hidden one that records the settings."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {".settings.json"}
+
+
+def of_sheet(count, *more):
+    return {"sheet.png", *(f"{i:04d}{suffix}" for i in range(count) for suffix in (".png", *more))}
+
+
+FOREIGN = ["notes.txt", "mine.png", "0001.txt", "1.png", "00001x.png", "01234.png", "12345/mine.png", "cats/0007.png",
+           "0003_trajectory.mp4"]
+
+
+@pytest.fixture
+def beside(copied):
+    """Files in the folder of images that no run of sample.py leaves."""
+    for name in FOREIGN:
+        (copied / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / "images" / name).write_bytes(b"mine")
+    return set(FOREIGN)
+
+
+def test_of_a_larger_sample_a_smaller_one_leaves_nothing(copied, beside):
+    folder = copied / "images"
+    noted(copied, "--denoise=none", "--show_trajectory=True")
+    for name in ("0009.npy", "0010.png", "10000.png", "0004.png.part"):  # of latents, larger ones, an interruption
+        (folder / name).write_bytes(b"")
+    assert of_sheet(5, "_trajectory.png", "_trajectory.gif") < names(folder)
+    noted(copied, "--num_samples=2")
+    assert names(folder) == of_sheet(2) | beside
+    noted(copied, "--num_samples=3", "--show_trajectory=True")
+    assert names(folder) == of_sheet(3, "_trajectory.png", "_trajectory.gif") | beside
+
+
+def test_of_another_layout_a_run_leaves_nothing(copied, beside, tmp_path):
+    (tmp_path / "p.txt").write_text("the digit one\na 3\n")
+    settings = [f"--prompts={tmp_path / 'p.txt'}", "--num_samples=2"]
+    folder = copied / "images"
+    geneval = {f"{n:05d}/{name}" for n in range(2) for name in ("grid.png", "metadata.jsonl", "samples/0000.png",
+                                                                "samples/0001.png")}
+    noted(copied, *settings, "--layout=geneval")
+    assert names(folder) == geneval | beside
+    (folder / "00001" / "mine.txt").touch()
+    noted(copied, *settings)
+    assert names(folder) == of_sheet(4) | {"00001/mine.txt"} | beside and not (folder / "00000").exists()
+    drawn = pixels(folder / "0003.png")
+    noted(copied, *settings, "--layout=flat", "--seed=7")
+    assert names(folder) == of_sheet(4) - {"sheet.png"} | {"00001/mine.txt"} | beside
+    assert not np.array_equal(pixels(folder / "0003.png"), drawn)  # not that of the other seed
+    noted(copied, *settings, "--layout=flat", "--seed=7")
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}", *settings, "--layout=flat")
+    assert "images of other settings" in line and len(names(folder)) == 4 + 1 + len(beside)
+
+
+def test_a_flat_run_that_goes_on_leaves_images_and_nothing_else(copied, tmp_path):
+    """Some of its images are there, one half written, and what an earlier version or a sheet has left beside them."""
+    folder = tmp_path / "flat"
+    settings = ["--layout=flat", f"--folder={folder}"]
+    noted(copied, *settings)
+    before = {name: (folder / name).read_bytes() for name in names(folder)}
+    stamp = (folder / "0002.png").stat().st_mtime_ns
+    (folder / "0001.png").rename(folder / "0001.png.part")
+    for name in ("0000.npy", "0003_trajectory.gif", "sheet.png", "0005.png"):
+        (folder / name).write_bytes(b"")
+    assert "1 of 5 images" in noted(copied, *settings)[0]
+    assert {name: (folder / name).read_bytes() for name in names(folder)} == before
+    assert (folder / "0002.png").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("layout", ["sheet", "flat"])
+def test_images_of_somebody_else_are_not_taken_for_an_earlier_runs(copied, tmp_path, monkeypatch, layout):
+    (tmp_path / "photos").mkdir()
+    photo = tmp_path / "photos" / "0012.png"
+    photo.write_bytes(b"a photo")
+    monkeypatch.setattr("model.NTM.sample", lambda *_, **__: pytest.fail("sampled"))
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}", f"--folder={photo.parent}", f"--layout={layout}")
+    assert "0012.png, which no run of sample.py has left there: choose another --folder" in line
+    assert names(photo.parent) == {"0012.png"} and photo.read_bytes() == b"a photo"
+
+
+def test_an_interrupted_run_in_a_folder_of_its_own_can_be_sent_again(copied, tmp_path, monkeypatch):
+    def interrupted(path, *_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("plumbing.layouts.contact_sheet", interrupted)
+        noted(copied, f"--folder={tmp_path / 'mine'}")
+    assert names(tmp_path / "mine") == of_sheet(5) - {"sheet.png"}
+    noted(copied, f"--folder={tmp_path / 'mine'}", "--num_samples=2")
+    assert names(tmp_path / "mine") == of_sheet(2)
+
+
+def test_a_run_that_fails_leaves_the_images_of_the_one_before(copied):
+    noted(copied)
+    held = contents(copied / "ckpt.pt")
+    held["ema"]["predictor.head.bias"][0] = float("inf")
+    torch.save(held, copied / "ckpt.pt")
+    assert "not finite" in fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--num_samples=2")
+    assert names(copied / "images") == of_sheet(5)
+
+
+@pytest.mark.parametrize("settings", [["--denoise=none", "--show_trajectory=True"], ["--layout=flat"],
+                                      ["--layout=geneval", "--scale=2"]])
+def test_three_ranks_share_the_images_of_one(copied, tmp_path, settings):
+    """Of five batches, so that they have two, two and one; or of two, so that one has none."""
+    (tmp_path / "p.txt").write_text("the digit one\na 3\nthe digit four\n")
+    for batch_size in (2, 5):
+        folders = [tmp_path / f"{name}_{batch_size}" for name in ("alone", "together")]
+        command = ["sample.py", *SAMPLE, f"--out_dir={copied}", f"--prompts={tmp_path / 'p.txt'}", "--num_samples=3",
+                   f"--batch_size={batch_size}", *settings]
+        _, alone = run(*command, f"--folder={folders[0]}")
+        together = on_ranks(3, *command, f"--folder={folders[1]}")
+        assert names(folders[0]) == names(folders[1]) and together.count("wrote") == 1
+        for name in names(folders[0]):
+            assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+        assert [line.partition(": ")[0] for line in alone.splitlines() if "images/s" in line] == [
+            line.partition(": ")[0] for line in together.splitlines() if "images/s" in line]
+        assert [line for line in alone.splitlines() if "NLL" in line] == [
+            line for line in together.splitlines() if "NLL" in line]
+
+
+def test_what_is_wrong_with_a_folder_is_told_by_all_ranks_in_one_line(copied, tmp_path):
+    (tmp_path / "0000.png").write_bytes(b"a photo")
+    status, _, errors = torchrun(2, "sample.py", *SAMPLE, f"--out_dir={copied}", f"--folder={tmp_path}")
+    assert status != 0 and "which no run of sample.py has left there" in errors
+    assert "sample.py\", line" not in errors  # no traceback of ours
 
 
 # ---------------------------------------------------------------------------------------------------------------
