@@ -30,8 +30,8 @@ from plumbing.latents import load_decoder
 from plumbing.loader import Batches, examine, validation_batches
 from plumbing.log import Progress
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
-from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, for_training, gathered,
-                              gradients_meet, in_bfloat16, job, leave_ranks, one_line_errors, start_ranks)
+from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, exact_products, for_training,
+                              gathered, gradients_meet, in_bfloat16, job, leave_ranks, one_line_errors, start_ranks)
 from plumbing.shards import find_shards, first_example
 
 # ---- run
@@ -192,10 +192,11 @@ def training_losses(network, frozen, images, text, randomness, config, i):
 def validate(ema, batches, ts, config):
     """What to log about the averaged model on held-out data, nats per dimension: val_step_k, -log p of each step of a
     trajectory, cleanest first, their mean val_loss, and val_bound, the upper bound on -log p(x_{t_min}), which unlike
-    the loss does not depend on the time grid ts (T+1,). Of flow matching val_loss, the velocity's squared error."""
+    the loss does not depend on the time grid ts (T+1,). Of flow matching val_loss, the velocity's squared error. All of
+    it is measured in float32, as by evaluate.py, whatever the run trains in."""
     sums = torch.zeros(len(ts) + 1 if isinstance(ema, NTM) else 2, device=ts.device)  # over examples
     for images, text, _, generator in batches:
-        with autocast(config, ts.device):
+        with exact_products(ts.device):
             if isinstance(ema, NTM):
                 times = ts.expand(len(images), -1)
                 x = forward_trajectory(ema.patchify(images), times, generator)
