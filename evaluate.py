@@ -2,29 +2,29 @@
 
     python evaluate.py --out_dir=out/fashion
     python evaluate.py --out_dir=out/shapes --parts=samples --steps=1,2,4,8 --denoise=learned --num_samples=600
-    python evaluate.py --out_dir=out/shapes --parts=samples --guidance=0,1,2,4 --denoise=learned --num_samples=600
+    python evaluate.py --out_dir=out/t2i --parts=samples --decoder=decoder.pt2 --num_samples=10000
 
 - likelihood: nats of each step and of the trajectory, and the bound on the image's own, of held-out images
 - samples: do they look like the data, and show what their captions say? By Frechet distance between Gaussians fitted to
-  pixels, class of the nearest training image, the exact detector of shapes, or the judge of emoji (plumbing/judge.py)
+  pixels or latents, class of the nearest training image, the exact detector of shapes, or the judge of emoji
 - classifier: which of ten captions makes a held-out image most likely
 - truth: of shapes, whose true density is known, how many nats each step is above it (plumbing/truth.py); takes minutes
 
 Prints each part as it is done, and leaves out_dir/evaluate.json and in out_dir/evaluate/ the first samples and, for
-several step counts, quality.png. Flow matching has samples only, a model of latents the likelihood only.
+several step counts, quality.png. Of a model of latents, with --decoder, it leaves there the samples as PNGs in a folder
+of their own, and in evaluate/real as many real images: for clean-fid or torch-fidelity (docs/data.md). Flow matching
+has samples only.
 """
 
 import copy
-import functools
 import itertools
 import json
 import math
-from collections import ChainMap, defaultdict
+from collections import ChainMap
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import configure
@@ -33,12 +33,16 @@ from flow import bits_per_dim, forward_log_prob, forward_trajectory, reverse_pos
 from pipeline import TrainedModel
 from plumbing import judge as judges
 from plumbing import shapes, truth
-from plumbing.detector import TASKS, follows, task_prompts
+from plumbing.detector import TASKS, task_prompts
+from plumbing.folders import empty_folder, write_folder, write_real_images
 from plumbing.images import contact_sheet, plot_quality, save_image
 from plumbing.judge import frechet_distance, nearest_labels
 from plumbing.layouts import make_folder
-from plumbing.loader import collate, validation_batches
-from plumbing.runtime import gathered, leave_ranks, note, one_line_errors, rank_and_world, start_ranks
+from plumbing.loader import validation_batches
+from plumbing.runtime import (exact_products, from_first_rank, gathered, leave_ranks, note, one_line_errors,
+                              rank_and_world, start_ranks)
+from plumbing.scores import (credits, curves_of, first_images, mean_and_error, proportion, scores_of_tasks, show,
+                             shrunk)
 
 out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
 parts = ""  # some of likelihood,samples,classifier,truth; empty: all that the model has
@@ -51,6 +55,8 @@ beside = ""  # evaluate.json of another model, whose samples join the figure
 restarts = 0  # times that each step of a sample's first half but the first is taken again
 best_of = 1  # candidates for each sample, of which the likeliest is kept
 judge = ""  # of shards with labels: a file of `python -m plumbing.judge`, which says what samples show
+decoder = ""  # of a model of latents: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
+real_dir = ""  # with decoder: shards of the real images; empty: those that `data.py encode` made the latents of
 t_min = 0.02  # where trajectories end
 shift = 1.0  # e^m of the time grid of flow matching's samples
 truth_examples = 50  # held-out images that steps are compared with the truth on
@@ -60,41 +66,36 @@ seed = 0
 batch_size = 100
 device = ""  # cuda, mps or cpu; empty: the best there is
 
-
-def mean_and_error(values):
-    """The mean of a tensor (n,) and, of more than one value, its standard error."""
-    error = {"standard_error": (values.std() / math.sqrt(len(values))).item()} if len(values) > 1 else {}
-    return {"mean": values.mean().item()} | error
-
-
-def proportion(hits):
-    """The proportion of true ones in a list of booleans, or fractions, and its standard error. Of none or all of n that
-    would be 0: there it is Agresti and Coull's, the error with half a hit and half a miss more."""
-    n, mean = len(hits), sum(hits) / len(hits)
-    p, n = (mean, n) if 0 < mean < 1 else ((n * mean + 0.5) / (n + 1), n + 1)
-    return {"mean": mean, "standard_error": math.sqrt(p * (1 - p) / n)}
-
-
-def shrunk(images):
-    """Images (n, C, H, W), the mean of their pixels where they are larger than 32x32."""
-    return F.interpolate(images, [min(size, 32) for size in images.shape[2:]], mode="area")
-
-
-@functools.lru_cache(2)
-def first_images(dataset, count):
-    """The first images of a data set, or all if there are fewer, shrunk: (count, C, H, W)."""
-    numbers = range(min(count, len(dataset)))
-    return torch.cat([shrunk(collate(dataset.__getitems__(list(numbers[start:start + 100])))[0])
-                      for start in numbers[::100]])
+# ---------------------------------------------------------------------------------------------------------------
+# The likelihood
 
 
 def held_out(model, dataset, count=0):
     """This rank's batches of held-out images (tokens, text, captions, generator), always with the same noise."""
-    (rank, world), length, count = rank_and_world(), model.network.config.text_len, count or val_examples
+    rank, world = rank_and_world()
+    length, count = model.network.config.text_len, count or val_examples
     batches = validation_batches(dataset, model.tokenizer, length, count, model.device, rank, world, batch_size)
     total = len(range(0, min(count, len(dataset)), batch_size)[rank::world])
     for images, *rest in tqdm(batches, "held-out images", total, leave=False, unit="batch", disable=rank > 0):
         yield model.network.patchify(images), *rest
+
+
+def trajectories_of(network, x0, ts, text, generator, several):
+    """-log p of each part of a trajectory of images x0 (B, N, D), (B, T+1) nats, and the bounds, Eq. (14), of `several`
+    from the same x_{t_0}, (several, B). The first is the trajectory that training's validation draws."""
+    times, bounds = ts.expand(len(x0), -1), []
+    with exact_products(x0.device):
+        for k in range(several):
+            noise = torch.randn(*times.shape, *x0.shape[1:], generator=generator, device=x0.device)
+            if k == 0:
+                of_x_t0 = noise[:, 0].clone()
+            noise[:, 0] = of_x_t0
+            x = forward_trajectory(x0, times, noise=noise)
+            nll, bound = network.trajectory_bound(x, times, text)
+            bounds.append(bound)
+            if k == 0:
+                of_the_first = nll
+    return of_the_first, torch.stack(bounds)
 
 
 def nats_of(model, batches, ts, several=1):
@@ -105,34 +106,26 @@ def nats_of(model, batches, ts, several=1):
     between the bound and -log p(x_{t_0}), nearer to it the more there are (arXiv:1509.00519)."""
     nats = []
     for x0, text, _, generator in batches:
-        noise = torch.randn(several, len(x0), len(ts), *x0.shape[1:], generator=generator, device=x0.device)
-        noise[:, :, 0], times = noise[0, :, 0].clone(), ts.expand(len(x0), -1)
-        nll, bounds = zip(*(model.network.trajectory_bound(forward_trajectory(x0, times, noise=of_one), times, text)
-                            for of_one in noise))
-        tighter = math.log(several) - torch.logsumexp(-torch.stack(bounds), dim=0)
-        nats.append(torch.cat([nll[0], bounds[0][:, None], tighter[:, None]], dim=1).cpu())
+        nll, bounds = trajectories_of(model.network, x0, ts, text, generator, several)
+        tighter = math.log(several) - torch.logsumexp(-bounds, dim=0)
+        nats.append(torch.cat([nll, bounds[0][:, None], tighter[:, None]], dim=1).cpu())
     nats = torch.cat(sum(gathered(nats), []))
     if not nats.isfinite().all():
         raise ValueError("the likelihood of some images is not finite: the model is spoilt")
-    by_step = {f"step {k}": nats[:, k] for k in range(len(ts) - 1)}
-    tighter = {f"bound of {several} trajectories": nats[:, -1]} if several > 1 else {}
-    return {**by_step, "trajectory": nats[:, :-2].sum(dim=1), "bound": nats[:, -2], **tighter}
-
-
-def curves_of(path):
-    """What evaluate.json holds of samples, for plot_quality. Raises ValueError for another file."""
-    try:
-        return json.loads(Path(path).read_text())["curves"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"beside is {path}, which is no evaluate.json with samples ({error!r})") from error
+    found = {f"step {k}": nats[:, k] for k in range(len(ts) - 1)}
+    found |= {"trajectory": nats[:, :-2].sum(dim=1), "bound": nats[:, -2]}
+    if several > 1:
+        found[f"bound of {several} trajectories"] = nats[:, -1]
+    return found
 
 
 def evaluate_likelihood(model, dataset):
     """Nats of nats_of; and bits per dimension, Eq. (15), of 8-bit images if the model has a density at t_min = 0."""
-    config, nats = model.network.config, nats_of(model, held_out(model, dataset), model.ts, several=trajectories)
+    config = model.network.config
     dims = config.num_tokens * config.token_dim
-    results = {name: mean_and_error(value) | {"per_dimension": value.mean().item() / dims}
-               for name, value in nats.items()}
+    results = {}
+    for name, nats in nats_of(model, held_out(model, dataset), model.ts, several=trajectories).items():
+        results[name] = mean_and_error(nats) | {"per_dimension": nats.mean().item() / dims}
     if config.parametrization == "direct" and dataset.eight_bit:
         ts = config.time_grid(0.0, len(model.ts) - 1).to(model.device)
         bound = nats_of(model, held_out(model, dataset), ts)["bound"]
@@ -143,20 +136,15 @@ def evaluate_likelihood(model, dataset):
 def caption_log_likelihoods(network, x, ts, candidates):
     """Lower bounds on log p(x_{t_0} | caption) in nats, Eq. (14), (B, K), by one trajectory x (B, T+1, N, D) each at ts
     (B, T+1), the same for K captions each, (B, K, L), but for an x_1 that follows from the caption, Eq. (36)."""
-    return -torch.stack([network.trajectory_bound(x, ts, text)[1] for text in candidates.unbind(dim=1)], dim=1)
-
-
-def credits(log_p, text, truth):
-    """A list of B: 1 where the true one, truth (B,), of candidates text (B, K, L) alone has the greatest log_p (B, K),
-    1/k if k have, else 0. Candidates of equal ids, captions that are cut alike, have equal log_p but for rounding."""
-    alike = (text[:, :, None] == text[:, None]).all(dim=-1)
-    greatest = (alike & (log_p == log_p.amax(dim=1, keepdim=True))[:, None]).any(dim=-1)
-    return (greatest.gather(1, truth[:, None])[:, 0] / greatest.sum(dim=1)).tolist()
+    with exact_products(x.device):
+        bounds = [network.trajectory_bound(x, ts, text)[1] for text in candidates.unbind(dim=1)]
+    return -torch.stack(bounds, dim=1)
 
 
 def evaluate_classifier(model, dataset):
     """How often the true caption is the likeliest of ten: one for each class, or those of ten held-out images."""
-    classes, (rank, world) = dataset_class_captions(model.settings["dataset"]), rank_and_world()
+    classes = dataset_class_captions(model.settings["dataset"])
+    rank, world = rank_and_world()
     pool = classes or sorted({dataset[i][1] for i in range(min(max(1000, val_examples), len(dataset)))})
     if len(pool) < 10:
         note(f"there are only {len(pool)} held-out captions: the classifier chooses among these")
@@ -168,12 +156,18 @@ def evaluate_classifier(model, dataset):
             candidates = [classes] * len(x0)
             truth = torch.tensor(dataset.labels[first:first + len(x0)]).long()
         else:
-            rng, truth = np.random.default_rng([seed, first]), torch.zeros(len(x0), dtype=torch.long)
-            candidates = [[caption, *rng.permutation([other for other in pool if other != caption])[:9].tolist()]
-                          for caption in captions]
-        text, ts = torch.stack([model.encode(ten) for ten in candidates]), model.ts.expand(len(x0), -1)
-        log_p = sum(caption_log_likelihoods(model.network, forward_trajectory(x0, ts, generator), ts, text)
-                    for _ in range(trajectories))
+            candidates = []
+            truth = torch.zeros(len(x0), dtype=torch.long)
+            rng = np.random.default_rng([seed, first])
+            for caption in captions:
+                others = [other for other in pool if other != caption]
+                candidates.append([caption, *rng.permutation(others)[:9].tolist()])
+        text = torch.stack([model.encode(ten) for ten in candidates])
+        ts = model.ts.expand(len(x0), -1)
+        log_p = 0.0
+        for _ in range(trajectories):
+            x = forward_trajectory(x0, ts, generator)
+            log_p = log_p + caption_log_likelihoods(model.network, x, ts, text)
         if not log_p.isfinite().all():
             raise ValueError("the likelihood of some captions is not finite: the model is spoilt")
         hits += credits(log_p, text, truth.to(text.device))
@@ -183,133 +177,220 @@ def evaluate_classifier(model, dataset):
 def evaluate_truth(model, dataset):
     """Nats by which -log p(x_s | x_t, caption) of each step but the last is above the true one, cleanest first; and by
     which the Gaussians nearest to the truth are, that with independent numbers and that with the full covariance."""
-    network, ts, (rank, world), rows = model.network, model.ts, rank_and_world(), []
+    network, ts = model.network, model.ts
+    rank, world = rank_and_world()
+    rows = []
     for batch, (x0, text, _, generator) in enumerate(held_out(model, dataset, truth_examples)):
-        grid, first = ts.expand(len(x0), -1), (rank + batch * world) * batch_size
+        grid = ts.expand(len(x0), -1)
+        first = (rank + batch * world) * batch_size
         x = forward_trajectory(x0, grid, generator)
-        nll, x = network.trajectory_nll(x, grid, text)[:, 1:-1].cpu(), x[:, 1:].cpu()
+        with exact_products(x.device):
+            nll = network.trajectory_nll(x, grid, text)[:, 1:-1].cpu()
+        x = x[:, 1:].cpu()
         forward = [forward_log_prob(x[:, k:k + 2], grid[:, k + 1:k + 3].cpu()) for k in range(len(ts) - 2)]
         for i, levels in enumerate(tqdm(x, "truth", leave=False, disable=rank > 0)):
             draws = shapes.uniforms(dataset.seed, dataset.numbers([first + i]), shapes.DRAWS)[0]
-            rng, images = np.random.default_rng([seed, first + i]), network.unpatchify(levels)
-            log_q, *scenes = zip(*(truth.posterior(image.numpy(), t, draws, rng)
-                                   for image, t in zip(images, ts[1:].tolist())))
+            rng = np.random.default_rng([seed, first + i])
+            images = network.unpatchify(levels)
+            posteriors = [truth.posterior(image.numpy(), t, draws, rng) for image, t in zip(images, ts[1:].tolist())]
             for k, (s, t) in enumerate(itertools.pairwise(ts[1:].cpu())):
-                true = log_q[k] + forward[k][i].item() - log_q[k + 1]
-                nearest = truth.log_gaussians(*images[k:k + 2], *reverse_posterior(t, s), *(of[k + 1] for of in scenes))
-                rows.append([true + nll[i, k].item(), true - nearest[0], true - nearest[1]])
+                log_q_t, scenes, weights = posteriors[k + 1]
+                true = posteriors[k][0] + forward[k][i].item() - log_q_t
+                A, B, C = reverse_posterior(t, s)
+                diagonal, full = truth.log_gaussians(images[k], images[k + 1], A, B, C, scenes, weights)
+                rows.append([true + nll[i, k].item(), true - diagonal, true - full])
     rows = torch.tensor(sum(gathered(rows), [])).view(-1, len(ts) - 2, 3)
-    return {f"step {k + 1}{name}": mean_and_error(rows[:, k, column]) for k in range(len(ts) - 2)
-            for column, name in enumerate(["", ", nearest diagonal Gaussian", ", nearest full Gaussian"])}
-
-
-def evaluate_samples(model, dataset, guidance):
-    """Images/s; of shapes, the proportions that show exactly what they should and that pass each GenEval task, and the
-    tasks' mean; of others how near the samples are to the data and, if labelled, whether they are of their class."""
-    classes, tasks = dataset_class_captions(model.settings["dataset"]), ()
-    if model.settings["dataset"] == "shapes":
-        tasks, captions = zip(*task_prompts(-(-num_samples // len(TASKS))))
-    elif judge:
-        captions = [record["captions"][0] for record in judges.labels_of(dataset, num_samples)]
-    else:
-        captions = [classes[i % len(classes)] if classes else dataset[i % len(dataset)][1] for i in range(num_samples)]
-    samples, (rank, world) = {}, rank_and_world()
-    starts = range(0, len(captions), batch_size)[rank::world]
-    for start in tqdm(starts, "samples", leave=False, unit="batch", disable=rank > 0):
-        numbers = range(len(captions))[start:start + batch_size]
-        samples[start] = model.sample_trajectories([captions[i] for i in numbers], numbers, guidance, seed,
-                                                   False, best_of, restarts)[0].cpu()
-    samples = ChainMap(*gathered(samples))
-    images, seconds = torch.cat([samples[start] for start in sorted(samples)]), gathered(sum(model.seconds.values()))
-    if rank == 0:
-        path = Path(out_dir) / "evaluate" / f"{model.kind}_{len(model.ts) - 1}_{model.denoise}.png"
-        save_image(contact_sheet(images[:10], captions[:10], columns=10), path)
-    results = {"images_per_s": len(images) / max(seconds)}
-    if tasks:
-        hits = defaultdict(list)
-        for image, caption, task in zip(images, captions, tasks):
-            hits["strictly"].append(follows(image, caption))
-            hits[task].append(follows(image, caption, task))
-        results |= {name: proportion(found) for name, found in hits.items()}
-        means, errors = zip(*(results[task].values() for task in TASKS))
-        results["overall"] = {"mean": sum(means) / len(TASKS), "standard_error": math.hypot(*errors) / len(TASKS)}
-        return results
-    if judge:
-        known = model.settings["data_dir"]  # which a model that was passed on has forgotten
-        found = judges.compare(judge, images, dataset, open_dataset(model.settings, "train") if known else None)
-        return results | {key: proportion(value) if type(value) is list else value for key, value in found.items()}
-    truth = first_images(dataset, 5000)
-    if min(len(images), len(truth)) >= 10:
-        results["frechet_distance"] = frechet_distance(shrunk(images), truth)
-    else:
-        note(f"a Frechet distance needs 10 samples and held-out images, but there are {len(images)} and {len(truth)}")
-    if classes:
-        train_set = open_dataset(model.settings, "train", data_dir)
-        examples, labels = first_images(train_set, len(train_set)), torch.tensor(train_set.labels)
-        nearest = nearest_labels(images, examples, labels).tolist()
-        results["nearest_is_of_the_class"] = proportion([label == i % len(classes) for i, label in enumerate(nearest)])
+    results = {}
+    for k in range(len(ts) - 2):
+        for column, name in enumerate(["", ", nearest diagonal Gaussian", ", nearest full Gaussian"]):
+            results[f"step {k + 1}{name}"] = mean_and_error(rows[:, k, column])
     return results
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def captions_of_samples(model, dataset):
+    """A caption for each sample, and of shapes the GenEval task that it belongs to."""
+    if model.settings["dataset"] == "shapes":
+        tasks, captions = zip(*task_prompts(-(-num_samples // len(TASKS))))
+        return captions, tasks
+    if judge:
+        return [record["captions"][0] for record in judges.labels_of(dataset, num_samples)], ()
+    classes = dataset_class_captions(model.settings["dataset"])
+    if classes:
+        return [classes[i % len(classes)] for i in range(num_samples)], ()
+    return [dataset[i % len(dataset)][1] for i in range(num_samples)], ()
+
+
+def draw_samples(model, captions, strength, folder):
+    """Samples for captions (n, C, H, W) with a strength of guidance, on the CPU, by all ranks. With a decoder they go
+    into a folder as images."""
+    rank, world = rank_and_world()
+    if decoder:
+        from_first_rank(empty_folder, folder)
+    samples = {}
+    for start in tqdm(range(0, len(captions), batch_size)[rank::world], "samples", leave=False, unit="batch",
+                      disable=rank > 0):
+        numbers = range(len(captions))[start:start + batch_size]
+        of_batch = [captions[i] for i in numbers]
+        drawn, *_ = model.sample_trajectories(of_batch, numbers, strength, seed, False, best_of, restarts)
+        if decoder:
+            write_folder(folder, numbers, model.to_images(drawn))
+        samples[start] = drawn.cpu()
+    samples = ChainMap(*gathered(samples))
+    return torch.cat([samples[start] for start in sorted(samples)])
+
+
+def scores_of_judge(model, images, dataset):
+    """What a judge of labelled shards finds in samples for their captions, and how far they are from the real ones."""
+    known = model.settings["data_dir"]  # which a model that was passed on has forgotten
+    train_set = open_dataset(model.settings, "train") if known else None
+    found = judges.compare(judge, images, dataset, train_set)
+    return {key: proportion(value) if type(value) is list else value for key, value in found.items()}
+
+
+def scores_by_the_data(model, images, dataset):
+    """How near samples are to held-out images, and if there are classes, whether the nearest training image is of the
+    one that was asked for."""
+    results = {}
+    real = first_images(dataset, 5000)
+    if min(len(images), len(real)) >= 10:
+        results["frechet_distance"] = frechet_distance(shrunk(images), real)
+    else:
+        note(f"a Frechet distance needs 10 samples and held-out images, but there are {len(images)} and {len(real)}")
+    classes = dataset_class_captions(model.settings["dataset"])
+    if classes:
+        train_set = open_dataset(model.settings, "train", data_dir)
+        examples = first_images(train_set, len(train_set))
+        nearest = nearest_labels(images, examples, torch.tensor(train_set.labels)).tolist()
+        hits = [label == i % len(classes) for i, label in enumerate(nearest)]
+        results["nearest_is_of_the_class"] = proportion(hits)
+    return results
+
+
+def evaluate_samples(model, dataset, strength):
+    """Images/s, and scores by the detector of shapes, by the judge, or by the data, of samples with that guidance."""
+    captions, tasks = captions_of_samples(model, dataset)
+    name = f"{model.kind}_{len(model.ts) - 1}_{model.denoise}"
+    if isinstance(guidance, tuple) and len(guidance) > 1:
+        name += f"_guidance_{strength:g}"
+    path = Path(out_dir) / "evaluate" / name
+    images = draw_samples(model, captions, strength, path)
+    seconds = max(gathered(sum(model.seconds.values())))
+    if rank_and_world()[0] == 0:
+        shown = model.to_images(images[:10].to(model.device)) if decoder else images[:10]
+        save_image(contact_sheet(shown, captions[:10], columns=10), path.with_name(f"{name}.png"))
+    if tasks:
+        scores = scores_of_tasks(images, captions, tasks)
+    elif judge:
+        scores = scores_of_judge(model, images, dataset)
+    else:
+        scores = scores_by_the_data(model, images, dataset)
+    return {"images_per_s": len(images) / seconds} | scores
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
+
 PARTS = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "classifier": evaluate_classifier,
          "truth": evaluate_truth}
+
+
+def parts_of(model):
+    """The parts to evaluate: those that are asked for, or all that the model has. Raises ValueError for others."""
+    settings, config = model.settings, model.network.config
+    possible = list(PARTS) if model.kind == "ntm" else ["samples"]
+    three_channels = (settings["dataset"], config.channels) == ("shapes", 3)
+    if not (three_channels and len(model.ts) > 2 and config.first_noise == 1):  # of which the truth is known
+        possible = [part for part in possible if part != "truth"]
+    chosen = parts.split(",") if parts else possible
+    wrong = [part for part in chosen if part not in possible]
+    if wrong:
+        what = "flow matching" if model.kind == "fm" else "an NTM"
+        raise ValueError(f"part {wrong[0]!r} is unknown of {what}: choose among {', '.join(possible)}")
+    return chosen
+
+
+def sampling_runs(model, counts, strengths):
+    """(a model, strength of guidance) of each number of steps, way to denoise and guidance that there is."""
+    runs = []
+    ways = denoise.split(",") if model.kind == "ntm" else ["none"]
+    for count, way, strength in itertools.product(counts, ways, strengths):
+        reason = model.why_no_denoiser(count) if way == "learned" else ""
+        if reason:
+            note(f"{reason}: its samples are left out")
+            continue
+        run = copy.copy(model)  # which shares the networks
+        run.set_sampling(count, way, t_min, shift)
+        runs.append((run, strength))
+    if not runs:
+        raise ValueError(f"denoise is {denoise!r}, and there are no samples to measure: add 'score' or 'none'")
+    return runs
+
+
+def measure_samples(runs, dataset, strengths):
+    """For each run a title, what was found, and the same as a row for plot_quality."""
+    for model, strength in runs:
+        found = evaluate_samples(model, dataset, strength)
+        count = len(model.ts) - 1
+        row = {"curve": "flow matching" if model.kind == "fm" else f"NTM, {model.denoise}",
+               "passes": count + restarts * len(taken_again(count)) + (model.denoise == "learned"),
+               "guidance": strength, **found}
+        title = f"samples, {count} steps"
+        if model.kind == "ntm":
+            title += f", {model.denoise}"
+        if len(strengths) > 1:
+            title += f", guidance {strength:g}"
+        yield title, found, row
 
 
 @one_line_errors()
 @torch.no_grad()
 def main(config):
     where, rank, _ = start_ranks(config["device"])
-    counts, strengths = (value if isinstance(value, tuple) else (value,) for value in (steps, guidance))
+    counts = steps if isinstance(steps, tuple) else (steps,)
+    strengths = guidance if isinstance(guidance, tuple) else (guidance,)
     if len(counts) > 1 and len(strengths) > 1:
         raise ValueError(f"there are several steps, {steps}, and several guidances, {guidance}: vary one at a time")
     model = TrainedModel(out_dir, where, counts[0], "none", t_min, shift)
-    possible = [part for part in PARTS if (model.kind == "ntm" or part == "samples")
-                and (not model.latents or part == "likelihood")
-                and (part != "truth" or (model.settings["dataset"], model.network.config.channels) == ("shapes", 3)
-                     and len(model.ts) > 2 and model.network.config.first_noise == 1)]  # steps whose truth is known
-    chosen = parts.split(",") if parts else possible or ["samples"]
-    if wrong := [part for part in chosen if part not in possible]:
-        what = ("flow matching" if model.kind == "fm" else "an NTM") + (" on latents" if model.latents else "")
-        raise ValueError(f"part {wrong[0]!r} is unknown of {what}: choose among {', '.join(possible) or 'none'}")
-    dataset, others = open_dataset(model.settings, "val", data_dir), curves_of(beside) if beside else []
-    make_folder(Path(out_dir) / "evaluate")
-    runs, ways = [], denoise.split(",") if model.kind == "ntm" else ["none"]
-    for count, way, w in itertools.product(counts, ways, strengths) if "samples" in chosen else ():
-        if way == "learned" and (reason := model.why_no_denoiser(count)):
-            note(f"{reason}: its samples are left out")
-            continue
-        runs.append((copy.copy(model), w))  # which shares the networks
-        runs[-1][0].set_sampling(count, way, t_min, shift)
-    if "samples" in chosen and not runs:
-        raise ValueError(f"denoise is {denoise!r}, and there are no samples to measure: add 'score' or 'none'")
-    results, measured = {"config": config, "iteration": model.iteration}, []
+    chosen = parts_of(model)
+    if judge and model.latents:
+        raise ValueError(f"judge is {judge!r}, but it judges images and this model makes latents: leave it out")
+    if decoder:
+        model.load_decoder(decoder)
+    elif real_dir:
+        raise ValueError(f"real_dir is {real_dir!r}, but real images are for comparing with what a decoder makes: give "
+                         "--decoder as well, or leave it out")
+    dataset = open_dataset(model.settings, "val", data_dir)
+    others = curves_of(beside) if beside else []
+    folder = Path(out_dir) / "evaluate"
+    make_folder(folder)
+    runs = sampling_runs(model, counts, strengths) if "samples" in chosen else []
+    if decoder and runs:
+        from_first_rank(empty_folder, folder / "real")
+        write_real_images(folder / "real", dataset, num_samples, model.to_images, model.device, real_dir, batch_size)
 
-    def report(title, found):
-        results[title] = found
-        if rank == 0:
-            print(title)
-            for name, value in found.items():
-                value = value if isinstance(value, dict) else {"mean": value}
-                error = f" ± {value['standard_error']:.4f}" if "standard_error" in value else ""
-                per_dimension = f"  ({value['per_dimension']:.4f} per dimension)" if "per_dimension" in value else ""
-                print(f"  {name:28} {value['mean']:12.4f}{error}{per_dimension}", flush=True)
-
+    results = {"config": config, "iteration": model.iteration}
+    curves = []
     for part in chosen:
-        if part != "samples":
-            report(part, PARTS[part](model, dataset))
-            continue
-        for m, w in runs:
-            found, count = evaluate_samples(m, dataset, w), len(m.ts) - 1
-            passes = count + restarts * len(taken_again(count)) + (m.denoise == "learned")
-            measured.append({"curve": "flow matching" if m.kind == "fm" else f"NTM, {m.denoise}",
-                             "passes": passes, "guidance": w, **found})
-            report(f"samples, {count} steps" + (f", {m.denoise}" if m.kind == "ntm" else "")
-                   + (f", guidance {w:g}" if len(strengths) > 1 else ""), found)
-    results |= {"curves": measured} if measured else {}
+        if part == "samples":
+            for title, found, row in measure_samples(runs, dataset, strengths):
+                results[title] = found
+                curves.append(row)
+                show(title, found)
+        else:
+            results[part] = PARTS[part](model, dataset)
+            show(part, results[part])
+    if curves:
+        results["curves"] = curves
     if rank == 0:
-        if figure := plot_quality(measured + others):
-            save_image(figure, Path(out_dir) / "evaluate" / "quality.png")
-        (path := Path(out_dir) / "evaluate.json").write_text(json.dumps(results, indent=1, allow_nan=False))
+        figure = plot_quality(curves + others)
+        if figure:
+            save_image(figure, folder / "quality.png")
+        path = Path(out_dir) / "evaluate.json"
+        path.write_text(json.dumps(results, indent=1, allow_nan=False))
         print(f"wrote {path}")
     leave_ranks()
 

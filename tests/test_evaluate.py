@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize
-from helpers import DISTILL, TRAIN, contents, fails, on_ranks, pixels, png, run, run_with_notes
+from helpers import DISTILL, TRAIN, contents, fails, load, on_ranks, pixels, png, read_log, run, run_with_notes
 from torch.distributions import MultivariateNormal
 
 import evaluate
+import train
 from data import get_dataset, get_tokenizer
 from flow import forward_log_prob, forward_trajectory, reverse_posterior, time_grid
 from model import NTM, NTMConfig
+from pipeline import TrainedModel
 from plumbing import images, shapes
 from plumbing.detector import parse
 from plumbing.images import to_pixels
@@ -101,6 +103,57 @@ def test_more_trajectories_make_a_tighter_bound():
     assert len(one) == 6  # four steps, the trajectory, the bound: one trajectory makes nothing tighter
     gain = found["bound"] - found["bound of 16 trajectories"]
     assert gain.mean() > 5 * gain.std() / math.sqrt(200)
+
+
+@pytest.mark.parametrize("objective", ["ntm", "fm"])
+def test_validation_in_bfloat16_is_measured_in_float32(tmp_path, objective):
+    """What the log of a run in bfloat16 says is what evaluate.py finds on the same examples, and what a validation in
+    float32 would have said."""
+    run("train.py", *TRAIN, f"--objective={objective}", f"--out_dir={tmp_path}", "--bfloat16=True", "--val_examples=150",
+        "--max_iters=20", "--lr=1e-2")
+    logged = read_log(tmp_path / "log.jsonl")[-1]
+    network, cpu = load(tmp_path, objective), torch.device("cpu")
+    batches = [*validation_batches(get_dataset("digits", "val", 8, 1), get_tokenizer(), 4, 150, cpu)]
+    ts = network.config.time_grid(0.02)
+    config = {"bfloat16": True, "chunk": 0}
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # whatever is around it
+        found = train.validate(network, restarted(batches), ts, config)
+    assert found == pytest.approx({name: logged[name] for name in found}, rel=1e-6)
+    assert found == train.validate(network, restarted(batches), ts, config | {"bfloat16": False})
+    if objective == "fm":
+        return
+    results, _ = evaluated(f"--out_dir={tmp_path}", "--parts=likelihood", "--val_examples=150", "--trajectories=3")
+    likelihood = {name: value["per_dimension"] for name, value in results["likelihood"].items() if "step" in name
+                  or name == "bound"}
+    assert likelihood["bound"] == pytest.approx(logged["val_bound"], rel=1e-6)
+    for k in range(4):
+        assert likelihood[f"step {k}"] == pytest.approx(logged[f"val_step_{k}"], rel=1e-6, abs=1e-6)
+    assert sum(likelihood[f"step {k}"] for k in range(4)) / 4 == pytest.approx(logged["val_loss"], rel=1e-6)
+
+
+def restarted(batches):
+    """Batches of validation_batches, as if drawn anew: their generators where they were when they began."""
+    for images, text, captions, generator in batches:
+        yield images, text, captions, generator.clone_state()
+
+
+def test_likelihoods_are_in_float32_whatever_is_around_them(trained):
+    """From Python under autocast: those of given images and of samples, of captions, and the true ones' gaps."""
+    found = []
+    for bfloat16 in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            model, captions = TrainedModel(trained, "cpu", denoise="score"), ["the digit one", "a 3"]
+            images = torch.linspace(-1, 1, 128).view(2, 1, 8, 8)
+            samples, _, nll = model.sample_trajectories(captions, range(2), 1.0, best_of=2)
+            x0, text = model.network.patchify(images), model.encode(captions)
+            ts = model.ts.expand(2, -1)
+            x = forward_trajectory(x0, ts, torch.Generator().manual_seed(0))
+            batch = x0, text, captions, torch.Generator().manual_seed(0)
+            found.append([*model.log_likelihood(images, captions), samples, nll,
+                          evaluate.caption_log_likelihoods(model.network, x, ts, text[:, None]),
+                          *evaluate.nats_of(model, [batch], model.ts, several=2).values()])
+    for inside, outside in zip(*found, strict=True):
+        assert inside.dtype == torch.float32 and torch.equal(inside, outside)
 
 
 def test_caption_likelihoods_are_those_of_trajectories():
@@ -286,7 +339,7 @@ def test_classifier_counts_the_true_class(trained, monkeypatch):
         monkeypatch.setattr(evaluate, name, value)
     monkeypatch.setattr(evaluate, "caption_log_likelihoods", lambda model, x, *_: torch.eye(10)[[3] * len(x)])
     dataset = get_dataset("digits", "val", 8, 1)
-    found = evaluate.evaluate_classifier(evaluate.TrainedModel(trained, torch.device("cpu"), 0, "none"), dataset)
+    found = evaluate.evaluate_classifier(TrainedModel(trained, torch.device("cpu"), 0, "none"), dataset)
     assert found["accuracy"]["mean"] == sum(dataset.labels[i] == 3 for i in range(60)) / 60 > 0
 
 

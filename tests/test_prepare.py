@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (DISTILL, ROOT, SAMPLE, SHORT, SMALL, contents, fails, latent_shard, on_ranks, pixels, png, run,
-                     torchrun)
+                     run_with_notes, torchrun)
 from PIL import Image
 from torch import nn
 
@@ -23,6 +24,7 @@ import plumbing.emoji
 from pipeline import load
 from plumbing import checkpoint, images, latents
 from plumbing.images import to_uint8
+from plumbing.judge import frechet_distance
 from plumbing.latents import measure_latents
 from plumbing.shards import Shards, captions_of, write_shard, write_shards
 
@@ -705,6 +707,133 @@ def test_the_documented_export_takes_both_autoencoders(tmp_path, monkeypatch, ou
     pictures = decode(made)
     assert pictures.shape == (3, 3, 256, 256)
     torch.testing.assert_close(encode(pictures), torch.cat([made[:, :3], made[:, :1]], dim=1))
+
+
+@pytest.fixture(scope="module")
+def of_latents(encoded, tmp_path_factory):
+    """A folder after train.py on latents. Not to be written to."""
+    out = tmp_path_factory.mktemp("of_latents")
+    run("train.py", *SHORT, *SMALL, "--transporter_blocks=0", "--dataset=shards", f"--data_dir={encoded}",
+        "--image_size=8", "--channels=4", f"--out_dir={out}", "--bad_captions=1", "--max_iters=2")
+    return out
+
+
+@pytest.fixture
+def model_of_latents(of_latents, tmp_path):
+    """A copy of that folder, to be written to."""
+    return shutil.copytree(of_latents, tmp_path / "model")
+
+
+def visible(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+
+
+def test_judges_of_many_images_find_images_of_latents_alone(model_of_latents, exported, tmp_path):
+    """Some take .npy for an image, too. What an earlier version has left there goes."""
+    (tmp_path / "p.txt").write_text("train 1\n")
+    flat, geneval = tmp_path / "flat", tmp_path / "geneval"
+    settings = [*SAMPLE, f"--out_dir={model_of_latents}", "--denoise=none", f"--prompts={tmp_path / 'p.txt'}",
+                f"--decoder={exported / 'decoder.pt2'}"]
+    for _ in range(2):
+        run("sample.py", *settings, "--layout=flat", f"--folder={flat}")
+        assert visible(flat) == [f"000{i}.png" for i in range(5)]
+        (flat / "0001.npy").write_bytes(b"")
+    run("sample.py", *settings, "--layout=geneval", f"--folder={geneval}")
+    assert visible(geneval) == ["00000/grid.png", "00000/metadata.jsonl", *(f"00000/samples/000{i}.png" for i in range(5))]
+    run("sample.py", *settings)
+    sheet = model_of_latents / "images"
+    assert visible(sheet) == sorted([f"000{i}.{suffix}" for i in range(5) for suffix in ("npy", "png")] + ["sheet.png"])
+    assert (sheet / "0003.png").read_bytes() == (flat / "0003.png").read_bytes()
+    _, _, notes = run_with_notes("sample.py", *settings[:-1], "--layout=flat", f"--folder={tmp_path / 'look'}")
+    assert any("without --decoder the images are a first look at latents" in note for note in notes)
+
+
+def evaluated(out, *settings):
+    _, printed, notes = run_with_notes("evaluate.py", "--device=cpu", f"--out_dir={out}", "--denoise=none", *settings)
+    return json.loads((out / "evaluate.json").read_text()), notes
+
+
+def test_latents_are_evaluated_as_images_are(model_of_latents, tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (tmp_path / "latents" / split).mkdir(parents=True)
+        latent_shard(tmp_path / "latents" / split / "0.tar", rng.normal(size=(30, 4, 8, 8)), [f"train {i}" for i in range(30)])
+    (tmp_path / "latents" / "latents.json").write_text(json.dumps({"mean": [0.0] * 4, "scale": [0.5] * 4}))
+    where = f"--data_dir={tmp_path / 'latents'}"
+    results, _ = evaluated(model_of_latents, where, "--num_samples=12", "--val_examples=20", "--trajectories=2")
+    assert results.keys() == {"config", "iteration", "likelihood", "samples, 4 steps, none", "classifier", "curves"}
+    assert results["likelihood"]["bound"]["per_dimension"] == pytest.approx(results["likelihood"]["bound"]["mean"] / 256)
+    assert "bits per dimension" not in results["likelihood"] and 0 <= results["classifier"]["accuracy"]["mean"] <= 1
+    held_out = Shards(str(tmp_path / "latents"), "val", 4, 8, 8)
+    real = torch.stack([held_out[i][0] for i in range(30)])
+    model, captions = load(model_of_latents, "cpu", denoise="none"), [held_out[i][1] for i in range(12)]
+    expected = frechet_distance(model.sample(captions), real)
+    assert results["samples, 4 steps, none"]["frechet_distance"] == pytest.approx(expected, rel=1e-3)
+    assert pixels(model_of_latents / "evaluate" / "ntm_4_none.png").shape[1] > 900
+    assert sorted(path.name for path in (model_of_latents / "evaluate").iterdir()) == ["ntm_4_none.png"]
+
+
+def test_decoded_samples_and_real_images_are_left_for_others_to_compare(model_of_latents, exported, photographs):
+    """In two folders, as many PNGs of one size in each and nothing else; the real ones scaled and cropped as for
+    encoding, found by what the encoding has recorded."""
+    decoder = f"--decoder={exported / 'decoder.pt2'}"
+    folders = [model_of_latents / "evaluate" / name for name in ("ntm_4_none", "real")]
+    for count, batch_size in ((9, 4), (7, 100)):  # of the larger number nothing is left
+        _, notes = evaluated(model_of_latents, "--parts=samples", decoder, f"--num_samples={count}",
+                             f"--batch_size={batch_size}")
+        assert not any("real" in note for note in notes)
+        for folder in folders:
+            assert [path.name for path in sorted(folder.iterdir())] == [f"{i:04d}.png" for i in range(count)]
+            assert {pixels(path).shape for path in folder.iterdir()} == {(32, 32, 3)}
+    model, source = load(model_of_latents, "cpu", denoise="none"), Shards(str(photographs), "val", 3, 32, 32)
+    latents = Shards(model.settings["data_dir"], "val", 4, 8, 8)
+    samples = model.sample([latents[i][1] for i in range(7)])
+    for i in range(7):
+        image = to_uint8(Decoder()(model.plain_latents(samples[i:i + 1]))[0].clamp(-1, 1))
+        assert np.abs(pixels(folders[0] / f"{i:04d}.png") - image.permute(1, 2, 0).numpy()).max() <= 1
+        assert np.array_equal(pixels(folders[1] / f"{i:04d}.png"), to_uint8(source[i][0]).permute(1, 2, 0).numpy())
+
+
+def test_ranks_share_the_two_folders(model_of_latents, exported):
+    settings = ["--parts=samples", f"--decoder={exported / 'decoder.pt2'}", "--num_samples=9", "--batch_size=4"]
+    evaluated(model_of_latents, *settings)
+    folder = model_of_latents / "evaluate"
+    alone = {name: (folder / name).read_bytes() for name in visible(folder)}
+    on_ranks(2, "evaluate.py", "--device=cpu", f"--out_dir={model_of_latents}", "--denoise=none", *settings)
+    assert {name: (folder / name).read_bytes() for name in visible(folder)} == alone and len(alone) == 19
+
+
+def test_real_images_from_elsewhere_or_from_their_latents(model_of_latents, encoded, exported, tmp_path):
+    settings = ["--parts=samples", f"--decoder={exported / 'decoder.pt2'}", "--num_samples=6"]
+    real = model_of_latents / "evaluate" / "real"
+    write_shards(tmp_path / "other" / "val", [(f"{i}", {"png": png((40 * i, 9, 200), (50, 40)), "txt": b"x"}) for i in range(4)])
+    _, notes = evaluated(model_of_latents, *settings, f"--real_dir={tmp_path / 'other'}")
+    assert any("only 4 real images for 6 samples" in note for note in notes)
+    assert visible(real) == [f"000{i}.png" for i in range(4)]
+    assert np.asarray(Image.open(real / "0003.png"))[5, 5].tolist() == [120, 9, 200]
+
+    for split in ("train", "val"):  # which no encoding.json says the images of
+        shutil.copytree(encoded / split, tmp_path / "moved" / split)
+    shutil.copy(encoded / "latents.json", tmp_path / "moved")
+    for record in (None, {"data_dir": "gone"}, []):
+        if record is not None:
+            (tmp_path / "moved" / "encoding.json").write_text(json.dumps(record))
+        _, notes = evaluated(model_of_latents, *settings, f"--data_dir={tmp_path / 'moved'}")
+        assert any("reconstructions, decoded latents: name the images in --real_dir" in note for note in notes)
+        latents = Shards(str(encoded), "val", 4, 8, 8)
+        image = to_uint8(Decoder()(load(model_of_latents, "cpu").plain_latents(latents[2][0][None]))[0])
+        assert np.abs(pixels(real / "0002.png") - image.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_mistakes_in_evaluating_latents(model_of_latents, exported, trained):
+    decoder = f"--decoder={exported / 'decoder.pt2'}"
+    out = ["--device=cpu", f"--out_dir={model_of_latents}", "--denoise=none", "--parts=samples", "--num_samples=2"]
+    assert "nowhere" in fails("evaluate.py", *out, decoder, "--real_dir=nowhere")
+    assert "real_dir is 'x', but" in fails("evaluate.py", *out, "--real_dir=x")
+    assert "judges images and this model makes latents" in fails("evaluate.py", *out, "--judge=judge.pt")
+    assert "there is no none.pt2" in fails("evaluate.py", *out, "--decoder=none.pt2")
+    line = fails("evaluate.py", "--device=cpu", f"--out_dir={trained}", decoder)
+    assert "makes images, not latents: leave it out" in line
 
 
 def test_measured_scale_of_known_latents(tmp_path):
