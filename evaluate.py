@@ -387,6 +387,7 @@ def main(config):
         results["curves"] = curves
     if rank == 0:
         figure = plot_quality(curves + others)
+        (folder / "quality.png").unlink(missing_ok=True)  # that of an earlier evaluation
         if figure:
             save_image(figure, folder / "quality.png")
         path = Path(out_dir) / "evaluate.json"

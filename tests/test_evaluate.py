@@ -523,7 +523,8 @@ def test_flow_matching_has_samples_only(tmp_path):
     assert pixels(tmp_path / "evaluate" / "quality.png").shape[1] > 900
     (tmp_path / "evaluate.json").rename(tmp_path / "other.json")
     beside, samples = f"--beside={tmp_path / 'other.json'}", (f"--out_dir={tmp_path}", "--num_samples=10", "--steps=3")
-    (tmp_path / "evaluate" / "quality.png").unlink()
+    evaluated(*samples)
+    assert not (tmp_path / "evaluate" / "quality.png").exists()  # of one step count, and that of two is gone
     evaluated(*samples, beside)
     assert pixels(tmp_path / "evaluate" / "quality.png").shape[1] > 900  # of three steps, beside two and five
     (tmp_path / "other.json").write_text("{}")
