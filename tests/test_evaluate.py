@@ -317,6 +317,8 @@ def test_several_guidances_are_measured_side_by_side(copied):
         "samples, 4 steps, none, guidance 0", "samples, 4 steps, none, guidance 2.5"}
     assert [row["passes"] for row in results["curves"]] == [6, 6]  # four, and the second twice again
     assert not (copied / "evaluate" / "quality.png").exists()  # of one number of steps
+    sheets = [pixels(copied / "evaluate" / f"ntm_4_none_guidance_{strength}.png") for strength in ("0", "2.5")]
+    assert not np.array_equal(*sheets)
     assert "vary one at a time" in fails("evaluate.py", f"--out_dir={copied}", "--guidance=0,1", "--steps=2,4")
 
 

@@ -444,6 +444,16 @@ def test_three_ranks_share_the_images_of_one(copied, tmp_path, settings):
             line for line in together.splitlines() if "NLL" in line]
 
 
+def test_the_speed_of_several_ranks_is_the_slowest_ones(capsys):
+    """Twelve images: each stage by the rank that it took longest, all together by the rank that took longest in all."""
+    config = SimpleNamespace(num_tokens=16, token_dim=4)
+    model = SimpleNamespace(device=torch.device("cpu"), network=SimpleNamespace(config=config), ts=torch.zeros(5))
+    sample.report(model, 12, [{"sampling": 4.0, "inversion": 2.0}, {"sampling": 3.0, "inversion": 6.0}, {}], [320.0, 640.0])
+    assert capsys.readouterr().out.splitlines() == [
+        "sampling: 3.0 images/s", "inversion: 2.0 images/s", "all together: 1.3 images/s on 3 x cpu",
+        "trajectory NLL: 480.00 nats, 1.5000 for each of its 320 numbers, under the model without guidance"]
+
+
 def test_what_is_wrong_with_a_folder_is_told_by_all_ranks_in_one_line(copied, tmp_path):
     (tmp_path / "0000.png").write_bytes(b"a photo")
     status, _, errors = torchrun(2, "sample.py", *SAMPLE, f"--out_dir={copied}", f"--folder={tmp_path}")
