@@ -292,6 +292,8 @@ def test_restarts_from_the_scripts(copied):
     alone, *_ = model.sample_trajectories(captions[1:], [5], 1.0, seed=2, restarts=1)
     torch.testing.assert_close(alone[0], again[1], atol=1e-4, rtol=1e-4)
     assert "restarts is -1, but must be at least 0" in fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--restarts=-1")
+    with pytest.raises(ValueError, match="best_of is 2, .*fewer than 2 steps"):
+        load(copied, device="cpu", steps=1).sample(captions, best_of=2)
     with pytest.raises(ValueError, match="fewer than 3 steps"):
         load(copied, device="cpu", steps=2).sample(captions, restarts=1)
     run("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--parts=samples", "--num_samples=20", "--restarts=1",
@@ -411,6 +413,12 @@ def test_an_interrupted_run_in_a_folder_of_its_own_can_be_sent_again(copied, tmp
         patch.setattr("plumbing.layouts.contact_sheet", interrupted)
         noted(copied, f"--folder={tmp_path / 'mine'}")
     assert names(tmp_path / "mine") == of_sheet(5) - {"sheet.png"}
+    noted(copied, f"--folder={tmp_path / 'mine'}", "--num_samples=2")
+    assert names(tmp_path / "mine") == of_sheet(2)
+    (tmp_path / "mine" / ".settings.json").unlink()  # as earlier versions left it
+    noted(copied, f"--folder={tmp_path / 'mine'}", "--num_samples=1")
+    assert names(tmp_path / "mine") == of_sheet(1)
+    (tmp_path / "mine" / ".settings.json").write_text("")  # a full disk
     noted(copied, f"--folder={tmp_path / 'mine'}", "--num_samples=2")
     assert names(tmp_path / "mine") == of_sheet(2)
 
