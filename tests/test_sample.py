@@ -394,6 +394,23 @@ def test_a_flat_run_that_goes_on_leaves_images_and_nothing_else(copied, tmp_path
     assert (folder / "0002.png").stat().st_mtime_ns == stamp
 
 
+def test_a_flat_run_that_is_killed_as_it_goes_on_goes_on_again(copied, tmp_path, monkeypatch):
+    """Whenever that is, its settings are there."""
+    settings, calls = ["--layout=flat", f"--folder={tmp_path / 'flat'}"], []
+    noted(copied, *settings)
+    (tmp_path / "flat" / "0002.png").unlink()
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("plumbing.layouts.claim", killed)
+        noted(copied, *settings)
+    assert "1 of 5 images" in noted(copied, *settings)[0]
+
+
 @pytest.mark.parametrize("layout", ["sheet", "flat"])
 def test_images_of_somebody_else_are_not_taken_for_an_earlier_runs(copied, tmp_path, monkeypatch, layout):
     (tmp_path / "photos").mkdir()
@@ -476,7 +493,7 @@ def test_what_is_wrong_with_a_folder_is_told_by_all_ranks_in_one_line(copied, tm
 @pytest.mark.parametrize("denoise, best_of", [("learned", 1), ("score", 1), ("none", 2)])
 def test_any_number_of_captions_is_sampled_in_batches_that_fit(trained, monkeypatch, denoise, best_of):
     """The images are those of one batch, in the same order; no step of them sees more at once than fit into memory."""
-    model, captions = load(trained, device="cpu", denoise=denoise), ["the digit one", "the digit two", "a 3"] * 4
+    model, captions = load(trained, device="cpu", denoise=denoise), ["the digit one", "the digit two"] * 6
     whole, sizes, network = model.sample(captions, seed=3, best_of=best_of), [], model.network
     assert len({tuple(image.flatten().tolist()) for image in whole}) == 12
     for name in ("sample", "invert", "score_denoise", "trajectory_nll", "guided_score"):
