@@ -322,9 +322,10 @@ def test_pictures_and_their_likelihood(copied, denoise, stages, strips):
 
 def test_single_images_can_be_enlarged(copied):
     run("sample.py", *SAMPLE, f"--out_dir={copied}", "--num_samples=2")
-    plain = pixels(copied / "images" / "0001.png")
+    plain, sheet = pixels(copied / "images" / "0001.png"), pixels(copied / "images" / "sheet.png")
     run("sample.py", *SAMPLE, f"--out_dir={copied}", "--num_samples=2", "--scale=8")
     assert np.array_equal(pixels(copied / "images" / "0001.png"), plain.repeat(8, axis=0).repeat(8, axis=1))
+    assert np.array_equal(pixels(copied / "images" / "sheet.png"), sheet)
     assert "scale is 0, but must be at least 1" in fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--scale=0")
 
 
