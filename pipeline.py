@@ -119,11 +119,9 @@ class TrainedModel:
 
     def load_decoder(self, path):
         """Loads what makes images of this model's latents, a program saved by torch.export, for to_images(). Raises
-        ValueError for a model of images, or another file."""
-        if not self.latents:
-            raise ValueError(f"decoder is {path!r}, but this model makes images, not latents: leave it out")
-        from plumbing.latents import load_exported  # and with it what encodes data sets
-        self.decode = load_exported(path, self.device)
+        ValueError or OSError for a model of images, or for a program that is no decoder."""
+        from plumbing.latents import load_decoder  # and with it what encodes data sets
+        self.decode = load_decoder(self.settings | {"decoder": path}, self.device)
 
     # -----------------------------------------------------------------------------------------------------------
     # Captions
@@ -250,7 +248,7 @@ class TrainedModel:
     def to_images(self, samples):
         """What to look at, in [-1, 1]: the images that the decoder makes of normalised latents (B, C, h, w); without
         one, the samples as they are."""
-        return self.decode(self.plain_latents(samples)).clamp(-1, 1) if self.decode else samples
+        return self.decode(samples) if self.decode else samples
 
     # -----------------------------------------------------------------------------------------------------------
     # Likelihood
