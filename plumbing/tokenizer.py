@@ -1,12 +1,15 @@
 """Captions to token ids: byte-pair encodings, and captions that are class numbers."""
 
 import base64
+import heapq
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 import torch
+from tqdm import tqdm
 
 ASSETS = Path(__file__).parent.parent / "assets"
 VOCABULARIES = ("captions", "emoji")  # assets/NAME.tiktoken
@@ -14,6 +17,7 @@ PAD, NULL = 0, 1  # the null caption is what guidance uses; a vocabulary's own i
 WORD = r" ?[^\s,]+|,|\s+"  # a word includes the space before it, so that a common word is one token
 LETTERS = r"[^\W\d_]+(?:['’-][^\W\d_]+)*"  # a word as people count them: "don't", "t-shirt"
 MOST_WORDS = 200_000  # that a run keeps of its captions
+MOST_BYTES = 20_000_000  # of different words that a vocabulary is made of: some minutes and 4 GB
 
 
 class Tokenizer:
@@ -121,28 +125,102 @@ def survey(captions, tokenizer, text_len, most=1.0):
     return line
 
 
+class Candidate(NamedTuple):
+    """A pair of tokens that may be merged, and how often it occurred when this was noted. Heaps are to give the most
+    frequent pair first; of equally frequent ones the last by its bytes."""
+
+    count: int
+    pair: tuple
+
+    def __lt__(self, other):
+        return tuple.__gt__(self, other)  # heapq gives the least first
+
+
+class Splits:
+    """Words split into tokens, at first into bytes, and how often each pair of neighbours occurs. All words stand in
+    one linked list, with a None around each; a place is a position in it. A merge costs as much as the pair has places,
+    so that long words, such as whole sentences of Chinese, take no longer than short ones."""
+
+    def __init__(self, words):
+        self.tokens, self.weights = [None], [0]
+        for word, count in words.items():
+            self.tokens += [word[i:i + 1] for i in range(len(word))] + [None]
+            self.weights += [count] * (len(word) + 1)
+        self.before = list(range(-1, len(self.tokens) - 1))
+        self.after = list(range(1, len(self.tokens) + 1))
+        self.counts, self.places = Counter(), defaultdict(list)  # places may be out of date
+        for place in range(len(self.tokens) - 1):
+            self.gain(place)
+
+    def pair_at(self, place):
+        """The token at a place and the next one of its word; None at the ends of words and where a merge left none."""
+        left, right = self.tokens[place], self.tokens[self.after[place]]
+        return None if left is None or right is None else (left, right)
+
+    def gain(self, place):
+        pair = self.pair_at(place)
+        if pair:
+            self.counts[pair] += self.weights[place]
+            self.places[pair].append(place)
+        return pair
+
+    def lose(self, place):
+        pair = self.pair_at(place)
+        if pair:
+            self.counts[pair] -= self.weights[place]
+
+    def merge(self, pair):
+        """Makes one token of each occurrence of a pair. Returns the pairs that the new token is part of."""
+        joined, gained = pair[0] + pair[1], set()
+        for place in sorted(self.places.pop(pair), reverse=True):  # from the right: of "aaa" the last two
+            if self.pair_at(place) != pair:
+                continue
+            before, right = self.before[place], self.after[place]
+            self.lose(before)
+            self.lose(place)
+            self.lose(right)
+            self.tokens[place], self.tokens[right] = joined, None
+            self.after[place] = self.after[right]
+            self.before[self.after[place]] = place
+            gained.update((self.gain(before), self.gain(place)))
+        return {pair for pair in gained if self.counts[pair]}
+
+
 def train_bpe(words, vocab_size):
     """Byte-pair encoding of `words`, a Counter of byte strings: merges the most frequent pair of tokens until there are
     `vocab_size` tokens or every word is one. Returns the tokens by rank, the 256 bytes first."""
-    vocab = [bytes([b]) for b in range(256)]
-    splits = {word: [bytes([b]) for b in word] for word in words}
-    while len(vocab) < vocab_size:
-        pairs = Counter()
-        for word, parts in splits.items():
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += words[word]
-        if not pairs:
-            break
-        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))  # ties are broken by the pair itself
-        vocab.append(left + right)
-        for parts in splits.values():
-            for i in range(len(parts) - 1, 0, -1):
-                if parts[i - 1:i + 1] == [left, right]:
-                    parts[i - 1:i + 1] = [left + right]
+    vocab, splits = [bytes([b]) for b in range(256)], Splits(words)
+    heap = [Candidate(count, pair) for pair, count in splits.counts.items()]
+    heapq.heapify(heap)
+    bar = tqdm(total=vocab_size - len(vocab), desc="merges", unit="token", leave=False)
+    while heap and len(vocab) < vocab_size:
+        count, pair = heapq.heappop(heap)
+        now = splits.counts[pair]
+        if now == count:
+            vocab.append(pair[0] + pair[1])
+            for gained in splits.merge(pair):
+                heapq.heappush(heap, Candidate(splits.counts[gained], gained))
+            bar.update()
+        elif now:  # other merges have taken some of its places
+            heapq.heappush(heap, Candidate(now, pair))
+    bar.close()
     return vocab
 
 
+def commonest(words, most):
+    """The commonest of `words`, a Counter of byte strings, that together have at most `most` bytes."""
+    kept, held = {}, 0
+    for word, count in words.most_common():
+        held += len(word)
+        if held > most:
+            break
+        kept[word] = count
+    return kept
+
+
 def make_vocabulary(captions, size=512):
-    """The bytes of a .tiktoken file of at most `size` tokens for such captions: a line a token, base64 and rank."""
+    """The bytes of a .tiktoken file of at most `size` tokens for such captions: a line a token, base64 and rank. Of
+    more than MOST_BYTES of different words the commonest count."""
     words = Counter(word.encode() for caption in captions for word in re.findall(WORD, caption))
-    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(train_bpe(words, size)))
+    vocab = train_bpe(commonest(words, MOST_BYTES), size)
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(vocab))

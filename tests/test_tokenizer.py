@@ -1,4 +1,9 @@
 """Captions to ids: byte pairs, vocabularies from files, and captions that are numbers of classes."""
+import base64
+import random
+import time
+from collections import Counter
+
 import pytest
 import tiktoken
 import torch
@@ -31,6 +36,68 @@ def test_bpe_merges_the_most_frequent_pair_first():
     vocab = tokenizer.train_bpe({b"abab": 3, b"bc": 4}, 300)
     assert vocab[256:] == [b"ab", b"bc", b"abab"]
     assert tokenizer.train_bpe({b"abab": 3, b"bc": 4}, 257)[256:] == [b"ab"]
+
+
+def merged_one_by_one(words, vocab_size):
+    """Byte-pair encoding as it is defined, all pairs counted again for each merge."""
+    vocab, splits = [bytes([b]) for b in range(256)], {word: [bytes([b]) for b in word] for word in words}
+    while len(vocab) < vocab_size:
+        pairs = Counter()
+        for word, parts in splits.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
+        vocab.append(left + right)
+        for parts in splits.values():
+            for i in range(len(parts) - 1, 0, -1):
+                if parts[i - 1:i + 1] == [left, right]:
+                    parts[i - 1:i + 1] = [left + right]
+    return vocab
+
+
+def test_counts_kept_up_to_date_are_counts_taken_anew():
+    """Random words of few letters, whose runs and ties are what can go wrong."""
+    draw = random.Random(0)
+    for _ in range(300):
+        letters, longest = b"abc"[:draw.randint(1, 3)], draw.choice((4, 12, 40))
+        words = {bytes(draw.choices(letters, k=draw.randint(1, longest))): draw.randint(1, 5)
+                 for _ in range(draw.randint(0, 12))}
+        size = draw.choice((256, 258, 270, 400))
+        assert tokenizer.train_bpe(words, size) == merged_one_by_one(words, size), (words, size)
+
+
+def sentences(count, length):
+    """Sentences without spaces, all different, of words of 1 to 3 of 2,000 Chinese characters, the first more often."""
+    draw = random.Random(0)
+    characters = [chr(0x4E00 + i) for i in range(2000)]
+    weights = [1 / (i + 20) for i in range(2000)]
+    words = ["".join(draw.choices(characters, weights, k=draw.randint(1, 3))) for _ in range(2000)]
+    return ["".join(draw.choices(words, k=length)) for _ in range(count)]
+
+
+def test_a_vocabulary_of_sentences_without_spaces_takes_seconds(tmp_path):
+    """A tenth of 20,000 captions, and as much text in one: work grows with the text, not with merges times text."""
+    for captions in sentences(2000, 16), sentences(1, 32_000):
+        started = time.process_time()
+        text = tokenizer.make_vocabulary(captions, 4096)
+        assert time.process_time() - started < 15
+        (tmp_path / "zh.tiktoken").write_bytes(text)
+        bpe = get_tokenizer(str(tmp_path / "zh.tiktoken"))
+        tokens = bpe.tokens(captions[0])
+        assert bpe.vocab_size == 4098 and bpe.decode(tokens) == captions[0]
+        assert len(tokens) < 0.8 * len(captions[0])  # of 3 bytes each: tokens are characters, and words
+
+
+def test_of_too_many_words_the_commonest_count(monkeypatch):
+    words = Counter({b"aa": 5, b"bbb": 3, b"cc": 4})
+    assert tokenizer.commonest(words, 7) == words and tokenizer.commonest(words, 6) == {b"aa": 5, b"cc": 4}
+    assert tokenizer.commonest(words, 1) == {}
+    monkeypatch.setattr(tokenizer, "MOST_BYTES", 6)
+    text = tokenizer.make_vocabulary(["cc,aa", "bbb"], 300).decode()
+    vocab = {base64.b64decode(line.split()[0]) for line in text.splitlines()[256:]}
+    assert vocab == {b"cc", b"aa"}  # of the words "cc", ",", "aa" and "bbb", which is one byte too many
 
 
 def test_gpt2_without_a_network_names_the_remedies(monkeypatch):
