@@ -1,5 +1,6 @@
 """What must fit does: validation and score denoising at the size of real models, and no copy of the weights too many."""
 import gc
+import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,31 @@ def test_what_training_keeps_is_what_its_config_says(monkeypatch, name, of_weigh
             peaks.append(kept.peak / 1e9)
     assert peaks[1] - peaks[0] == pytest.approx(of_an_image, rel=0.01)
     assert 2 * peaks[0] - peaks[1] == pytest.approx(of_weights, rel=0.02)
+
+
+def commands_for(gigabytes, page, name):
+    """(command, GB a GPU) of each command in a page that trains config/NAME.py: `gigabytes` of a pass of so many images,
+    the batch divided among ranks and accumulation passes."""
+    config = runpy.run_path(str(ROOT / "config" / f"{name}.py"))
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    for command in re.findall(rf"^torchrun .*train\.py config/{name}\.py.*", text, re.MULTILINE):
+        def given(key, default):
+            return int((re.search(rf"--{key}=(\d+)", command) or [0, default])[1])
+        ranks = given("nproc_per_node", 1) * given("nnodes", 1)
+        passes = ranks * given("grad_accum", config["grad_accum"])
+        yield command, gigabytes(given("batch_size", config["batch_size"]) / passes)
+
+
+def test_commands_of_the_docs_fit_into_a_gpu_of_80_gb():
+    with FakeTensorMode():
+        weights = sum(parameter.numel() for parameter in NTM(of_config("t2i")).parameters()) * 4 / 1e9
+
+    def gigabytes(images):  # weights, gradients, AdamW's two and the average; then what is counted above
+        return 5 * weights + 2.35 + 0.906 * images
+
+    assert gigabytes(2048 / 8 / 4) == pytest.approx(85, abs=1)
+    found = [*commands_for(gigabytes, "docs/scaling.md", "t2i")]
+    assert len(found) >= 3 and all(size < 75 for _, size in found), found
 
 
 def test_what_an_example_takes_is_estimated_well():
