@@ -21,10 +21,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
+from tqdm import tqdm
 
 from plumbing import shapes
-from plumbing.images import contact_sheet, save_image, to_pixels
+from plumbing.images import contact_sheet, fit, save_image, thumbnail, to_pixels
 from plumbing.shards import Shards, find_shards, first_example
 from plumbing.tokenizer import ASSETS, get_tokenizer
 
@@ -183,41 +183,52 @@ def read_idx(folder, name, ndim):
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
 
 
+def native_shape(args):
+    """(C, H, W) of what a set holds, and whether these are latents."""
+    if args.name == "shards":
+        latent, shape = first_example(find_shards(args.data_dir, args.split)[0])
+        return shape, latent
+    return {"shapes": (3, 16, 16), "fashion": (1, 28, 28), "digits": (1, 8, 8)}[args.name], False
+
+
 def show(args):
     """Prints what a data set holds and what its captions cost in tokens, and shows some of its images."""
-    of_shards, latent = args.name == "shards", False
-    if of_shards:
-        latent, (channels, *native) = first_example(find_shards(args.data_dir, args.split)[0])
-    else:
-        channels, *native = {"shapes": (3, 16, 16), "fashion": (1, 28, 28), "digits": (1, 8, 8)}[args.name]
-    size = tuple(native) if args.image_size is None or latent else args.image_size
-    sets = {split: get_dataset(args.name, split, size, channels, args.seed, args.data_dir)
+    (channels, *size), latent = native_shape(args)
+    read = fit(*size) if not latent and args.name == "shards" else size  # large images are read as thumbnails
+    if args.image_size is not None and not latent:
+        size = read = [args.image_size, args.image_size]
+    sets = {split: get_dataset(args.name, split, tuple(read), channels, args.seed, args.data_dir)
             for split in ("train", "val", args.split)}  # which raises for an unknown split
     shown, images, captions, faults = sets[args.split], [], [], []
-    for i in range(min(2_000, len(shown))):  # one at a time: images may be large
-        image, caption, fault = shown.__getitems__([i])[0] if of_shards else (*shown[i], "")
-        images += [image] if i < args.count else []
-        captions += [caption]
-        faults += [fault] if fault else []
+    for i in tqdm(range(min(2_000, len(shown))), desc="examples", leave=False):  # one at a time: images may be large
+        image, caption, *fault = shown.__getitems__([i])[0]
+        captions.append(caption)
+        faults += filter(None, fault)
+        if i < args.count:
+            images.append(thumbnail(image))
     print(f"{args.name}: {len(sets['train']):,} to train on, {len(sets['val']):,} to validate, "
-          + "x".join(map(str, images[0].shape)))
-    for name, fault in shown.faults.items() if of_shards else ():
+          + "x".join(map(str, (channels, *size))))
+    for name, fault in shown.faults.items() if args.name == "shards" else ():
         print(f"  {name} is damaged: {fault}")
     if faults:
         print(f"{len(faults)} of the first {len(captions):,} examples are unusable; {faults[0]}")
+    show_tokens(captions, get_tokenizer(args.tokenizer))
+    out = args.out or f"out/{args.name}.png"
+    columns = args.count if args.count <= 10 else None
+    save_image(contact_sheet(images, captions[:args.count], columns), out)
+    print(f"wrote {out}")
 
-    tokenizer = get_tokenizer(args.tokenizer)
+
+def show_tokens(captions, tokenizer):
+    """Prints what captions cost in tokens, and the first of them."""
     lengths = np.array([len(tokenizer.tokens(caption)) for caption in captions])
     apart = np.mean([tokenizer.falls_apart(caption) for caption in captions])
     print(f"vocabulary of {tokenizer.vocab_size}: {lengths.mean():.1f} tokens a caption, {lengths.max()} at most; "
           f"{apart:.1%} of captions fall apart into bytes")
     for length in (4, 8, 16, 32, 77):
         print(f"  text_len {length:2}: {(lengths <= length).mean():.1%} of captions whole")
-    print("\n".join(f"  {caption}" for caption in captions[:6]))
-    out = args.out or f"out/{args.name}.png"
-    columns = args.count if args.count <= 10 else None
-    save_image(contact_sheet(torch.stack(images), captions[:args.count], columns), out)
-    print(f"wrote {out}")
+    for caption in captions[:6]:
+        print(f"  {caption}" if len(caption) <= 500 else f"  {caption[:500]}…")
 
 
 def main():

@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional
 
 PAPER, INK = (255, 255, 255), (20, 20, 20)
 GAP = 8  # pixels between cells, and around them
 FONT_SIZE = 13
 MIN_CELL = 96  # pixels; a narrower cell would have no room for its caption
+MOST_LINES = 8  # of a caption under an image
+ELLIPSIS = "…"
+THUMBNAIL = 256  # pixels; the longer side of what `python data.py` shows of larger images
 PANEL, AXIS = (460, 300), 58  # pixels: a panel's curves, and the room for the numbers beside and below them
 COLOURS = (31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207)
 
@@ -52,9 +56,22 @@ def resize_and_crop(image, height, width, across=0.5, down=0.5):
 
 
 def wrap(text, font, width):
-    """Breaks each line of `text` between words into lines of about `width` pixels (a long word may stick out)."""
+    """Breaks `text` into lines of about `width` pixels, between words where that is possible, and cuts it with an
+    ellipsis after MOST_LINES of them. Its own lines stay apart; the last of several is never cut away: a likelihood."""
     letters = max(1, int(width / font.getlength("n")))
-    return "\n".join(textwrap.fill(line, letters, break_long_words=False) for line in text.split("\n"))
+    *others, last = text.split("\n")
+    lines = []
+    for line in others[:MOST_LINES + 1]:
+        lines += break_line(line, letters) or [""]
+    if len(lines) > MOST_LINES:
+        lines = [*lines[:MOST_LINES - 1], lines[MOST_LINES - 1][:letters - 1].rstrip(ELLIPSIS) + ELLIPSIS]
+    return "\n".join(lines + break_line(last, letters))
+
+
+def break_line(line, letters):
+    """One line as at most MOST_LINES lines of `letters` characters, a list."""
+    enough = line[:letters * MOST_LINES * 10]  # textwrap is slow with books; ten times, as spaces may be many
+    return textwrap.wrap(enough, letters, max_lines=MOST_LINES, placeholder=ELLIPSIS)
 
 
 def pixels_of(images):
@@ -71,14 +88,35 @@ def to_pil(image, scale=1):
     return Image.fromarray(pixels_of(image).repeat(scale, axis=0).repeat(scale, axis=1))
 
 
-def contact_sheet(images, captions=None, columns=None, scale=None):
-    """Images (B, C, H, W) in [-1, 1] with their captions underneath ("" for none), as an RGB PIL.Image. columns: by
-    default about as many as rows, full rows if that can be. scale: how often a pixel is repeated, by default until
-    images are 96 wide."""
-    pixels = pixels_of(images)
-    count, height, width, _ = pixels.shape
+def thumbnail(image):
+    """An image (C, H, W), reduced by averaging to at most THUMBNAIL pixels a side; smaller ones as they are."""
+    size = fit(*image.shape[1:])
+    if size == tuple(image.shape[1:]):
+        return image
+    return functional.interpolate(image[None], size, mode="area")[0]
+
+
+def fit(height, width):
+    """The size of a thumbnail of height x width, in pixels."""
+    scale = min(1, THUMBNAIL / max(height, width))
+    return max(1, round(scale * height)), max(1, round(scale * width))
+
+
+def columns_for(count):
+    """About as many columns as rows for `count` cells, full rows if that can be."""
     root = math.isqrt(count - 1) + 1
-    columns = columns or next((n for n in range(root, 2 * root) if count % n == 0), root)
+    for columns in range(root, 2 * root):
+        if count % columns == 0:
+            return columns
+    return root
+
+
+def contact_sheet(images, captions=None, columns=None, scale=None):
+    """Images (B, C, H, W) in [-1, 1] with their captions underneath ("" for none), as an RGB PIL.Image. Long captions
+    are cut. columns: by default about as many as rows, full rows if that can be. scale: how often a pixel is repeated,
+    by default until images are 96 wide."""
+    count, (height, width) = len(images), images[0].shape[-2:]
+    columns = columns or columns_for(count)
     scale = scale or -(-MIN_CELL // width)
     height, width = height * scale, width * scale
 
@@ -87,12 +125,16 @@ def contact_sheet(images, captions=None, columns=None, scale=None):
     line = FONT_SIZE + 4  # Pillow puts 4 pixels between lines
     text_height = line * max(text.count("\n") + 1 for text in texts) if captions else 0
 
-    cell_w, cell_h = width + GAP, height + text_height + GAP
-    sheet = Image.new("RGB", (columns * cell_w + GAP, -(-count // columns) * cell_h + GAP), PAPER)
+    cell_width = width + GAP
+    cell_height = height + text_height + GAP
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * cell_width + GAP, rows * cell_height + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for i, (image, text) in enumerate(zip(pixels, texts)):
-        x, y = GAP + i % columns * cell_w, GAP + i // columns * cell_h
-        sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
+    for i, (image, text) in enumerate(zip(images, texts)):
+        row, column = divmod(i, columns)
+        x = GAP + column * cell_width
+        y = GAP + row * cell_height
+        sheet.paste(to_pil(image, scale), (x, y))
         pen.multiline_text((x, y + height + 2), text, fill=INK, font=font)
     return sheet
 

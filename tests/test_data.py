@@ -2,6 +2,7 @@ import gzip
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 
 import data
 from plumbing import shapes
-from plumbing.images import FONT_SIZE, GAP, ImageFont, contact_sheet, dequantize, to_pil, to_pixels, to_uint8, wrap
+from plumbing.images import (FONT_SIZE, GAP, ImageFont, contact_sheet, dequantize, thumbnail, to_pil, to_pixels, to_uint8,
+                             wrap)
 from plumbing.tokenizer import ASSETS, make_vocabulary
 
 
@@ -354,3 +356,38 @@ def test_captions_keep_their_lines_and_are_broken_to_fit():
     font = ImageFont.load_default(13)
     assert wrap("a bag\n-3.0 nats", font, 500) == "a bag\n-3.0 nats"
     assert wrap("a red circle above a blue square", font, 60).count("\n") >= 2
+
+
+@pytest.mark.parametrize("caption", ["word " * 32_000, "x" * 160_000, "\n" * 160_000, "a\n" * 80_000,
+                                     "猫坐在窗台上，" * 20_000])
+def test_long_captions_are_cut_with_an_ellipsis(caption):
+    images = torch.zeros(2, 3, 96, 96)
+    started = time.process_time()
+    sheet = contact_sheet(images, [caption, "a bag"], columns=2)
+    assert time.process_time() - started < 2
+    assert sheet.height <= 96 + 2 * GAP + 9 * (FONT_SIZE + 4) and sheet.width == 2 * (96 + GAP) + GAP
+    font = ImageFont.load_default(FONT_SIZE)
+    shown = wrap(caption, font, 96)
+    assert 1 < shown.count("…") + shown.count("\n") and shown.rstrip("\na").endswith("…")
+    likelihood = wrap(caption + "\n-log p = 12.5", font, 96).split("\n")
+    assert len(likelihood) <= 10 and "".join(likelihood).endswith("-log p =12.5") and "…" in "".join(likelihood)
+
+
+def test_captions_that_fit_are_whole():
+    font = ImageFont.load_default(FONT_SIZE)
+    eight = "\n".join("abcdefgh")
+    assert wrap(eight, font, 96) == eight and wrap(eight + "\n-1 nat", font, 96) == eight + "\n-1 nat"
+    assert wrap(" ".join(eight.split()), font, 1) == eight and "…" in wrap(" ".join(eight.split()) + " i", font, 1)
+    long_word = wrap("a supercalifragilistic day", font, 96).split("\n")
+    assert "".join(long_word).replace(" ", "") == "asupercalifragilisticday"
+    assert max(font.getlength(line) for line in long_word) <= 96
+
+
+@pytest.mark.parametrize("size, smaller", [((256, 256), (256, 256)), ((8, 12), (8, 12)), ((512, 256), (256, 128)),
+                                           ((3, 3000), (1, 256)), ((257, 100), (256, 100))])
+def test_thumbnails(size, smaller):
+    image = torch.rand(3, *size)
+    small = thumbnail(image)
+    assert small.shape == (3, *smaller) and small.mean().item() == pytest.approx(image.mean().item(), abs=0.02)
+    assert size != smaller or torch.equal(small, image)
+    assert torch.allclose(thumbnail(torch.ones(1, 512, 1024).cumsum(2))[0, 0, :2], torch.tensor([2.5, 6.5]))
