@@ -34,7 +34,7 @@ from pipeline import TrainedModel
 from plumbing import judge as judges
 from plumbing import shapes, truth
 from plumbing.detector import TASKS, task_prompts
-from plumbing.folders import empty_folder, write_folder, write_real_images
+from plumbing.comparison import empty_folder, write_folder, write_real_images
 from plumbing.images import contact_sheet, plot_quality, save_image
 from plumbing.judge import frechet_distance, nearest_labels
 from plumbing.layouts import make_folder

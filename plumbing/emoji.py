@@ -18,8 +18,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from plumbing.folders import hashed
 from plumbing.images import resize_and_crop
-from plumbing.prepare import hashed, write_splits
+from plumbing.prepare import write_splits
 from plumbing.shards import decode_image
 
 PACKAGES = {  # style: the npm package, where its pictures are in it, and what they may be used for
