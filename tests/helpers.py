@@ -20,7 +20,7 @@ from fm import FlowMatching
 from model import NTM, Denoiser
 from plumbing import checkpoint
 from plumbing.runtime import note
-from plumbing.shards import write_shard
+from plumbing.shards import Shards, write_shard
 
 NETWORKS = {"ntm": NTM, "fm": FlowMatching, "denoiser": Denoiser}
 ROOT = Path(__file__).parent.parent
@@ -175,3 +175,13 @@ def fails(script, *settings):
     line = stop.value.code
     assert isinstance(line, str) and line.strip() and "\n" not in line
     return line
+
+
+def command(*arguments):
+    """Runs `python data.py arguments` in this process. Returns what it printed."""
+    return run("data.py", *map(str, arguments))[1]
+
+
+def examples_of(folder, split):
+    """{caption: pixels (C, H, W)} of some shards."""
+    return {caption: image for image, caption in Shards(str(folder), split, 3, 8, 8)}
