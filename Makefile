@@ -3,8 +3,8 @@ RUN = .venv/bin/python
 
 # Handwritten digits, from nothing to samples; what is done already is not done again.
 demo: .venv/ready
-	$(RUN) train.py config/digits.py --init_from=auto
-	$(RUN) distill.py --out_dir=out/digits --init_from=auto
+	$(RUN) train.py config/digits.py --resume=auto
+	$(RUN) distill.py --out_dir=out/digits --resume=auto
 	$(RUN) sample.py --out_dir=out/digits --show_trajectory=True
 
 # In two halves at a time, one of them what runs most scripts.

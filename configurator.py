@@ -45,7 +45,7 @@ RANGES = {
 RANGE_OF = {name: extent for extent, names in RANGES.items() for name in names.split()}
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 OF_NANOGPT = {"n_embd": "width", "n_layer": "depth", "n_head": "heads", "learning_rate": "lr", "eval_interval":
-              "val_interval", "gradient_accumulation_steps": "grad_accum", "block_size": "text_len"}
+              "val_interval", "gradient_accumulation_steps": "grad_accum", "block_size": "text_len", "init_from": "resume"}
 
 
 def kind(value):

@@ -31,7 +31,7 @@ from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_pro
 
 # ---- run
 out_dir = "out/digits"  # holds the model's ckpt.pt, and gets denoiser.pt
-init_from = "scratch"  # or "resume": continue out_dir/denoiser.pt; or "auto": resume if there is something to resume
+resume = "no"  # "yes": continue out_dir/denoiser.pt; "auto": if there is one
 seed = 0  # with the iteration, all of a run's randomness
 device = ""  # cuda, mps or cpu; empty: the best there is
 bfloat16: bool | None = None  # autocast; None: on CUDA only
@@ -97,7 +97,7 @@ def main(config):
         ranks = device, rank, world = start_ranks(config["device"])
         path = Path(config["out_dir"]) / "denoiser.pt"
         teacher, trained = checkpoint.load_network(path.with_name("ckpt.pt"), {"ntm": NTM}, device)
-        resumed = checkpoint.find_start(config["init_from"], path, "denoiser")
+        resumed = checkpoint.find_start(config["resume"], path, "denoiser")
         if resumed:
             checkpoint.keep_settings(config, resumed)
             if (theirs := resumed.get("teacher", trained["iter"])) != trained["iter"]:

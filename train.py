@@ -2,7 +2,7 @@
 
     python train.py config/shapes.py --batch_size=32
     torchrun --nproc_per_node=8 train.py config/t2i.py
-    python train.py --out_dir=out/shapes --init_from=resume          # goes on, with the settings of the checkpoint
+    python train.py --out_dir=out/shapes --resume=yes                # goes on, with the settings of the checkpoint
     python train.py config/digits_fm.py                              # flow matching instead: the baseline
     python train.py config/digits_tune.py                            # an NTM that starts from it
     python train.py config/sit.py --init_from=sit:SiT-XL-2-256.pt    # or from published weights
@@ -31,13 +31,15 @@ from plumbing.loader import Batches, examine, validation_batches
 from plumbing.log import Progress
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
 from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, exact_products, for_training,
-                              gathered, gradients_meet, in_bfloat16, job, leave_ranks, one_line_errors, start_ranks)
+                              gathered, gradients_meet, in_bfloat16, job, leave_ranks, note, one_line_errors,
+                              start_ranks)
 from plumbing.shards import find_shards, first_example
 
 # ---- run
 out_dir = "out/digits"
 objective = "ntm"  # or "fm": flow matching, with the same network
-init_from = "scratch"  # "resume": continue out_dir/ckpt.pt; "auto": if there; or any other ckpt.pt; or sit:PATH
+init_from = "scratch"  # or a ckpt.pt of flow matching or of an NTM; or sit:PATH, published weights
+resume = "no"  # "yes": continue out_dir/ckpt.pt, wherever it started from; "auto": if there is one
 seed = 0  # with the iteration, all of a run's randomness
 device = ""  # cuda, mps or cpu; empty: the best there is
 bfloat16: bool | None = None  # autocast; None: on CUDA only
@@ -102,6 +104,7 @@ chunk = 0  # examples that are validated or score-denoised at once; 0: what fits
 wandb_log = False  # the log and the sheets to Weights & Biases as well
 
 NETWORKS = {"ntm": NTM, "fm": FlowMatching}
+RENAMED = {"resume": "--resume=yes", "auto": "--resume=auto"}  # what init_from could be in older versions
 NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
 TRANSPORTER = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads")
 
@@ -120,8 +123,8 @@ def starting_point(name, device, heads=None):
         decided |= {"predictor": "sit", "tokenizer": f"classes:{network.classes}", "text_len": 1}
         return network, decided | {"parametrization": "posterior"}, None
     if not Path(name).exists():
-        starts = ", ".join(map(repr, checkpoint.STARTS))
-        raise ValueError(f"init_from {name!r} is neither {starts}, sit:PATH nor a file: train the model there first")
+        raise ValueError(f"init_from {name!r} is neither 'scratch', sit:PATH nor a file: train the model there first; "
+                         "a run is continued by --resume=yes, or auto")
     network, trained = checkpoint.load_network(name, NETWORKS, device)
     decided, vocabulary = {key: trained["settings"][key] for key in NETWORK}, trained.get("vocabulary")
     if trained["kind"] == "fm":
@@ -138,13 +141,20 @@ def start(config, device):
     Returns network, contents of the checkpoint, and vocabulary, None for what there is not.
     """
     path, init_from = Path(config["out_dir"]) / "ckpt.pt", config["init_from"]
-    other = init_from not in checkpoint.STARTS
-    resumed = checkpoint.find_start("scratch" if other else init_from, path, *NETWORKS)
+    if init_from in RENAMED:
+        raise ValueError(f"init_from {init_from!r} is now a setting of its own: write {RENAMED[init_from]}")
+    resumed = checkpoint.find_start(config["resume"], path, *NETWORKS)
     if resumed:
         checkpoint.keep_settings(config, resumed)
+        origin = resumed["settings"].get("init_from", "scratch")
+        if origin in RENAMED:  # an older version forgot the start of what it resumed
+            origin = init_from
+        if "init_from" in config.given and origin != init_from:
+            note(f"{path} continues, which started from {origin}, not from {init_from}")
+        config["init_from"] = origin
         config |= {name: resumed["model_config"][name] for name in ("parametrization", "predictor")}
         return None, resumed, resumed.get("vocabulary")
-    if not other:
+    if init_from == "scratch":
         if config["dataset"] == "shards" and not {"image_size", "channels"} <= config.given:
             size = "x".join(map(str, first_example(find_shards(config["data_dir"], "train")[0])[1]))
             raise ValueError(f"shards need image_size and channels: their first example is {size} (channels, height, "
@@ -269,7 +279,7 @@ def main(config):
     network = for_training(model, config, device)
     couple = for_training(ema.couple, config, device) if model_config.first_noise < 1 else None
     if rank == 0:
-        describe(model, config, train_set, f"{world} x {device.type}")
+        describe(model, config, train_set, f"{world} x {device.type}", first)
         for line in notes:
             print(line)
 
@@ -335,12 +345,14 @@ def main(config):
         leave_ranks()
 
 
-def describe(model, config, train_set, where):
-    """Says what is about to be trained, on what."""
+def describe(model, config, train_set, where, first):
+    """Says what is about to be trained, on what, and from where: iteration `first` of a run that continues."""
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     parts = ", ".join(f"{name} {size:.2f}M" for name, size in sizes.items())
     print(f"{sum(sizes.values()):.2f}M parameters ({parts}); {len(train_set):,} examples; on {where}")
-    if config["init_from"] not in checkpoint.STARTS:
+    if first:
+        print(f"continues {config['out_dir']} at iteration {first}")
+    elif config["init_from"] != "scratch":
         decided = ", ".join(f"{key} {config[key]}" for key in (*NETWORK, *TRANSPORTER))
         print(f"starts from {config['init_from']}: {decided}")
 

@@ -18,8 +18,8 @@ import torch
 
 from plumbing.runtime import gathered, job, one_line_errors, restarts
 
-STARTS = "scratch", "resume", "auto"
-OF_A_SITTING = {"out_dir", "init_from", "device"}  # settings that a resumed run does not take from its checkpoint
+RESUME = "no", "yes", "auto"
+OF_A_SITTING = {"out_dir", "resume", "device"}  # settings that a resumed run does not take from its checkpoint
 
 
 def save(path, **contents):
@@ -95,25 +95,24 @@ def load_network(path, networks, device="cpu"):
     return network.eval().requires_grad_(False), contents
 
 
-def find_start(init_from, path, *kinds):
-    """The checkpoint to continue from, or None to start anew, by init_from: "resume" continues, "auto" does so if there
-    is something to continue, and so does what torchrun has restarted, if it wrote that itself. No checkpoint that is
-    there is overwritten by a run that starts anew."""
-    if init_from not in STARTS:
-        raise ValueError(f"init_from {init_from!r} is unknown: choose {', '.join(map(repr, STARTS))}")
+def find_start(resume, path, *kinds):
+    """The contents of the checkpoint that a run continues, or None for a run that starts anew, by `resume`: "yes"
+    continues, "auto" does so if there is something to continue, and so does what torchrun has restarted, if it wrote
+    that itself. No checkpoint that is there is overwritten by a run that starts anew."""
+    if resume not in RESUME:
+        raise ValueError(f"resume {resume!r} is unknown: choose {', '.join(map(repr, RESUME))}")
     seen, restarted = zip(*gathered((path.exists(), restarts())))
     if len(set(seen)) > 1:
         raise ValueError(f"{path} is seen by some ranks only: out_dir has to be where all of them reach it")
-    if init_from == "resume" or (seen[0] and (init_from == "auto" or max(restarted))):
+    if resume == "yes" or (seen[0] and (resume == "auto" or max(restarted))):
         contents = load(path, *kinds)
-        if init_from == "scratch" and contents.get("job") != job():
-            raise ValueError(f"{path} is of another job: continue it with --init_from=resume, or choose another "
-                             "--out_dir")
+        if resume == "no" and contents.get("job") != job():
+            raise ValueError(f"{path} is of another job: continue it with --resume=yes, or choose another --out_dir")
         if "optimizers" not in contents:
             raise ValueError(f"{path} holds what sampling needs and no more: it cannot be resumed")
         return contents
     if seen[0]:
-        raise ValueError(f"{path} is there already: continue it with --init_from=resume, or choose another --out_dir")
+        raise ValueError(f"{path} is there already: continue it with --resume=yes, or choose another --out_dir")
     return None
 
 

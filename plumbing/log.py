@@ -112,7 +112,7 @@ class Progress:
             check(i)
         if early := totals["asked"] and i < self.config["max_iters"]:
             if self.log:
-                self.bar.write(f"interrupted: {self.path} holds iteration {i}; continue with --init_from=resume")
+                self.bar.write(f"interrupted: {self.path} holds iteration {i}; continue with --resume=yes")
         return early
 
     def update(self, i, losses, lr, totals, waited):

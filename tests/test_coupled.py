@@ -243,7 +243,7 @@ def test_candidates_see_a_coupled_step_where_that_is_all_there_is():
 def test_it_resumes_bit_for_bit(settings, tmp_path):
     run("train.py", *settings, f"--out_dir={tmp_path / 'whole'}")
     interrupted_run(NTM, 3, "train.py", *settings, f"--out_dir={tmp_path / 'parts'}")
-    run("train.py", *SHORT, f"--out_dir={tmp_path / 'parts'}", "--init_from=resume")
+    run("train.py", *SHORT, f"--out_dir={tmp_path / 'parts'}", "--resume=yes")
     assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
 
 

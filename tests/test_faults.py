@@ -78,7 +78,7 @@ def test_another_number_of_ranks_continues_the_run(tmp_path):
     for ranks, iterations in ((2, 2), (1, 4), (4, 6)):
         # the learning rate goes down to the end of the whole run, wherever a part of it ends
         on_ranks(ranks, stopping(tmp_path, iterations), *TRAIN, f"--out_dir={other}", "--caption_dropout=0.5",
-                 "--init_from=auto")
+                 "--resume=auto")
     assert_close_training(other, alone, "ckpt.pt", "log.jsonl")
 
 
@@ -215,7 +215,7 @@ def forked(settings, dying):
 def test_killed_more_than_twenty_times_a_run_ends_as_if_it_had_not_been(tmp_path):
     settings = [*TRAIN, "--max_iters=150", "--val_interval=3"]
     run("train.py", *settings, f"--out_dir={tmp_path / 'peace'}")
-    settings += [f"--out_dir={tmp_path / 'war'}", "--init_from=auto"]
+    settings += [f"--out_dir={tmp_path / 'war'}", "--resume=auto"]
     path, moments = tmp_path / "war" / "ckpt.pt", random.Random(0)
     kills, reached = {"forward": 0, "write": 0}, 0
     for attempt in itertools.count():
@@ -245,10 +245,10 @@ def test_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path):
     run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--max_iters=3")
     before = (tmp_path / "ckpt.pt").read_bytes()
     (tmp_path / "ckpt.pt.part").symlink_to("/dev/full")
-    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume")
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--resume=yes")
     assert "is the disk full?" in line and "No space left on device" in line and "the one before it is kept" in line
     assert (tmp_path / "ckpt.pt").read_bytes() == before
-    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume")  # there is room again
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--resume=yes")  # there is room again
     assert contents(tmp_path / "ckpt.pt")["iter"] == 6
 
 
@@ -256,8 +256,8 @@ def test_a_folder_of_another_run_is_refused_with_the_two_ways_on(tmp_path):
     run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--max_iters=3")
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}")
-    assert "is there already" in line and "--init_from=resume" in line and "another --out_dir" in line
-    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume", "--width=32")
+    assert "is there already" in line and "--resume=yes" in line and "another --out_dir" in line
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--resume=yes", "--width=32")
     assert "is of another model: width is 16, the settings say 32" in line
     assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import randomize
 from helpers import (DISTILL, SAMPLE, TRAIN, assert_close_training, contents, fails, interrupted_run, load, on_ranks,
-                     pixels, read_log, read_log_without_speed, run, same, same_training, training_lines)
+                     pixels, read_log, read_log_without_speed, run, run_with_notes, same, same_training,
+                     training_lines)
 
 from plumbing import checkpoint
 from flow import forward_trajectory, time_grid
@@ -239,8 +240,44 @@ def test_flow_matching_resumes_bit_for_bit(tmp_path):
     run("train.py", *settings, f"--out_dir={tmp_path / 'whole'}")
     interrupted_run(FlowMatching, 3, "train.py", *settings, f"--out_dir={tmp_path / 'parts'}")
     assert contents(tmp_path / "parts" / "ckpt.pt")["iter"] == 3
-    run("train.py", *settings, f"--out_dir={tmp_path / 'parts'}", "--init_from=resume")
+    run("train.py", *settings, f"--out_dir={tmp_path / 'parts'}", "--resume=yes")
     assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
+
+
+def test_a_preemptible_fine_tuning_run_is_one_command_that_is_sent_again(base, tmp_path):
+    """With a config file, as config/digits_tune.py is: bit for bit the uninterrupted run, and from the same start."""
+    config = tmp_path / "tune.py"
+    config.write_text(f"init_from = {str(base / 'ckpt.pt')!r}\ntransporter_blocks = 0\nrank = 3\nlevel_weight = 1.0\n"
+                      "closed_form = True\naux_weight = 0.0\n")
+    of_the_start = ("--width", "--depth", "--heads", "--transporter")  # what the start decides
+    command = ["train.py", *(setting for setting in TRAIN if not setting.startswith(of_the_start)), str(config)]
+    run(*command, f"--out_dir={tmp_path / 'whole'}")
+    command += [f"--out_dir={tmp_path / 'parts'}", "--resume=auto"]
+    _, printed = interrupted_run(NTM, 2, *command)
+    assert f"starts from {base / 'ckpt.pt'}: " in printed
+    _, printed = interrupted_run(NTM, 2, *command)
+    assert "starts from" not in printed and "at iteration 2" in printed
+    run(*command)
+    parts, whole = (tmp_path / name for name in ("parts", "whole"))
+    assert same_training(parts / "ckpt.pt", whole / "ckpt.pt")
+    assert read_log_without_speed(parts / "log.jsonl") == read_log_without_speed(whole / "log.jsonl")
+    held = contents(parts / "ckpt.pt")
+    assert held["settings"]["init_from"] == str(base / "ckpt.pt") and held["model_config"]["rank"] == 3
+    assert held["model_config"]["parametrization"] == "posterior"
+
+
+def test_a_run_that_continues_says_where_it_started_if_that_is_not_what_is_asked_for(tune, base, trained, tmp_path):
+    run("train.py", *tune, "--max_iters=1")
+    _, _, notes = run_with_notes("train.py", *tune, "--max_iters=2", "--resume=yes")
+    assert notes == []
+    other = trained / "ckpt.pt"
+    _, _, notes = run_with_notes("train.py", *tune, f"--init_from={other}", "--max_iters=3", "--resume=yes")
+    assert notes == [f"{tmp_path / 'ckpt.pt'} continues, which started from {base / 'ckpt.pt'}, not from {other}"]
+    held = contents(tmp_path / "ckpt.pt")
+    assert held["iter"] == 3 and held["settings"]["init_from"] == str(base / "ckpt.pt")
+    torch.save(held | {"settings": held["settings"] | {"init_from": "resume"}}, tmp_path / "ckpt.pt")  # an older one
+    _, _, notes = run_with_notes("train.py", *tune, "--max_iters=4", "--resume=yes")
+    assert notes == [] and contents(tmp_path / "ckpt.pt")["settings"]["init_from"] == str(base / "ckpt.pt")
 
 
 def test_fine_tuning_logs_both_losses_and_anneals(tune, tmp_path):
@@ -269,7 +306,7 @@ def test_fine_tuning_resumes_bit_for_bit_without_its_base(tune, base, tmp_path):
     """The frozen copy is in the checkpoint: the file one started from may be gone."""
     run("train.py", *tune, f"--out_dir={tmp_path / 'whole'}")
     interrupted_run(NTM, 3, "train.py", *tune, f"--out_dir={tmp_path / 'parts'}")
-    run("train.py", *TRAIN, f"--out_dir={tmp_path / 'parts'}", "--init_from=resume")
+    run("train.py", *TRAIN, f"--out_dir={tmp_path / 'parts'}", "--resume=yes")
     assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
     assert same(*(contents(tmp_path / run / "ckpt.pt")["frozen"] for run in ("parts", "whole")))
     logs = [read_log_without_speed(tmp_path / run / "log.jsonl") for run in ("parts", "whole")]
@@ -291,9 +328,9 @@ def test_fine_tuning_without_the_auxiliary_loss(tune, tmp_path):
     run("train.py", *tune, "--aux_weight=0")
     assert "frozen" not in contents(tmp_path / "ckpt.pt")
     assert "aux" not in training_lines(tmp_path / "log.jsonl")[0]
-    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume", "--aux_weight=2")
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--resume=yes", "--aux_weight=2")
     assert "resume it with --aux_weight=0" in line
-    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--init_from=resume")  # as the checkpoint says
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--resume=yes")  # as the checkpoint says
 
 
 def test_the_base_decides_about_the_network(tune, tmp_path):
@@ -316,7 +353,7 @@ def test_an_ntm_goes_on_from_another_on_other_terms(trained, tmp_path):
     run("train.py", *settings, f"--out_dir={tmp_path / 'whole'}")
     assert "aux" not in training_lines(tmp_path / "whole" / "log.jsonl")[0]
     interrupted_run(NTM, 3, "train.py", *settings, f"--out_dir={tmp_path / 'parts'}")
-    run("train.py", *TRAIN, "--shift=2", f"--out_dir={tmp_path / 'parts'}", "--init_from=resume")
+    run("train.py", *TRAIN, "--shift=2", f"--out_dir={tmp_path / 'parts'}", "--resume=yes")
     assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
 
 
@@ -367,7 +404,11 @@ def test_one_model_for_several_step_counts(tmp_path):
 
 @pytest.mark.parametrize("settings, parts", [
     (["--objective=gan"], ["'gan'", "'ntm' or 'fm'"]),
-    (["--init_from=nowhere.pt"], ["'nowhere.pt'", "'scratch', 'resume', 'auto'", "sit:PATH"]),
+    (["--init_from=nowhere.pt"], ["'nowhere.pt'", "'scratch'", "sit:PATH", "--resume=yes"]),
+    (["--init_from=resume"], ["init_from 'resume'", "write --resume=yes"]),  # as it was written once
+    (["--init_from=auto"], ["init_from 'auto'", "write --resume=auto"]),
+    (["--init_from=auto", "--resume=auto"], ["init_from 'auto'", "write --resume=auto"]),
+    (["--resume=True"], ["resume 'True' is unknown", "'no', 'yes', 'auto'"]),
     (["--init_from=sit:nowhere.pt"], ["there is no SiT checkpoint nowhere.pt"]),
 ])
 def test_wrong_start_is_named(tmp_path, settings, parts):

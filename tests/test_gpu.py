@@ -128,7 +128,7 @@ class TestCuda:
         assert int((on_gpu / "graphs").read_text()) == 1
 
     def test_a_run_goes_on(self, on_gpu):
-        run("train.py", GPU, f"--out_dir={on_gpu}", "--init_from=resume", "--max_iters=10")
+        run("train.py", GPU, f"--out_dir={on_gpu}", "--resume=yes", "--max_iters=10")
         assert contents(on_gpu / "ckpt.pt")["iter"] == 10
 
     def test_a_coupled_model_trains(self, tmp_path):

@@ -197,7 +197,7 @@ def test_no_copy_of_the_weights_too_many(trained, tmp_path, monkeypatch):
     before = copies_at_first_pass(monkeypatch, NTM, "train.py", *settings)
     assert before < 2.6
     run("train.py", *settings, "--max_iters=1", "--val_examples=1", "--num_samples=1")
-    resumed = copies_at_first_pass(monkeypatch, NTM, "train.py", *settings, "--init_from=resume")
+    resumed = copies_at_first_pass(monkeypatch, NTM, "train.py", *settings, "--resume=yes")
     assert resumed - before == pytest.approx(2, abs=0.3)
     settings = [argument for argument in TRAIN if "width" not in argument and "depth" not in argument
                 and "heads" not in argument and "transporter" not in argument]

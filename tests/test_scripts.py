@@ -182,7 +182,7 @@ def test_validation_of_the_same_weights_gives_the_same_numbers(copied, script, s
     shown = pixels(sheet)
     sheet.unlink()
     (copied / log).write_text("".join(json.dumps(line) + "\n" for line in before[:-1]))
-    run(script, *settings, f"--out_dir={copied}", "--init_from=resume", f"--max_iters={before[-1]['iter']}", "--lr=1e-2")
+    run(script, *settings, f"--out_dir={copied}", "--resume=yes", f"--max_iters={before[-1]['iter']}", "--lr=1e-2")
     assert read_log(copied / log) == before
     assert (pixels(sheet) == shown).all()
 
@@ -193,7 +193,7 @@ def test_a_sheet_has_as_many_samples_as_asked_for(copied, script, settings, log,
     """Also more than a batch of validation: 101 are eleven a row, the last row two."""
     lines = read_log(copied / log)[:-1]
     (copied / log).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run(script, *settings, f"--out_dir={copied}", "--init_from=resume", f"--max_iters={lines[-1]['iter']}", "--lr=1e-2",
+    run(script, *settings, f"--out_dir={copied}", "--resume=yes", f"--max_iters={lines[-1]['iter']}", "--lr=1e-2",
         "--num_samples=101")
     sheet = pixels(copied / "samples" / f"{name}.png")
     assert sheet.shape[1] == 11 * (96 + GAP) + GAP
@@ -211,14 +211,14 @@ def test_every_run_leaves_its_curves(trained):
 def test_a_resumed_run_reads_its_settings_from_the_checkpoint(trained, copied, script, name):
     """No more is given than the folder; then more iterations, which the command line may change."""
     before = contents(copied / name)
-    _, printed = run(script, f"--out_dir={copied}", "--init_from=resume")
+    _, printed = run(script, f"--out_dir={copied}", "--resume=yes")
     assert (copied / name).read_bytes() == (trained / name).read_bytes()  # it was at its end
-    run(script, f"--out_dir={copied}", "--init_from=resume", f"--max_iters={before['iter'] + 2}", "--batch_size=4")
+    run(script, f"--out_dir={copied}", "--resume=yes", f"--max_iters={before['iter'] + 2}", "--batch_size=4")
     held = contents(copied / name)
     assert held["iter"] == before["iter"] + 2 and held["settings"]["batch_size"] == 4
     changed = {key for key in before["settings"] if before["settings"][key] != held["settings"][key]}
-    assert changed <= {"max_iters", "batch_size", "out_dir", "init_from", "device"}
-    line = fails(script, f"--out_dir={copied}", "--init_from=resume", "--width=24")
+    assert changed <= {"max_iters", "batch_size", "out_dir", "resume", "device"}
+    line = fails(script, f"--out_dir={copied}", "--resume=yes", "--width=24")
     assert "width is 16, the settings say 24" in line and "depth" not in line
 
 
@@ -226,15 +226,15 @@ def test_a_checkpoint_carries_the_words_of_its_captions(tmp_path):
     run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--max_iters=2", "--val_interval=1")  # of 16 captions
     first = contents(tmp_path / "ckpt.pt")["words"]
     assert first == sorted(first) and {"digit", "the"} <= set(first) and "circle" not in first
-    run("train.py", f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=40")
+    run("train.py", f"--out_dir={tmp_path}", "--resume=yes", "--max_iters=40")
     known = set(contents(tmp_path / "ckpt.pt")["words"])
     assert set(first) < known == {"a", "an", "digit", "handwritten", "the", *DIGITS}
 
 
 def test_a_denoiser_does_not_go_on_with_another_teacher(copied):
     before = (copied / "denoiser.pt").read_bytes()
-    run("train.py", f"--out_dir={copied}", "--init_from=resume", "--max_iters=101")
-    line = fails("distill.py", f"--out_dir={copied}", "--init_from=auto", "--max_iters=50")
+    run("train.py", f"--out_dir={copied}", "--resume=yes", "--max_iters=101")
+    line = fails("distill.py", f"--out_dir={copied}", "--resume=auto", "--max_iters=50")
     assert "denoiser.pt learns from iteration 100, but the model is at 101: remove it" in line
     assert (copied / "denoiser.pt").read_bytes() == before
 
@@ -249,7 +249,7 @@ def test_a_checkpoint_carries_its_vocabulary(tmp_path, monkeypatch):
     (tmp_path / "here" / "mine.tiktoken").unlink()
     monkeypatch.chdir(tmp_path / "there")
     out = tmp_path / "here" / "run"
-    run("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=3")
+    run("train.py", f"--out_dir={out}", "--resume=yes", "--max_iters=3")
     run("distill.py", *DISTILL, f"--out_dir={out}", "--max_iters=1")
     singles, _, _ = sampled(out, "--prompt=the digit one", "--num_samples=2")
     assert contents(out / "ckpt.pt")["iter"] == 3 and singles.shape == (2, 8, 8, 3)
@@ -455,9 +455,9 @@ def test_interrupted_and_resumed_training_is_the_uninterrupted(tmp_path, number,
     assert "Traceback" not in err
     iteration = contents(parts / "ckpt.pt")["iter"]
     assert 3 <= iteration < 200
-    assert f"{parts / 'ckpt.pt'} holds iteration {iteration}; continue with --init_from=resume" in out
+    assert f"{parts / 'ckpt.pt'} holds iteration {iteration}; continue with --resume=yes" in out
     assert training_lines(log)[-1]["iter"] == iteration
-    run("train.py", *settings, f"--out_dir={parts}", "--init_from=resume")
+    run("train.py", *settings, f"--out_dir={parts}", "--resume=yes")
     assert same_training(parts / "ckpt.pt", whole / "ckpt.pt")
     assert read_log_without_speed(log) == read_log_without_speed(whole / "log.jsonl")
 
@@ -478,7 +478,7 @@ def test_interrupted_and_resumed_distillation_is_the_uninterrupted(trained, tmp_
         patch.setattr(torch, "save", dying)
         assert "No space left" in fails("distill.py", *DISTILL, f"--out_dir={parts}")
     assert contents(parts / "denoiser.pt")["iter"] == 3 and read_log(parts / "denoiser_log.jsonl")[-1]["iter"] == 6
-    run("distill.py", *DISTILL, f"--out_dir={parts}", "--init_from=auto")
+    run("distill.py", *DISTILL, f"--out_dir={parts}", "--resume=auto")
     assert same_training(parts / "denoiser.pt", whole / "denoiser.pt")
     assert (read_log_without_speed(parts / "denoiser_log.jsonl")
             == read_log_without_speed(whole / "denoiser_log.jsonl"))
@@ -493,8 +493,8 @@ TRAIN_MISTAKES = {
     "--lr=fast": ["'lr'", "'fast'", "float"],
     "--bfloat16=maybe": ["'bfloat16'", "'maybe'", "bool"],
     "config/nothing.py": ["config/nothing.py"],
-    "--init_from=gpt2": ["init_from 'gpt2'", "scratch", "resume", "auto"],
-    "--init_from=resume": ["no checkpoint", "ckpt.pt", "train.py"],
+    "--init_from=gpt2": ["init_from 'gpt2'", "scratch", "--resume=yes", "auto"],
+    "--resume=yes": ["no checkpoint", "ckpt.pt", "train.py"],
     "--optimizer=sgd": ["optimizer 'sgd'", "adamw", "muon"],
     "--batch_size=9 --grad_accum=2": ["batch_size 9", "2"],
     "--device=nonsense": ["device 'nonsense'", "cpu"],
@@ -563,18 +563,18 @@ def test_mistake_is_one_line_and_exit_status_1(command, parts):
 def test_checkpoint_is_not_overwritten(copied, script, settings, name):
     before = (copied / name).read_bytes()
     line = fails(script, *settings, f"--out_dir={copied}")
-    assert str(copied / name) in line and "--init_from=resume" in line and "--out_dir" in line
+    assert str(copied / name) in line and "--resume=yes" in line and "--out_dir" in line
     assert (copied / name).read_bytes() == before
 
 
 def test_resumption_with_other_settings(copied):
-    line = fails("train.py", *TRAIN, f"--out_dir={copied}", "--init_from=resume", "--width=32", "--steps=8")
+    line = fails("train.py", *TRAIN, f"--out_dir={copied}", "--resume=yes", "--width=32", "--steps=8")
     assert str(copied / "ckpt.pt") in line
     assert "width is 16, the settings say 32" in line and "steps is (4,), the settings say (8,)" in line
     assert "depth" not in line
-    line = fails("train.py", *TRAIN, f"--out_dir={copied}", "--init_from=resume", "--optimizer=muon")
+    line = fails("train.py", *TRAIN, f"--out_dir={copied}", "--resume=yes", "--optimizer=muon")
     assert "optimizer is adamw, the settings say muon" in line
-    line = fails("distill.py", *DISTILL, f"--out_dir={copied}", "--init_from=resume", "--depth=2")
+    line = fails("distill.py", *DISTILL, f"--out_dir={copied}", "--resume=yes", "--depth=2")
     assert str(copied / "denoiser.pt") in line and "depth is 1, the settings say 2" in line
 
 
@@ -606,7 +606,7 @@ def copy_denoiser(path):
                                          (write_text, "not a checkpoint"), (copy_denoiser, "its kind is 'denoiser'")])
 def test_model_that_cannot_be_read(copied, script, spoil, part):
     spoil(copied / "ckpt.pt")
-    settings = {"train.py": TRAIN + ["--init_from=resume"], "distill.py": DISTILL, "sample.py": SAMPLE}[script]
+    settings = {"train.py": TRAIN + ["--resume=yes"], "distill.py": DISTILL, "sample.py": SAMPLE}[script]
     line = fails(script, *settings, f"--out_dir={copied}")
     assert part in line and str(copied / "ckpt.pt") in line
 
@@ -641,7 +641,7 @@ def test_samples_of_flow_matching_that_are_not_finite_are_an_error(tmp_path):
 
 
 def test_a_denoiser_of_an_earlier_iteration_is_refused(copied):
-    run("train.py", f"--out_dir={copied}", "--init_from=resume", "--max_iters=101")
+    run("train.py", f"--out_dir={copied}", "--resume=yes", "--max_iters=101")
     line = fails("sample.py", *SAMPLE, f"--out_dir={copied}")
     assert "distilled from iteration 100, the model is at 101" in line and "--denoise=score" in line
     sampled(copied, "--denoise=score")
@@ -656,7 +656,8 @@ def test_samples_that_are_not_finite_are_an_error(copied):
 
 @pytest.mark.parametrize("mistake, parts", [
     ("--t_min=0.5", ["t_min is 0.5", "0.3454"]), ("--heads=3", ["width 16", "3 heads"]),
-    ("--num_samples=0", ["num_samples", "0"])])
+    ("--num_samples=0", ["num_samples", "0"]),
+    ("--init_from=resume", ["'init_from' is unknown", "'resume'"])])  # as it was written once
 def test_mistake_in_distillation(copied, mistake, parts):
     os.remove(copied / "denoiser.pt")
     line = fails("distill.py", *DISTILL, f"--out_dir={copied}", mistake)
@@ -796,7 +797,7 @@ def test_checkpoint_for_sampling_only(copied, tmp_path):
     refused = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, text=True, stderr=subprocess.PIPE)
     assert refused.returncode == 1 and "would lose what resuming needs" in refused.stderr
     assert "optimizers" in contents(copied / "ckpt.pt")
-    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'slim'}", "--init_from=resume")
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'slim'}", "--resume=yes")
     assert "cannot be resumed" in line
 
 # ---------------------------------------------------------------------------------------------------------------

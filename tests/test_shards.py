@@ -457,7 +457,7 @@ def test_too_many_unusable_examples_stop_the_run_and_are_named(tmp_path):
     stopped = read_log(tmp_path / "run" / "log.jsonl")[-1]
     assert stopped["unusable"] >= 10
     # resumed, as torchrun would, it still knows, and stops again
-    line = fails("train.py", *settings, f"--out_dir={tmp_path / 'run'}", "--init_from=resume")
+    line = fails("train.py", *settings, f"--out_dir={tmp_path / 'run'}", "--resume=yes")
     assert "examples are unusable" in line
     assert read_log(tmp_path / "run" / "log.jsonl")[-1]["iter"] == stopped["iter"] + 1
     run("train.py", *settings, f"--out_dir={tmp_path / 'lenient'}", "--bad_limit=0.5", "--val_interval=100")

@@ -174,7 +174,7 @@ def test_training_starts_from_published_weights(published, latents, tmp_path):
     lines = training_lines(tmp_path / "log.jsonl")
     assert lines[0]["aux"] < 1e-10 < lines[-1]["aux"] and lines[-1]["skipped"] == 0
     assert pixels(tmp_path / "samples" / "000004.png").shape[2] == 3
-    run("train.py", *settings, "--init_from=resume", "--max_iters=5", "--steps=4,8")
+    run("train.py", *settings, "--resume=yes", "--max_iters=5", "--steps=4,8")
     held = contents(tmp_path / "ckpt.pt")
     assert held["iter"] == 5 and held["model_config"]["predictor"] == "sit"
     trained, _ = checkpoint.load_network(tmp_path / "ckpt.pt", {"ntm": NTM})

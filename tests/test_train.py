@@ -495,7 +495,7 @@ def test_ten_skipped_updates_in_a_row_end_the_run(tmp_path, kind):
     _, path = fit(tmp_path, max_iters=4)
     before = path.read_bytes()
     with pytest.raises(SystemExit) as error:
-        fit(tmp_path, spoiled(kind, range(100)), max_iters=100, init_from="resume")
+        fit(tmp_path, spoiled(kind, range(100)), max_iters=100, resume="yes")
     message = error.value.code
     for part in ("not finite 10 times", "iteration 14", str(path), "lower lr", "warmup_iters"):
         assert part in message
@@ -528,8 +528,8 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, capsys, number, iter
     capsys.readouterr()
     _, path = fit(tmp_path / "parts", interrupted(number, iteration), **settings)
     assert contents(path)["iter"] == iteration
-    assert f"{path} holds iteration {iteration}; continue with --init_from=resume" in capsys.readouterr().out
-    fit(tmp_path / "parts", init_from="resume", **settings)
+    assert f"{path} holds iteration {iteration}; continue with --resume=yes" in capsys.readouterr().out
+    fit(tmp_path / "parts", resume="yes", **settings)
     assert same_training(path, whole) and contents(path)["iter"] == 9
     logs = [read_log_without_speed(p.with_name("log.jsonl")) for p in (path, whole)]
     assert logs[0] == logs[1]
@@ -584,7 +584,7 @@ def test_killed_run_resumes_from_its_last_checkpoint(tmp_path):
     log = tmp_path / "parts" / "log.jsonl"
     assert read_log(log)[-1]["iter"] == 5
     log.write_text(log.read_text() + '{"iter": 6, "lo')
-    _, path = fit(tmp_path / "parts", max_iters=8, val_interval=3, init_from="resume")
+    _, path = fit(tmp_path / "parts", max_iters=8, val_interval=3, resume="yes")
     assert same_training(path, whole)
     assert read_log_without_speed(log) == read_log_without_speed(whole.with_name("log.jsonl"))
 
@@ -605,22 +605,22 @@ def test_log_drops_what_comes_after_the_checkpoint(tmp_path):
 
 def test_auto_starts_and_then_resumes(tmp_path):
     _, whole = fit(tmp_path / "whole", max_iters=6)
-    fit(tmp_path / "parts", interrupted(signal.SIGTERM, 2), init_from="auto")
-    _, path = fit(tmp_path / "parts", init_from="auto")
+    fit(tmp_path / "parts", interrupted(signal.SIGTERM, 2), resume="auto")
+    _, path = fit(tmp_path / "parts", resume="auto")
     assert same_training(path, whole)
 
 
 def test_finished_run_is_left_alone(tmp_path):
     _, path = fit(tmp_path)
     before = path.read_bytes(), path.with_name("log.jsonl").read_bytes()
-    fit(tmp_path, init_from="resume")
+    fit(tmp_path, resume="yes")
     assert (path.read_bytes(), path.with_name("log.jsonl").read_bytes()) == before
 
 
 def test_a_run_that_has_nothing_to_do_says_so(tmp_path, capsys):
     fit(tmp_path)
     assert "nothing to do" not in "".join(capsys.readouterr())
-    _, path = fit(tmp_path, init_from="auto", max_iters=5)
+    _, path = fit(tmp_path, resume="auto", max_iters=5)
     assert f"nothing to do: {path} holds iteration 6, and max_iters is 5" in "".join(capsys.readouterr())
 
 
@@ -636,13 +636,13 @@ def test_a_sheet_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("seen", [[True, False], [False, True]])
-@pytest.mark.parametrize("init_from", checkpoint.STARTS)
-def test_a_checkpoint_that_not_all_ranks_see(tmp_path, monkeypatch, seen, init_from):
+@pytest.mark.parametrize("resume", checkpoint.RESUME)
+def test_a_checkpoint_that_not_all_ranks_see(tmp_path, monkeypatch, seen, resume):
     """Else some would go on and others start anew; and all of them are asked, or those that ask would wait for ever."""
     asked = []
     monkeypatch.setattr(checkpoint, "gathered", lambda mine: asked.append(mine) or [(here, 0) for here in seen])
     with pytest.raises(ValueError, match="ckpt.pt is seen by some ranks only"):
-        checkpoint.find_start(init_from, tmp_path / "ckpt.pt", "ntm")
+        checkpoint.find_start(resume, tmp_path / "ckpt.pt", "ntm")
     assert asked == [(False, 0)]
 
 
