@@ -97,12 +97,16 @@ def main(config):
         ranks = device, rank, world = start_ranks(config["device"])
         path = Path(config["out_dir"]) / "denoiser.pt"
         teacher, trained = checkpoint.load_network(path.with_name("ckpt.pt"), {"ntm": NTM}, device)
+        fingerprint = checkpoint.fingerprint(teacher)
         resumed = checkpoint.find_start(config["resume"], path, "denoiser")
         if resumed:
             checkpoint.keep_settings(config, resumed)
             if (theirs := resumed.get("teacher", trained["iter"])) != trained["iter"]:
                 raise ValueError(f"{path} learns from iteration {theirs}, but the model is at {trained['iter']}: "
                                  "remove it, to distil anew")
+            if resumed.get("teacher_sha256", fingerprint) != fingerprint:  # older ones have none
+                raise ValueError(f"{path} learns from another model than {path.with_name('ckpt.pt')}, which has the "
+                                 "same iteration and other weights: remove it, to distil anew")
         for name, value in trained["settings"].items():  # the data and the captions are the model's
             config.setdefault(name, value)
         config["data_dir"] = config["data_dir"] or trained["settings"]["data_dir"]
@@ -132,8 +136,8 @@ def main(config):
     def save(i):
         if rank == 0:
             checkpoint.save(path, kind="denoiser", model=denoiser, ema=ema, optimizers=optimizers, iter=i,
-                            settings=config, vocabulary=tokenizer.vocabulary, teacher=trained["iter"], job=job(),
-                            counts=progress.counts)
+                            settings=config, vocabulary=tokenizer.vocabulary, teacher=trained["iter"],
+                            teacher_sha256=fingerprint, job=job(), counts=progress.counts)
 
     def check(i):
         """Validates the averaged denoiser, and leaves samples for held-out captions."""

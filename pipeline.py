@@ -112,6 +112,10 @@ class TrainedModel:
             if distilled.get("teacher", self.iteration) != self.iteration:
                 raise ValueError(f"{path} was distilled from iteration {distilled['teacher']}, the model is at "
                                  f"{self.iteration}: remove it and distil anew, or choose --denoise=score")
+            fingerprint = checkpoint.fingerprint(self.network)
+            if distilled.get("teacher_sha256", fingerprint) != fingerprint:
+                raise ValueError(f"{path} was distilled from another model than {self.path}, which has the same "
+                                 "iteration and other weights: remove it and distil anew, or choose --denoise=score")
             self.denoiser = denoiser
             self.distilled = distilled["settings"]
         learned = self.distilled["steps"] or self.denoiser.config.steps[0]

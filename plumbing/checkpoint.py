@@ -9,6 +9,7 @@ NTMConfig), `settings` (those of the script that wrote it), `vocabulary`, `words
 
 import contextlib
 import copy
+import hashlib
 import os
 import sys
 from dataclasses import asdict
@@ -95,6 +96,16 @@ def load_network(path, networks, device="cpu"):
     return network.eval().requires_grad_(False), contents
 
 
+def fingerprint(network):
+    """A hash of a network's weights, in hexadecimal. They are rounded to float16, so that slim() does not change it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        tensor = tensor.cpu().flatten()
+        digest.update((tensor.half() if tensor.is_floating_point() else tensor).numpy())
+    return digest.hexdigest()
+
+
 def find_start(resume, path, *kinds):
     """The contents of the checkpoint that a run continues, or None for a run that starts anew, by `resume`: "yes"
     continues, "auto" does so if there is something to continue, and so does what torchrun has restarted, if it wrote
@@ -143,7 +154,7 @@ def resume(contents, path, model, ema, optimizers, config, *fixed):
 def slim(path, out):
     """Writes what sampling needs of the checkpoint `path`, its averaged weights in float16, to `out`."""
     contents = load(path, "ntm", "fm", "denoiser")
-    names = "kind", "model_config", "iter", "vocabulary", "words", "teacher"
+    names = "kind", "model_config", "iter", "vocabulary", "words", "teacher", "teacher_sha256"
     kept = {name: contents[name] for name in names if name in contents}
     paths = dict.fromkeys(("out_dir", "init_from", "data_dir", "decoder"), "")  # which are of no use elsewhere
     settings = contents["settings"] | paths

@@ -647,11 +647,36 @@ def test_a_denoiser_of_an_earlier_iteration_is_refused(copied):
     sampled(copied, "--denoise=score")
 
 
+def test_a_denoiser_of_another_model_of_as_many_iterations_is_refused(copied, tmp_path):
+    """Whether it is sampled, evaluated or distilled further; and in the form for sampling only, too."""
+    run("train.py", *TRAIN, f"--out_dir={tmp_path / 'other'}", "--max_iters=100", "--val_interval=50", "--seed=1")
+    shutil.copy(copied / "denoiser.pt", tmp_path / "other")
+    before = (tmp_path / "other" / "denoiser.pt").read_bytes()
+    for folder in (copied, tmp_path / "other"):
+        slimmed = [sys.executable, "-m", "plumbing.checkpoint", folder, tmp_path / f"slim_{folder.name}"]
+        subprocess.run(slimmed, check=True, env=ENVIRONMENT, cwd=ROOT)
+    for folder in (tmp_path / "other", tmp_path / "slim_other"):
+        line = fails("sample.py", *SAMPLE, f"--out_dir={folder}")
+        assert "denoiser.pt was distilled from another model" in line and "--denoise=score" in line
+        line = fails("evaluate.py", "--device=cpu", f"--out_dir={folder}", "--num_samples=4", "--val_examples=4")
+        assert "denoiser.pt was distilled from another model" in line
+    line = fails("distill.py", f"--out_dir={tmp_path / 'other'}", "--resume=auto", "--max_iters=50")
+    assert "denoiser.pt learns from another model" in line and "remove it" in line
+    assert (tmp_path / "other" / "denoiser.pt").read_bytes() == before
+    for folder in (copied, tmp_path / "slim_copy"):
+        sampled(folder)
+
+    held = contents(copied / "denoiser.pt")  # as an older version left it, which knew the iteration alone
+    del held["teacher_sha256"]
+    torch.save(held, tmp_path / "other" / "denoiser.pt")
+    sampled(tmp_path / "other")
+
+
 def test_samples_that_are_not_finite_are_an_error(copied):
     held = contents(copied / "ckpt.pt")
     held["ema"]["predictor.head.bias"][0] = math.inf
     torch.save(held, copied / "ckpt.pt")
-    assert "samples are not finite" in fails("sample.py", *SAMPLE, f"--out_dir={copied}")
+    assert "samples are not finite" in fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--denoise=none")
 
 
 @pytest.mark.parametrize("mistake, parts", [
@@ -835,6 +860,12 @@ def test_the_shipped_model_of_emoji_knows_colours():
 def test_sample_without_a_model_takes_the_shipped_one(tmp_path):
     _, printed = run("sample.py", "--device=cpu", "--num_samples=3", f"--folder={tmp_path}")
     assert "learned denoising" in printed and pixels(tmp_path / "0001.png").shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("name", ["emoji", "shapes"])
+def test_a_shipped_denoiser_knows_its_model(name):
+    folder = ROOT / "assets" / name
+    assert contents(folder / "denoiser.pt")["teacher_sha256"] == checkpoint.fingerprint(load(folder, "ntm"))
 
 
 def test_images_of_a_shipped_model_go_into_a_folder_of_its_own_outside_assets(tmp_path, monkeypatch):
