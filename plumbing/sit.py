@@ -5,12 +5,16 @@ published checkpoints. Its time runs from noise (0) to data (1) and its velocity
 reversed, v(x, t) = -v_SiT(x, 1 - t), as section 11 of docs/method.md says.
 """
 
+import argparse
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 FREQUENCIES = 128
+WRAPPERS = "module", "_orig_mod"  # what DistributedDataParallel and torch.compile put before the names of parameters
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths, S, B, L and XL: tensors do not tell
 
 
@@ -126,18 +130,40 @@ class SiTPredictor(nn.Module):
         return [self.sit.velocity(h, c), *others]
 
 
+def unwrapped(name):
+    """The name of a parameter as the network itself has it, not what trains it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def read_weights(path):
+    """The state dict of a published checkpoint, or of one as SiT's trainer saves it. Raises FileNotFoundError, or
+    ValueError in one line that names the file."""
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the trainer's "args": names and values, no code
+        try:
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no SiT checkpoint {path}") from error
+        except Exception as error:  # what reading garbage raises depends on the garbage
+            unsafe = []
+            with contextlib.suppress(Exception):
+                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if unsafe:
+                raise ValueError(f"{path} holds {', '.join(sorted(unsafe))} beside its weights, which could run code: "
+                                 "save its weights alone, by torch.save(checkpoint['ema'], PATH)") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"cannot read {path}: it is truncated or not a checkpoint ({reason})") from error
+    for name in ("ema", "model", "state_dict"):
+        if isinstance(contents, dict) and isinstance(contents.get(name), dict):
+            contents = contents[name]
+    return {unwrapped(str(name)): value for name, value in contents.items()} if isinstance(contents, dict) else {}
+
+
 def load_sit(path, heads=None):
-    """The SiT of a published checkpoint: a state dict, or a dict that holds one under "ema". heads: of attention, which
-    a width that is none of the published needs. Raises FileNotFoundError, or ValueError in one line that names the file
-    and all tensors that are unknown, missing or of another shape."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no SiT checkpoint {path}") from error
-    except Exception as error:  # what reading garbage raises depends on the garbage
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read {path}: it is truncated or not a checkpoint ({reason})") from error
-    state = state.get("ema", state) if isinstance(state, dict) else {}
+    """The SiT of a published checkpoint: a state dict, or a dict that holds one under "ema", "model" or "state_dict",
+    the first that is there. heads: of attention, which a width that is none of the published needs. Raises
+    FileNotFoundError, or ValueError in one line that names the file and all tensors that are unknown, missing or of
+    another shape."""
+    state = read_weights(path)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     if wrong := state.keys() ^ SiT(1, 1, 1, 1, depth, 1, 1).state_dict().keys():
         faults = (f"{name} is {'unknown' if name in state else 'missing'}" for name in sorted(wrong))

@@ -1,4 +1,7 @@
 """Published SiT weights: the reference network's own answers, and training that starts from them, on latents."""
+import argparse
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +111,43 @@ def test_damaged_file_is_named(reference, tmp_path, content):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="x.pt is not a SiT checkpoint"):
         load_sit(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("key", ["ema", "model", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_checkpoints_of_sits_own_trainer_are_read(reference, tmp_path, prefix, key, zipped):
+    """Of several processes, compiled, or both; "args" is an argparse.Namespace, and the weights of "ema" are taken."""
+    args = argparse.Namespace(model="SiT-XL/2", image_size=256, ckpt=None, sizes=[1, 2], lr=1e-4)
+    state = {prefix + name: value for name, value in reference["state_dict"].items()}
+    others = {name: {prefix + "x": torch.zeros(2)} for name in ("model", "state_dict")} if key == "ema" else {}
+    torch.save({**others, key: state, "opt": {"state": {}, "param_groups": []}, "args": args}, tmp_path / "sit.pt",
+               _use_new_zipfile_serialization=zipped)
+    sit = load_sit(tmp_path / "sit.pt", heads=4)
+    with torch.no_grad():
+        velocity = sit(reference["x"], 1 - reference["t"], reference["y"])
+    torch.testing.assert_close(velocity, -reference["velocity"], atol=1e-5, rtol=0)
+    with pytest.raises(pickle.UnpicklingError):  # it is allowed for that load alone
+        torch.load(tmp_path / "sit.pt", weights_only=True)
+
+
+def test_layers_that_were_compiled_one_by_one(reference, tmp_path):
+    state = {name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in reference["state_dict"].items()}
+    torch.save(state, tmp_path / "sit.pt")
+    assert load_sit(tmp_path / "sit.pt", heads=4).depth == 2
+
+
+def test_what_could_run_code_is_named_and_does_not_run(reference, tmp_path):
+    class Malice:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    for args, name in ((argparse.Namespace(folder=Malice()), "posix.mkdir"), (Path("x"), "PosixPath")):
+        torch.save({"ema": reference["state_dict"], "args": args}, tmp_path / "sit.pt")
+        with pytest.raises(ValueError) as error:
+            load_sit(tmp_path / "sit.pt", heads=4)
+        assert f"{name} beside its weights" in str(error.value) and "torch.save(" in str(error.value)
+        assert "\n" not in str(error.value) and not (tmp_path / "owned").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
