@@ -31,10 +31,10 @@ PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in err
 RANGES = {
     "at least 1": "batch_size grad_accum max_iters log_interval val_interval val_examples truth_examples num_samples "
                   "trajectories repeats panel image_size channels text_len patch_size width heads "
-                  "transporter_width transporter_layers transporter_heads steps best_of squares scale",
+                  "transporter_width transporter_layers transporter_heads steps best_of squares scale keep",
     "at least 0 and at most 256": "workers",
     "at least 0": "depth restarts rank level_weight transporter_blocks warmup_iters lr words_lr min_lr weight_decay "
-                  "velocity_weight aux_weight guidance chunk",
+                  "velocity_weight aux_weight guidance chunk save_minutes",
     "above 0": "grad_clip latent_scale seconds",
     "above 0 and at most 1": "first_noise",
     "above 0 and at most 1000": "shift",  # beyond, the levels of a grid are no longer different numbers
@@ -45,7 +45,8 @@ RANGES = {
 RANGE_OF = {name: extent for extent, names in RANGES.items() for name in names.split()}
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 OF_NANOGPT = {"n_embd": "width", "n_layer": "depth", "n_head": "heads", "learning_rate": "lr", "eval_interval":
-              "val_interval", "gradient_accumulation_steps": "grad_accum", "block_size": "text_len", "init_from": "resume"}
+              "val_interval", "gradient_accumulation_steps": "grad_accum", "block_size": "text_len", "init_from":
+              "resume"}
 
 
 def kind(value):

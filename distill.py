@@ -24,6 +24,7 @@ from plumbing import checkpoint
 from plumbing.images import contact_sheet
 from plumbing.latents import load_decoder
 from plumbing.loader import Batches, validation_batches
+from plumbing.lock import lock_folder
 from plumbing.log import Progress
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
 from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, for_training, gradients_meet,
@@ -63,6 +64,8 @@ ema = 0.98  # decay of the averaged weights that sampling uses
 # ---- log
 log_interval = 50
 val_interval = 100  # iterations between validations, each with a sheet of samples and a checkpoint
+save_minutes = 15.0  # a checkpoint after so many minutes without one, too; 0: those of validations alone
+keep = 1  # checkpoints of validations that stay, as denoiser_000100.pt and so on; 1: denoiser.pt alone, the newest
 val_examples = 297
 num_samples = 25  # on the sheet
 decoder = ""  # of latents, for the sheet: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
@@ -94,7 +97,15 @@ def validate(ema, teacher, batches, ts, chunk=0):
 
 def main(config):
     with one_line_errors():
-        ranks = device, rank, world = start_ranks(config["device"])
+        ranks = start_ranks(config["device"])
+        lock = lock_folder(config["out_dir"])
+    with lock:
+        distill(config, ranks)
+
+
+def distill(config, ranks):
+    device, rank, world = ranks
+    with one_line_errors():
         path = Path(config["out_dir"]) / "denoiser.pt"
         teacher, trained = checkpoint.load_network(path.with_name("ckpt.pt"), {"ntm": NTM}, device)
         fingerprint = checkpoint.fingerprint(teacher)
@@ -171,7 +182,7 @@ def main(config):
 
             grad_norm = clip_grad_norm_(denoiser.parameters(), config["grad_clip"]) / world
             losses = {"loss": loss, "grad_norm": grad_norm}
-            totals = all_sums({**losses, "asked": interrupt.asked, **batches.counts}, device)
+            totals = all_sums({**losses, "asked": interrupt.asked, **progress.asks(), **batches.counts}, device)
             finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
             lr = learning_rate(config, i)
             if finite:

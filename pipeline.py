@@ -102,7 +102,10 @@ class TrainedModel:
         if not path.exists():
             return f"there is no {path}, which distill.py makes"
         if self.denoiser is None:
-            denoiser, distilled = checkpoint.load_network(path, {"denoiser": Denoiser}, self.device)
+            try:
+                denoiser, distilled = checkpoint.load_network(path, {"denoiser": Denoiser}, self.device)
+            except ValueError as error:
+                raise ValueError(f"{error}; distil anew, or choose --denoise=score") from error
             for name in ("image_size", "channels", "patch_size", "vocab_size", "text_len"):
                 theirs = getattr(denoiser.config, name)
                 ours = getattr(self.network.config, name)

@@ -28,6 +28,7 @@ from plumbing import checkpoint
 from plumbing.images import contact_sheet
 from plumbing.latents import load_decoder
 from plumbing.loader import Batches, examine, validation_batches
+from plumbing.lock import lock_folder
 from plumbing.log import Progress
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
 from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, exact_products, for_training,
@@ -96,6 +97,8 @@ ema = 0.999  # decay of the averaged weights that sampling uses
 # ---- log
 log_interval = 50
 val_interval = 500  # iterations between validations, each with a sheet of samples and a checkpoint
+save_minutes = 15.0  # a checkpoint after so many minutes without one, too; 0: those of validations alone
+keep = 1  # checkpoints of validations that stay, as ckpt_000500.pt and so on; 1: ckpt.pt alone, the newest
 val_examples = 297
 t_min = 0.02  # where validation's trajectories and its samples end
 num_samples = 25  # on the sheet
@@ -106,7 +109,9 @@ wandb_log = False  # the log and the sheets to Weights & Biases as well
 NETWORKS = {"ntm": NTM, "fm": FlowMatching}
 RENAMED = {"resume": "--resume=yes", "auto": "--resume=auto"}  # what init_from could be in older versions
 NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
+OF_NTM = {"rank": 0, "level_weight": 0, "first_noise": 1, "closed_form": False, "velocity_weight": 0, "aux_weight": 0}
 TRANSPORTER = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads")
+GRID = ("steps", "shift", "max_t_min", "pairs", "t_min", "chunk")
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a run starts from
@@ -171,6 +176,24 @@ def start(config, device):
             raise ValueError(f"{key} is {config[key]!r}, but {init_from} decides it, {decided[key]!r}: leave it out")
     config |= decided
     return base, None, vocabulary
+
+
+def check_objective(config):
+    """Raises ValueError where the settings and what is trained contradict one another. Of an NTM's settings, flow
+    matching goes on without those that only size it, with a note, so that one config file does for both."""
+    objective = config["objective"]
+    if objective not in NETWORKS:
+        raise ValueError(f"objective {objective!r} is unknown: choose 'ntm' or 'fm'")
+    if objective == "ntm" and not config["depth"] and not config["transporter_blocks"]:
+        raise ValueError("depth and transporter_blocks are both 0, which leaves nothing to train: set one of them")
+    if objective == "fm":
+        wrong = [f"{name} {config[name]}" for name in OF_NTM
+                 if name in config.given and config[name] != OF_NTM[name]]
+        if wrong:
+            raise ValueError(f"objective is 'fm', and {', '.join(wrong)} is for an NTM: leave it out")
+        unused = [name for name in (*TRANSPORTER, *GRID) if name in config.given]
+        if unused:
+            note(f"flow matching does not use {', '.join(unused)}, which an NTM does")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -238,10 +261,17 @@ def sample_images(ema, text, ts, generator, chunk=0):
 
 def main(config):
     with one_line_errors():
-        ranks = device, rank, world = start_ranks(config["device"])
+        ranks = start_ranks(config["device"])
+        lock = lock_folder(config["out_dir"])
+    with lock:
+        train(config, ranks)
+
+
+def train(config, ranks):
+    device, rank, world = ranks
+    with one_line_errors():
         base, resumed, vocabulary = start(config, device)
-        if config["objective"] not in NETWORKS:
-            raise ValueError(f"objective {config['objective']!r} is unknown: choose 'ntm' or 'fm'")
+        check_objective(config)
         train_set, val_set = (open_dataset(config, split) for split in ("train", "val"))
         tokenizer = get_tokenizer(config["tokenizer"], vocabulary)
         if config["dataset"] == "shards" and train_set.latent:  # for whoever decodes what the model samples
@@ -327,7 +357,8 @@ def main(config):
 
             # Clip the gradient, and guard: every rank has the same numbers, so all of them skip an update or none does.
             grad_norm = clip_grad_norm_(model.parameters(), config["grad_clip"]) / world
-            totals = all_sums({**losses, "grad_norm": grad_norm, "asked": interrupt.asked, **batches.counts}, device)
+            asked = {"asked": interrupt.asked, **progress.asks()}
+            totals = all_sums({**losses, "grad_norm": grad_norm, **asked, **batches.counts}, device)
             losses = {name: totals[name] for name in losses}
             finite = math.isfinite(losses["loss"]) and math.isfinite(totals["grad_norm"])
 

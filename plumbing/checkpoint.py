@@ -11,6 +11,8 @@ import contextlib
 import copy
 import hashlib
 import os
+import re
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +46,33 @@ def save(path, **contents):
             part.unlink()
         kept = "; the one before it is kept" if path.exists() else ""
         raise SystemExit(f"cannot write checkpoint {path}, is the disk full? {error}{kept}") from error
+
+
+def kept(path):
+    """The checkpoints beside `path` that have their iteration in the name, {iteration: path}, oldest first."""
+    pattern = re.compile(rf"{re.escape(path.stem)}_(\d{{6,}}){re.escape(path.suffix)}")
+    names = [pattern.fullmatch(name) for name in os.listdir(path.parent)] if path.parent.is_dir() else []
+    found = {int(match[1]): path.with_name(match[0]) for match in names if match}
+    return dict(sorted(found.items()))
+
+
+def keep(path, i, count):
+    """Keeps the checkpoint `path`, of iteration i, as ckpt_000500.pt, say, too, and removes those before the newest
+    `count`. Where the file system has hard links, the two names are one file. Raises SystemExit where that fails."""
+    own = path.with_name(f"{path.stem}_{i:06d}{path.suffix}")
+    part = own.with_name(own.name + ".part")
+    try:
+        part.unlink(missing_ok=True)
+        try:
+            os.link(path, part)
+        except OSError:
+            shutil.copyfile(path, part)
+        os.replace(part, own)
+        earlier = [older for iteration, older in kept(path).items() if iteration <= i]  # later: of a run gone back
+        for older in earlier[:-count]:
+            older.unlink()
+    except OSError as error:
+        raise SystemExit(f"cannot keep {own}, is the disk full? {error}; {path} holds iteration {i}") from error
 
 
 def state_of(value):
@@ -115,6 +144,9 @@ def find_start(resume, path, *kinds):
     seen, restarted = zip(*gathered((path.exists(), restarts())))
     if len(set(seen)) > 1:
         raise ValueError(f"{path} is seen by some ranks only: out_dir has to be where all of them reach it")
+    if not seen[0] and (others := list(kept(path).values())):
+        raise ValueError(f"there is no {path}, but {others[-1].name} beside it: copy that to {path.name} and continue "
+                         "with --resume=yes, or choose another --out_dir")
     if resume == "yes" or (seen[0] and (resume == "auto" or max(restarted))):
         contents = load(path, *kinds)
         if resume == "no" and contents.get("job") != job():

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import math
+import os
 import time
 from collections import defaultdict
 
 from tqdm import tqdm
 
+from plumbing import checkpoint
 from plumbing.images import plot, save_image
 from plumbing.runtime import gathered, note
 
@@ -15,33 +17,67 @@ CURVES = {"loss": "loss", "val_loss": "loss", "val_mse": "loss", "val_bound": "n
 PATIENCE = 10  # updates skipped in a row before a run gives up
 
 
+def read_record(line):
+    """What a line of a log holds, {name: number or None} with an "iter"; None for a line that is damaged."""
+    try:
+        record = json.loads(line)
+        values = [value for value in record.values() if value is not None]
+        whole = type(record["iter"]) is int and all(map(math.isfinite, values)) and bool not in map(type, values)
+    except Exception:  # what reading garbage raises depends on the garbage
+        return None
+    return record if whole else None
+
+
 class Log:
-    """out_dir/log.jsonl, one JSON object a line; on resuming, lines from after the checkpoint are dropped. With
-    wandb_log, the same to Weights & Biases, in the run that log.wandb names."""
+    """out_dir/log.jsonl, one JSON object a line; on resuming, lines from after the checkpoint are dropped, and damaged
+    ones with a note. With wandb_log, the same to Weights & Biases, in the run that log.wandb names. fault: why it could
+    not be written, or ""."""
 
     def __init__(self, path, start, config):
-        self.path, self.wandb = path, None
+        self.path, self.wandb, self.fault = path, None, ""
         if config["wandb_log"]:
             self.wandb = start_wandb(path.with_suffix(".wandb"), start, config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start]
-        path.write_text("".join(lines))
+        self.lacks_validation = False
+        if start and path.exists():
+            self.go_back_to(start)
+        else:
+            path.write_text("")
+
+    def go_back_to(self, start):
+        """Drops what a resumed run does not continue: lines of iterations after `start`, and damaged ones."""
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        *lines, rest = text.split("\n")  # the rest: empty, or the line that a killed run was writing
+        records = [read_record(line) for line in lines]
+        if damaged := records.count(None):
+            first = lines[records.index(None)]
+            note(f"{damaged} damaged lines of {self.path} are dropped, the first of them {first[:60]!r}")
+        kept = [(line, record) for line, record in zip(lines, records) if record and record["iter"] <= start]
+        if rest or len(kept) < len(lines):
+            part = self.path.with_name(self.path.name + ".part")
+            part.write_text("".join(line + "\n" for line, _ in kept))
+            os.replace(part, self.path)
         # a run may have been killed between a checkpoint and its validation
-        self.lacks_validation = bool(lines) and "loss" in json.loads(lines[-1])
+        self.lacks_validation = bool(kept) and "loss" in kept[-1][1]
 
     def write(self, **values):
+        """Adds a line. Where that fails, on a full disk for instance, `fault` says so, and nothing is written more."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-        with open(self.path, "a") as file:
-            file.write(json.dumps(finite) + "\n")
+        if not self.fault:
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(finite) + "\n")
+            except OSError as error:
+                self.fault = f"cannot write {self.path}, is the disk full? {error}"
         if self.wandb:
             self.wandb.log(finite, step=values["iter"])
 
     def plot(self):
         """Draws the log's curves against iterations into log.png beside it."""
-        lines, panels = [json.loads(line) for line in self.path.read_text().splitlines()], defaultdict(dict)
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        records, panels = [record for record in map(read_record, lines) if record], defaultdict(dict)
         for name, title in CURVES.items():
-            if points := [(line["iter"], line[name]) for line in lines if line.get(name) is not None]:
+            if points := [(record["iter"], record[name]) for record in records if record.get(name) is not None]:
                 panels[title][name] = points
         # a run's first losses are hundreds of times its last: the axis leaves them out
         save_image(plot(panels, "iteration", shown=0.95), self.path.with_suffix(".png"))
@@ -84,6 +120,7 @@ class Progress:
 
     def __enter__(self):
         self.since, self.logged, self.waited = time.perf_counter(), self.start, 0.0
+        self.saved = self.since
         stop = self.config["max_iters"]
         self.bar = tqdm(total=stop, initial=self.start, disable=self.log is None, unit="it", dynamic_ncols=True)
         if self.log and self.start >= stop:
@@ -101,15 +138,32 @@ class Progress:
         due = self.start > 0 and self.validation_due(self.start)
         return due and gathered(self.log and self.log.lacks_validation)[0]
 
+    def asks(self):
+        """What the first rank alone can tell, and all ranks have to do after the same iteration, to be summed over
+        them: "save_due", a checkpoint after save_minutes, and "log_failed", an end, as the log cannot be written."""
+        if not self.log:
+            return {"save_due": False, "log_failed": False}
+        seconds = 60 * self.config["save_minutes"]
+        due = seconds > 0 and time.perf_counter() - self.saved >= seconds
+        return {"save_due": due, "log_failed": bool(self.log.fault)}
+
     def ends(self, i, losses, lr, totals, batches, save, check):
         """Does what is due after i iterations: counts and logs, as update(); save(i); check(i), a validation. Returns
-        whether the run was asked to end here. Raises SystemExit where too many updates or examples are unusable."""
+        whether the run was asked to end here. Raises SystemExit where too many updates or examples are unusable, or
+        the log cannot be written."""
         self.update(i, losses, lr, totals, batches.waited)
-        if self.validation_due(i) or totals["asked"] or self.spoilt:
+        if self.validation_due(i) or totals["asked"] or totals["save_due"] or totals["log_failed"] or self.spoilt:
             save(i)  # before the validation, so that nothing that goes wrong there costs the weights
+            self.saved = time.perf_counter()
+            if self.log and self.validation_due(i) and self.config["keep"] > 1:
+                checkpoint.keep(self.path, i, self.config["keep"])
         self.stop_if_spoilt(i, batches.faults)
+        if totals["log_failed"]:
+            self.stop_without_log(i)
         if self.validation_due(i):
             check(i)
+        if i == self.config["max_iters"]:
+            self.stop_without_log(i)
         if early := totals["asked"] and i < self.config["max_iters"]:
             if self.log:
                 self.bar.write(f"interrupted: {self.path} holds iteration {i}; continue with --resume=yes")
@@ -148,11 +202,17 @@ class Progress:
                              f"more than bad_limit {self.config['bad_limit']} allows; stopped at iteration {i}, which "
                              f"{self.path} holds. The first are: {first}")
 
+    def stop_without_log(self, i):
+        """Raises SystemExit, on all ranks, where the log could not be written; iteration i has been saved."""
+        if fault := gathered(self.log.fault if self.log else "")[0]:
+            raise SystemExit(f"{fault}; {self.path} holds iteration {i}: make room, and continue with --resume=yes")
+
     def validated(self, i, values):
         """Records what a validation measured, {name: float}."""
         if self.log:
             self.log.write(iter=i, **values)
-            self.log.plot()
+            with self.worth_a_warning(f"{self.log.path.with_suffix('.png')} is not drawn at iteration {i}"):
+                self.log.plot()
             self.bar.write(f"iteration {i}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
         self.since = time.perf_counter()  # the rate is that of training
 
@@ -163,11 +223,15 @@ class Progress:
             from wandb import Image
             self.log.wandb.log({"samples": Image(sheet)}, step=i)
 
-    @contextlib.contextmanager
     def a_sheet(self, i):
         """A sheet of samples is worth a warning, not a run: not even memory that runs out here ends training."""
+        return self.worth_a_warning(f"there is no sheet of samples of iteration {i}")
+
+    @contextlib.contextmanager
+    def worth_a_warning(self, what):
+        """In this context an error becomes a warning: `what`, and why."""
         try:
             yield
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.bar.write(f"warning: there is no sheet of samples of iteration {i}: {reason}")
+            self.bar.write(f"warning: {what}: {reason}")

@@ -35,11 +35,20 @@ def note(text):
 
 def claim(path, settings, message):
     """Creates the folder of work that continues where it was interrupted, and records its settings in the file `path`.
-    Raises ValueError(message) if what is there already was made with other settings."""
-    if path.exists() and json.loads(path.read_text()) != settings:
+    Raises ValueError(message) if what is there already was made with other settings, and where no one can tell."""
+    part = path.with_name(path.name + ".part")
+    try:
+        theirs = json.loads(path.read_text()) if path.exists() else settings
+    except ValueError as error:
+        if set(os.listdir(path.parent)) - {path.name, part.name}:
+            raise ValueError(f"{path} is damaged ({error}): remove it if all beside it was made with the settings of "
+                             "now, or choose another folder") from error
+        theirs = settings
+    if theirs != settings:
         raise ValueError(message)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings) + "\n")
+    part.write_text(json.dumps(settings) + "\n")
+    os.replace(part, path)
 
 
 class Interrupt:

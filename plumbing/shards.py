@@ -99,8 +99,9 @@ def read_index(path, shards):
             starts = np.memmap(path, dtype=np.uint32, mode="r", offset=file.tell())
     except (OSError, ValueError):
         return None
-    valid = header.get("shards") == shards and len(starts) == sum(header["counts"]) + len(shards)
-    return (header, starts) if valid else None
+    if not isinstance(header, dict) or header.get("shards") != shards:
+        return None
+    return (header, starts) if len(starts) == sum(header["counts"]) + len(shards) else None
 
 
 def load_index(paths):

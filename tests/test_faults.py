@@ -1,4 +1,6 @@
 """Nothing is lost: many processes, kills at any moment, full disks, folders that belong to another run."""
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -9,12 +11,14 @@ import sys
 import time
 
 import pytest
-from helpers import (DISTILL, ROOT, TRAIN, assert_close_training, contents, fails, on_ranks, read_log,
-                     read_log_without_speed, run, run_with_notes, same, same_training, start, torchrun, training_lines)
+from helpers import (DISTILL, ROOT, SAMPLE, TRAIN, assert_close_training, contents, fails, interrupted_run, on_ranks,
+                     read_log, read_log_without_speed, run, run_with_notes, same, same_training, start, torchrun,
+                     training_lines)
 from PIL import Image
 
 from model import NTM
-from plumbing import checkpoint
+from plumbing import checkpoint, lock, log
+from plumbing.lock import lock_folder
 
 # ---------------------------------------------------------------------------------------------------------------
 # Many processes
@@ -263,6 +267,271 @@ def test_a_folder_of_another_run_is_refused_with_the_two_ways_on(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Two runs in one folder
+
+
+@pytest.mark.parametrize("script", ["train.py", "distill.py"])
+def test_a_folder_in_which_a_run_is_at_work_is_refused(copied, script):
+    """Also for a distillation beside training: the model would move on, and its denoiser be refused."""
+    files = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    with lock_folder(copied):
+        process = start(script, f"--out_dir={copied}", "--resume=yes", "--max_iters=200")
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and out == "" and err.count("\n") == 1
+    assert f"another run is at work in out_dir {copied} (process {os.getpid()} on " in err
+    assert "wait for its end, or choose another --out_dir" in err
+    assert files.items() <= {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}.items()
+
+
+def test_ranks_do_not_wait_for_one_that_is_refused(copied):
+    with lock_folder(copied):
+        began = time.monotonic()
+        status, _, err = torchrun(2, "train.py", f"--out_dir={copied}", "--resume=yes", "--max_iters=200")
+    assert status != 0 and "another run is at work in out_dir" in err and time.monotonic() - began < 60
+
+
+def test_a_lock_dies_with_its_process_even_if_its_data_workers_live(tmp_path):
+    process = start(script(tmp_path, "if len(calls) == 3: print('here', flush=True); import time; time.sleep(600)"),
+                    *TRAIN, f"--out_dir={tmp_path / 'run'}", "--workers=1")
+    try:
+        while process.stdout.readline() != "here\n":
+            pass
+        with pytest.raises(ValueError, match="another run is at work"):
+            lock_folder(tmp_path / "run")
+        os.kill(process.pid, signal.SIGSTOP)  # so that its children are still there when it is killed
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(timeout=60)
+        with lock_folder(tmp_path / "run"):
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        process.stderr.close()
+
+
+def test_a_mistake_leaves_no_folder(tmp_path):
+    assert "no checkpoint" in fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'run'}", "--resume=yes")
+    assert "no checkpoint" in fails("distill.py", *DISTILL, f"--out_dir={tmp_path / 'run'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_note(tmp_path, monkeypatch):
+    """A network file system without locks, and a platform without fcntl."""
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    _, _, notes = run_with_notes("train.py", *TRAIN, f"--out_dir={tmp_path / 'a'}", "--max_iters=1")
+    assert [note for note in notes if "cannot be locked ([Errno 37] No locks available)" in note]
+    monkeypatch.setattr(lock, "fcntl", None)
+    _, _, notes = run_with_notes("train.py", *TRAIN, f"--out_dir={tmp_path / 'b'}", "--max_iters=1")
+    assert [note for note in notes if "cannot be locked" in note and "see to it" in note]
+    assert contents(tmp_path / "a" / "ckpt.pt")["iter"] == contents(tmp_path / "b" / "ckpt.pt")["iter"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Damaged and full
+
+
+@pytest.mark.parametrize("damage", [
+    b"", b"\n", b"{", b"null", b"[1]", b"3", b'"iter"', b"{}", b'{"iter": "3"}', b'{"iter": 1.5}', b'{"iter": true}',
+    b'{"iter": null}', b'{"iter": 2, "loss": "low"}', b'{"iter": 2, "loss": {}}', b'{"iter": 2, "loss": NaN}',
+    b'{"iter": 2, "loss": 1' + 400 * b"0" + b"}", b"[" * 100_000, bytes(4096), b"\xff\xfe", b'{"iter": 2}{"iter": 3}'],
+    ids=lambda damage: repr(damage[:25]))
+@pytest.mark.parametrize("script, log", [("train.py", "log.jsonl"), ("distill.py", "denoiser_log.jsonl")])
+def test_damaged_lines_of_a_log_are_dropped_with_a_note(copied, script, log, damage):
+    path, stop = copied / log, {"train.py": 100, "distill.py": 40}[script]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], damage + b"\n", *lines[3:]]))
+    _, _, notes = run_with_notes(script, f"--out_dir={copied}", "--resume=yes", f"--max_iters={stop}")
+    count = 1 + damage.count(b"\n")
+    assert [note for note in notes if f"{count} damaged lines of {path} are dropped" in note]
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_a_log_that_is_damaged_while_a_run_goes_on_does_not_stop_it(tmp_path):
+    trouble = "if len(calls) == 2: open(calls_log, 'a').write('{\\n'); os.mkdir(calls_log.replace('.jsonl', '.png'))"
+    program = script(tmp_path, trouble)
+    program.write_text(f"calls_log = {str(tmp_path / 'run' / 'log.jsonl')!r}\n" + program.read_text())
+    process = start(program, *TRAIN, f"--out_dir={tmp_path / 'run'}")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "warning: " in out + err and "log.png is not drawn at iteration 3" in out + err
+    assert contents(tmp_path / "run" / "ckpt.pt")["iter"] == 6
+
+
+class FullDisk:
+    """open() of a log on a disk that is full for its line number `number` and all after it, or for that one alone."""
+
+    def __init__(self, number, again=False):
+        self.left, self.again = number, again
+
+    def __call__(self, path, mode):
+        self.left -= 1
+        if self.left == 0 or (self.again and self.left < 0):
+            return open("/dev/full", mode)
+        return open(path, mode)
+
+
+@pytest.mark.parametrize("script, name", [("train.py", "ckpt.pt"), ("distill.py", "denoiser.pt")])
+@pytest.mark.parametrize("line, held", [(1, 2), (4, 5), (6, 6), (7, 6)])  # 7: of the last validation
+def test_a_full_disk_at_a_log_line_saves_first(trained, tmp_path, monkeypatch, script, name, line, held):
+    """There is no validation but the last, so that the checkpoint is there for the log alone."""
+    shutil.copy(trained / "ckpt.pt", tmp_path) if script == "distill.py" else None
+    settings = [*(TRAIN if script == "train.py" else DISTILL), "--val_interval=50", f"--out_dir={tmp_path}"]
+    monkeypatch.setattr(log, "open", FullDisk(line), raising=False)
+    message = fails(script, *settings)
+    assert "is the disk full? [Errno 28] No space left on device" in message and "log.jsonl" in message
+    assert f"{tmp_path / name} holds iteration {held}" in message and "--resume=yes" in message
+    assert contents(tmp_path / name)["iter"] == held
+    monkeypatch.undo()
+    run(script, *settings, "--resume=yes")
+    assert contents(tmp_path / name)["iter"] == 6
+
+
+def test_a_disk_that_is_full_for_the_checkpoint_too_is_one_line(tmp_path, monkeypatch):
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--max_iters=3")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt.part").symlink_to("/dev/full")
+    monkeypatch.setattr(log, "open", FullDisk(1, again=True), raising=False)
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--resume=yes", "--val_interval=50")
+    assert "cannot write checkpoint" in line and "the one before it is kept" in line
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_ranks_end_together_where_the_log_cannot_be_written(tmp_path):
+    program = script(tmp_path, "")
+    program.write_text(program.read_text().replace("from model import NTM", "from model import NTM; from plumbing import log; "
+                                                   "log.open = lambda path, mode: open('/dev/full', mode)"))
+    began = time.monotonic()
+    status, _, err = torchrun(2, program, *TRAIN, "--val_interval=50", f"--out_dir={tmp_path / 'run'}")
+    assert status != 0 and "Traceback" not in err.partition("torch/distributed/elastic")[0]
+    assert f"{tmp_path / 'run' / 'log.jsonl'}, is the disk full?" in err and time.monotonic() - began < 60
+    assert contents(tmp_path / "run" / "ckpt.pt")["iter"] == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", bytes(100), b"\xff"])
+def test_damaged_settings_of_a_folder_of_samples_are_named(copied, damage):
+    command = ["sample.py", *SAMPLE, f"--out_dir={copied}", "--layout=flat", "--prompt=the digit one"]
+    path = copied / "images" / ".settings.json"
+    path.parent.mkdir()
+    path.write_bytes(damage)
+    run(*command)  # nothing is beside it
+    whole = path.read_bytes()
+    assert json.loads(whole)["prompt"] == "the digit one"
+    path.write_bytes(damage)
+    line = fails(*command)
+    assert f"{path} is damaged" in line and "remove it" in line and "another folder" in line
+    assert path.read_bytes() == damage
+    path.unlink()
+    run(*command)
+    assert path.read_bytes() == whole
+
+
+def test_a_damaged_denoiser_is_named_with_a_way_on(copied):
+    (copied / "denoiser.pt").write_bytes(b"PK")
+    line = fails("sample.py", *SAMPLE, f"--out_dir={copied}")
+    assert "denoiser.pt" in line and "truncated" in line and "--denoise=score" in line
+    run("sample.py", *SAMPLE, f"--out_dir={copied}", "--denoise=score")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints by time, and those that stay
+
+
+def test_checkpoints_by_time(tmp_path, monkeypatch):
+    """A clock on which an update takes ten minutes: every 15 minutes is every second update."""
+    now, saved, forward, save = [0.0], [], NTM.forward, checkpoint.save
+
+    def ten_minutes(*args):
+        now[0] += 600
+        return forward(*args)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(NTM, "forward", ten_minutes)
+    monkeypatch.setattr(checkpoint, "save", lambda path, **held: saved.append(held["iter"]) or save(path, **held))
+    settings = [*TRAIN, "--val_interval=5", "--max_iters=12"]
+    run("train.py", *settings, f"--out_dir={tmp_path / 'often'}")
+    assert saved == [2, 4, 5, 7, 9, 10, 12]  # validations, of 5 and 10, save too, and the clock starts anew
+    saved.clear()
+    run("train.py", *settings, f"--out_dir={tmp_path / 'hourly'}", "--save_minutes=60")
+    assert saved == [5, 10, 12]
+    saved.clear()
+    run("train.py", *settings, f"--out_dir={tmp_path / 'never'}", "--save_minutes=0")
+    assert saved == [5, 10, 12]
+    assert same_training(tmp_path / "often" / "ckpt.pt", tmp_path / "never" / "ckpt.pt")
+
+
+def test_ranks_agree_when_a_checkpoint_is_due(tmp_path):
+    """The first rank's clock decides: the others' runs a day ahead here."""
+    program = script(tmp_path, "")
+    program.write_text(program.read_text().replace("from model import NTM", """from model import NTM
+import time
+from plumbing import checkpoint
+if os.environ["RANK"] == "1":
+    clock, days = time.perf_counter, iter(range(10**9))
+    time.perf_counter = lambda: clock() + 86400 * next(days)
+save = checkpoint.save
+checkpoint.save = lambda path, **held: (print("saved", held["iter"]), save(path, **held))
+"""))
+    for minutes, expected in ((15, [3, 6]), (1e-9, [1, 2, 3, 4, 5, 6])):
+        out = on_ranks(2, program, *TRAIN, f"--save_minutes={minutes}", f"--out_dir={tmp_path / str(minutes)}")
+        assert [int(line.split()[1]) for line in out.splitlines() if line.startswith("saved")] == expected
+
+
+def kept(folder, stem="ckpt"):
+    return {path.name: contents(path)["iter"] for path in folder.glob(f"{stem}*.pt")}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_as_many_checkpoints_stay_as_are_asked_for(tmp_path, monkeypatch, links):
+    if not links:  # a file system without
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    settings = [*TRAIN, "--val_interval=2", "--save_minutes=1e-9"]  # those by time are ckpt.pt alone
+    run("train.py", *settings, f"--out_dir={tmp_path / 'one'}", "--max_iters=4")
+    assert kept(tmp_path / "one") == {"ckpt.pt": 4}
+    run("train.py", *settings, f"--out_dir={tmp_path}", "--keep=2", "--max_iters=4")
+    assert kept(tmp_path) == {"ckpt.pt": 4, "ckpt_000002.pt": 2, "ckpt_000004.pt": 4}
+    assert (tmp_path / "ckpt.pt").samefile(tmp_path / "ckpt_000004.pt") == links  # no room for a second copy
+    interrupted_run(NTM, 3, "train.py", *settings, f"--out_dir={tmp_path}", "--resume=yes", "--max_iters=9")
+    assert kept(tmp_path) == {"ckpt.pt": 7, "ckpt_000004.pt": 4, "ckpt_000006.pt": 6}
+    run("train.py", f"--out_dir={tmp_path}", "--resume=yes")  # goes on keeping two
+    assert kept(tmp_path) == {"ckpt.pt": 9, "ckpt_000008.pt": 8, "ckpt_000009.pt": 9}
+    assert not list(tmp_path.glob("*.part"))
+
+    # a run that goes back, by `ln -f`, leaves those of later iterations until it gets there
+    (tmp_path / "ckpt.pt").unlink()
+    (tmp_path / "ckpt.pt").hardlink_to(tmp_path / "ckpt_000008.pt") if links else shutil.copy(
+        tmp_path / "ckpt_000008.pt", tmp_path / "ckpt.pt")
+    run("train.py", f"--out_dir={tmp_path}", "--resume=yes", "--max_iters=8", "--seed=1")
+    assert kept(tmp_path) == {"ckpt.pt": 8, "ckpt_000008.pt": 8, "ckpt_000009.pt": 9}
+    run("train.py", f"--out_dir={tmp_path}", "--resume=yes", "--max_iters=12", "--keep=3")
+    assert kept(tmp_path) == {"ckpt.pt": 12, "ckpt_000009.pt": 9, "ckpt_000010.pt": 10, "ckpt_000012.pt": 12}
+
+
+def test_denoisers_are_kept_too(copied):
+    (copied / "denoiser.pt").unlink()
+    run("distill.py", *DISTILL, f"--out_dir={copied}", "--keep=2")
+    assert kept(copied, "denoiser") == {"denoiser.pt": 6, "denoiser_000003.pt": 3, "denoiser_000006.pt": 6}
+
+
+def test_kept_checkpoints_are_not_mixed_with_those_of_another_run(tmp_path):
+    run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--keep=2")
+    (tmp_path / "ckpt.pt").unlink()
+    for resume in checkpoint.RESUME:
+        line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", f"--resume={resume}")
+        assert "ckpt_000006.pt beside it: copy that to ckpt.pt" in line and "another --out_dir" in line
+    assert kept(tmp_path) == {"ckpt_000003.pt": 3, "ckpt_000006.pt": 6}
+
+
+def test_a_checkpoint_that_cannot_be_kept_is_one_line(tmp_path):
+    (tmp_path / "ckpt_000003.pt" / "in the way").mkdir(parents=True)
+    (tmp_path / "ckpt_000003.pt").rename(tmp_path / "ckpt_000003.pt.part")
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--keep=2")
+    assert f"cannot keep {tmp_path / 'ckpt_000003.pt'}" in line and "ckpt.pt holds iteration 3" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Weights & Biases
 
 
@@ -311,7 +580,7 @@ def test_wandb_is_told_everything_and_a_resumed_run_goes_on_there(tmp_path, wand
         run("train.py", *settings)
         settings, log, sheets = [*DISTILL, f"--out_dir={tmp_path}"], "denoiser_log.jsonl", "samples/denoiser_{:06d}.png"
     run(script, *settings, "--max_iters=3", "--wandb_log=True")
-    run(script, f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=6")
+    run(script, f"--out_dir={tmp_path}", "--resume=yes", "--max_iters=6")
     assert wandb.begun == [{"max_iters": 3}, {"max_iters": 6, "entity": "me", "project": "ntm", "id": "run1"}]
     assert [line for line in wandb.told if "samples" not in line] == read_log(tmp_path / log)
     shown = {line["iter"]: line["samples"] for line in wandb.told if "samples" in line}
@@ -320,7 +589,7 @@ def test_wandb_is_told_everything_and_a_resumed_run_goes_on_there(tmp_path, wand
     assert steps == sorted(steps)  # it drops what goes back
 
     (tmp_path / log).with_suffix(".wandb").write_text('{"id": ')
-    *_, notes = run_with_notes(script, f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=7")
+    *_, notes = run_with_notes(script, f"--out_dir={tmp_path}", "--resume=yes", "--max_iters=7")
     assert wandb.begun[-1] == {"max_iters": 7} and "is damaged: Weights & Biases gets a new run" in "".join(notes)
     assert json.loads((tmp_path / log).with_suffix(".wandb").read_text())["id"] == "run3"
 

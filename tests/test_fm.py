@@ -1,13 +1,14 @@
 """Flow matching, and an NTM that starts from it: at first it is the Gaussian reverse step, to rounding."""
 import math
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import randomize
-from helpers import (DISTILL, SAMPLE, TRAIN, assert_close_training, contents, fails, interrupted_run, load, on_ranks,
-                     pixels, read_log, read_log_without_speed, run, run_with_notes, same, same_training,
-                     training_lines)
+from helpers import (DISTILL, SAMPLE, SHORT, SMALL, TRAIN, assert_close_training, contents, fails, interrupted_run,
+                     load, on_ranks, pixels, read_log, read_log_without_speed, run, run_with_notes, same,
+                     same_training, training_lines)
 
 from plumbing import checkpoint
 from flow import forward_trajectory, time_grid
@@ -414,6 +415,41 @@ def test_one_model_for_several_step_counts(tmp_path):
 def test_wrong_start_is_named(tmp_path, settings, parts):
     line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", *settings)
     assert all(part in line for part in parts)
+
+
+FOR_AN_NTM = ["--level_weight=1", "--closed_form=True", "--velocity_weight=1", "--first_noise=0.5", "--rank=3",
+              "--aux_weight=2", "--closed_form=True --transporter_blocks=0", "--level_weight=0.5 --aux_weight=0"]
+
+
+@pytest.mark.parametrize("settings", FOR_AN_NTM)
+@pytest.mark.parametrize("resume", ["no", "yes"])
+def test_what_flow_matching_does_not_learn_by_is_refused(base, tmp_path, settings, resume):
+    if resume == "yes":
+        shutil.copy(base / "ckpt.pt", tmp_path)
+    name, value = settings.split()[0].removeprefix("--").split("=")
+    line = fails("train.py", *TRAIN, "--objective=fm", f"--out_dir={tmp_path}", f"--resume={resume}", *settings.split())
+    assert line.startswith(f"objective is 'fm', and {name} {value}") and line.endswith(" is for an NTM: leave it out")
+
+
+def test_what_flow_matching_does_not_use_is_noted(tmp_path):
+    """One config file does for both objectives: what sizes an NTM alone does not stop flow matching."""
+    short = [*SHORT, *SMALL, "--objective=fm", "--max_iters=1"]
+    _, _, notes = run_with_notes("train.py", *short, f"--out_dir={tmp_path / 'a'}")
+    assert notes == []
+    same_as_default = ["--rank=0", "--level_weight=0", "--aux_weight=0", "--closed_form=False", "--first_noise=1"]
+    _, _, notes = run_with_notes("train.py", *short, *same_as_default, f"--out_dir={tmp_path / 'b'}")
+    assert notes == []
+    sizes = ["--transporter_blocks=2", "--transporter_width=16", "--steps=8", "--pairs=False", "--chunk=3"]
+    _, _, notes = run_with_notes("train.py", *short, *sizes, f"--out_dir={tmp_path / 'c'}")
+    note, = notes
+    assert note == "flow matching does not use transporter_width, transporter_blocks, steps, pairs, chunk, which an NTM does"
+    assert same_training(*(tmp_path / name / "ckpt.pt" for name in "ac"))
+
+
+def test_an_ntm_of_nothing_is_refused(tmp_path):
+    line = fails("train.py", *TRAIN, "--depth=0", "--transporter_blocks=0", f"--out_dir={tmp_path}")
+    assert line == "depth and transporter_blocks are both 0, which leaves nothing to train: set one of them"
+    assert "depth is 0" in fails("train.py", *TRAIN, "--depth=0", "--objective=fm", f"--out_dir={tmp_path}")
 
 
 def test_wrong_kind_of_checkpoint_is_named(base, tmp_path):

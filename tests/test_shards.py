@@ -129,7 +129,7 @@ def test_the_index_is_built_once_and_again_when_a_shard_changes(tmp_path, monkey
     os.utime(tmp_path / "train" / "00001.tar", (1, 1))  # only its time
     before = index.read_bytes()
     assert len(dataset(tmp_path)) == 25 and index.read_bytes() != before
-    for damage in (b"", index.read_bytes()[:-4], b"{}\n", b"\xff" * 100):
+    for damage in (b"", index.read_bytes()[:-4], b"{}\n", b"[]\n1234", b"5\n1234", b"\xff" * 100):
         index.write_bytes(damage)
         assert len(dataset(tmp_path)) == 25
 

@@ -1,0 +1,70 @@
+"""One run at a time in a folder, by a lock that the operating system drops with the process that holds it."""
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+from plumbing.runtime import gathered, note, rank_and_world
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NAME = ".lock"
+
+
+class Lock:
+    """The lock of a folder, held until its context ends. Raises ValueError where another process holds it, or where the
+    folder cannot be written to; what cannot be locked, as on some network file systems, is noted."""
+
+    def __init__(self, folder):
+        self.path = Path(folder) / NAME
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "a+", encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise ValueError(f"out_dir {folder} cannot be written to ({error}): choose another --out_dir") from error
+        try:
+            if fcntl is None:
+                raise OSError("there is no fcntl here")
+            # not flock: the processes that load data would inherit it, and may outlive the run
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.file.seek(0)
+            holder = self.file.read(200).strip() or "another process"
+            self.file.close()
+            raise ValueError(f"another run is at work in out_dir {folder} ({holder}): wait for its end, or choose "
+                             "another --out_dir") from None
+        except OSError as error:
+            note(f"out_dir {folder} cannot be locked ({error}): see to it that no other run writes there")
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self.file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        with contextlib.suppress(OSError):
+            if os.listdir(self.path.parent) == [NAME]:  # of a run that left nothing, a wrong setting for instance
+                self.path.unlink()
+                self.path.parent.rmdir()
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+def lock_folder(folder):
+    """A context in which no other run, train.py's or distill.py's, works in the folder. The first rank holds the lock;
+    where it is refused, all raise ValueError."""
+    lock, refusal = contextlib.nullcontext(), ""
+    if rank_and_world()[0] == 0:
+        try:
+            lock = Lock(folder)
+        except ValueError as error:
+            refusal = str(error)
+    if refusal := gathered(refusal)[0]:
+        raise ValueError(refusal)
+    return lock
