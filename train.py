@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py config/t2i.py
     python train.py --out_dir=out/shapes --resume=yes                # goes on, with the settings of the checkpoint
     python train.py config/digits_fm.py                              # flow matching instead: the baseline
-    python train.py config/digits_tune.py                            # an NTM that starts from it
+    python train.py config/digits_tune.py --resume=auto              # an NTM from it; sent again, it goes on
     python train.py config/sit.py --init_from=sit:SiT-XL-2-256.pt    # or from published weights
 
 Leaves in out_dir: ckpt.pt, log.jsonl, log.png and, from every validation, samples/ITERATION.png.
@@ -34,6 +34,7 @@ from plumbing.optim import learning_rate, make_optimizers, step, update_average
 from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, exact_products, for_training,
                               gathered, gradients_meet, in_bfloat16, job, leave_ranks, note, one_line_errors,
                               start_ranks)
+from plumbing.settings import check_objective
 from plumbing.shards import find_shards, first_example
 
 # ---- run
@@ -109,9 +110,7 @@ wandb_log = False  # the log and the sheets to Weights & Biases as well
 NETWORKS = {"ntm": NTM, "fm": FlowMatching}
 RENAMED = {"resume": "--resume=yes", "auto": "--resume=auto"}  # what init_from could be in older versions
 NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
-OF_NTM = {"rank": 0, "level_weight": 0, "first_noise": 1, "closed_form": False, "velocity_weight": 0, "aux_weight": 0}
 TRANSPORTER = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads")
-GRID = ("steps", "shift", "max_t_min", "pairs", "t_min", "chunk")
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a run starts from
@@ -176,24 +175,6 @@ def start(config, device):
             raise ValueError(f"{key} is {config[key]!r}, but {init_from} decides it, {decided[key]!r}: leave it out")
     config |= decided
     return base, None, vocabulary
-
-
-def check_objective(config):
-    """Raises ValueError where the settings and what is trained contradict one another. Of an NTM's settings, flow
-    matching goes on without those that only size it, with a note, so that one config file does for both."""
-    objective = config["objective"]
-    if objective not in NETWORKS:
-        raise ValueError(f"objective {objective!r} is unknown: choose 'ntm' or 'fm'")
-    if objective == "ntm" and not config["depth"] and not config["transporter_blocks"]:
-        raise ValueError("depth and transporter_blocks are both 0, which leaves nothing to train: set one of them")
-    if objective == "fm":
-        wrong = [f"{name} {config[name]}" for name in OF_NTM
-                 if name in config.given and config[name] != OF_NTM[name]]
-        if wrong:
-            raise ValueError(f"objective is 'fm', and {', '.join(wrong)} is for an NTM: leave it out")
-        unused = [name for name in (*TRANSPORTER, *GRID) if name in config.given]
-        if unused:
-            note(f"flow matching does not use {', '.join(unused)}, which an NTM does")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -271,7 +252,7 @@ def train(config, ranks):
     device, rank, world = ranks
     with one_line_errors():
         base, resumed, vocabulary = start(config, device)
-        check_objective(config)
+        check_objective(config, NETWORKS)
         train_set, val_set = (open_dataset(config, split) for split in ("train", "val"))
         tokenizer = get_tokenizer(config["tokenizer"], vocabulary)
         if config["dataset"] == "shards" and train_set.latent:  # for whoever decodes what the model samples
