@@ -510,7 +510,7 @@ def test_sheets_of_latents_are_decoded(encoded, exported, tmp_path, script):
                 "--bad_captions=1"]
     settings += ["--objective=fm"] if "flow" in script else []
     wrong = [f"--decoder={exported / 'encoder.pt2'}", "--decoder=none.pt2"]
-    name, resume = "000006.png", [f"--out_dir={folder}", "--init_from=resume", "--max_iters=9"]
+    name, resume = "000006.png", [f"--out_dir={folder}", "--resume=yes", "--max_iters=9"]
     if script == "distill.py":
         run("train.py", *settings)
         settings, name = [*DISTILL, f"--out_dir={folder}"], "denoiser_000006.png"
