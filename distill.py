@@ -27,7 +27,8 @@ from plumbing.loader import Batches, validation_batches
 from plumbing.lock import lock_folder
 from plumbing.log import Progress
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
-from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, for_training, gradients_meet,
+from plumbing.rng import normal
+from plumbing.runtime import (alike, all_sum, all_sums, autocast, coarse_products, for_training, gradients_meet,
                               in_bfloat16, job, leave_ranks, one_line_errors, start_ranks)
 
 # ---- run
@@ -135,6 +136,7 @@ def distill(config, ranks):
         if resumed:
             checkpoint.resume(resumed, path, denoiser, ema, optimizers, config, "optimizer", "t_min", "steps")
         first, counts = (resumed["iter"], resumed.get("counts", {})) if resumed else (0, {})
+        alike(teacher, denoiser, ema)
         resumed = None  # whose weights would stay in memory as long as the run
         batches = Batches(train_set, tokenizer, model_config.text_len, config, first, ranks)
         progress = Progress(path, "denoiser_log.jsonl", config, first, counts, rank)
@@ -153,7 +155,8 @@ def distill(config, ranks):
     def check(i):
         """Validates the averaged denoiser, and leaves samples for held-out captions."""
         held_out = val_set, tokenizer, model_config.text_len
-        of_this_rank = validation_batches(*held_out, config["val_examples"], device, rank, world)
+        of_this_rank = validation_batches(*held_out, config["val_examples"], device, rank, world,
+                                          bad_limit=config["bad_limit"])
         values = validate(ema, teacher, of_this_rank, ts, config["chunk"])
         if rank == 0:
             with progress.a_sheet(i):
@@ -164,13 +167,13 @@ def distill(config, ranks):
                 progress.show(i, sheet, path.parent / "samples" / f"denoiser_{i:06d}.png")
         progress.validated(i, values)
 
-    with Interrupt() as interrupt, batches, progress:
+    with batches.interrupt, batches, progress:
         if progress.validation_missing():
             check(first)
         for i in range(first, config["max_iters"]):
             images, text, generator = next(batches)
-            noise = torch.randn(config["batch_size"], len(ts), model_config.num_tokens, model_config.token_dim,
-                                generator=generator, device=device)[batches.rows]
+            shape = config["batch_size"], len(ts), model_config.num_tokens, model_config.token_dim
+            noise = normal(shape, batches.rows, generator, device)
             loss = 0
             for k, (images, text, noise) in enumerate(batches.chunks(images, text, noise), 1):
                 u0, target = lesson(teacher, images, text, ts, noise, config["chunk"])
@@ -182,7 +185,7 @@ def distill(config, ranks):
 
             grad_norm = clip_grad_norm_(denoiser.parameters(), config["grad_clip"]) / world
             losses = {"loss": loss, "grad_norm": grad_norm}
-            totals = all_sums({**losses, "asked": interrupt.asked, **progress.asks(), **batches.counts}, device)
+            totals = all_sums({**losses, "asked": batches.must_end(), **progress.asks(), **batches.counts}, device)
             finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
             lr = learning_rate(config, i)
             if finite:

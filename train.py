@@ -31,7 +31,7 @@ from plumbing.loader import Batches, examine, validation_batches
 from plumbing.lock import lock_folder
 from plumbing.log import Progress
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
-from plumbing.runtime import (Interrupt, all_sum, all_sums, autocast, coarse_products, exact_products, for_training,
+from plumbing.runtime import (alike, all_sum, all_sums, autocast, coarse_products, exact_products, for_training,
                               gathered, gradients_meet, in_bfloat16, job, leave_ranks, note, one_line_errors,
                               start_ranks)
 from plumbing.settings import check_objective
@@ -282,6 +282,7 @@ def train(config, ranks):
             checkpoint.resume(resumed, path, model, ema, optimizers, config, "objective", "optimizer", "tokenizer")
         kept = resumed or {}
         first, counts, words = kept.get("iter", 0), kept.get("counts", {}), kept.get("words", ())
+        alike(model, ema, *filter(None, [frozen]))
         base = resumed = kept = None  # whose weights would stay in memory as long as the run
         notes = examine(train_set, val_set, tokenizer, model_config.text_len, config["bad_captions"])
         batches = Batches(train_set, tokenizer, model_config.text_len, config, first, ranks, words)
@@ -312,16 +313,17 @@ def train(config, ranks):
                 images = sample_images(ema, text, ts, generator, config["chunk"])
                 sheet = contact_sheet(decode(images) if decode else images, captions)
                 progress.show(i, sheet, path.parent / "samples" / f"{i:06d}.png")
-        of_this_rank = validation_batches(*held_out, config["val_examples"], device, rank, world)
+        of_this_rank = validation_batches(*held_out, config["val_examples"], device, rank, world,
+                                          bad_limit=config["bad_limit"])
         progress.validated(i, validate(ema, of_this_rank, ts, config))
 
-    with Interrupt() as interrupt, batches, progress:
+    with batches.interrupt, batches, progress:
         if progress.validation_missing():
             check(first)
         for i in range(first, config["max_iters"]):
             # The batch, and all that is random about it: sampled for the whole batch, of which a rank keeps its rows.
             images, text, generator = next(batches)
-            randomness = [a[batches.rows] for a in model.randomness(config["batch_size"], device, generator)]
+            randomness = model.randomness(config["batch_size"], device, generator, batches.rows)
             if couple:
                 with autocast(config, device):
                     couple(images, text, randomness)
@@ -338,7 +340,7 @@ def train(config, ranks):
 
             # Clip the gradient, and guard: every rank has the same numbers, so all of them skip an update or none does.
             grad_norm = clip_grad_norm_(model.parameters(), config["grad_clip"]) / world
-            asked = {"asked": interrupt.asked, **progress.asks()}
+            asked = {"asked": batches.must_end(), **progress.asks()}
             totals = all_sums({**losses, "grad_norm": grad_norm, **asked, **batches.counts}, device)
             losses = {name: totals[name] for name in losses}
             finite = math.isfinite(losses["loss"]) and math.isfinite(totals["grad_norm"])

@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional
 
+from plumbing.rng import drawn
+
 PAPER, INK = (255, 255, 255), (20, 20, 20)
 GAP = 8  # pixels between cells, and around them
 FONT_SIZE = 13
@@ -32,11 +34,14 @@ def to_uint8(images):
     return ((images + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
-def dequantize(images, generator=None):
+def dequantize(images, generator=None, batch=0, rows=slice(None)):
     """Eq. (17): uniform noise over each pixel's bin, v -> 2(v + U[0, 1))/256 - 1, so that a density exists. `images`
-    come from to_pixels; a generator must live on their device."""
+    come from to_pixels; a generator must live on their device. rows: the slice that they are of a batch of `batch`
+    images, whose noise is drawn."""
     # 16 random bits: float32 adds them to any level without rounding, so that noise never leaves the bin
-    u = torch.randint(2**16, images.shape, generator=generator, dtype=images.dtype, device=images.device) / 2**16
+    shape = batch or len(images), *images.shape[1:]
+    bits = drawn(lambda tensor: tensor.random_(2**16, generator=generator), shape, rows, images.device, images.dtype)
+    u = bits / 2**16
     return images + (2 * u - 1) / 256
 
 

@@ -5,18 +5,21 @@ run does not depend on how many ranks or accumulation passes share a batch, and 
 """
 
 import functools
-import signal
+import sys
 import time
 
 import torch
-from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from plumbing.images import dequantize
-from plumbing.runtime import one_line_errors
+from plumbing.runtime import Interrupt, one_line_errors
 from plumbing.shapes import uniforms
+from plumbing.shards import ATTEMPTS
 from plumbing.tokenizer import MOST_WORDS, survey, words
+from plumbing.workers import ReadAhead
 
 FEW = 50  # held-out examples, below which validation's figures are noise
+NAMED = 10  # unusable examples that are named
 
 
 def order(size, batch_size, seed, start, stop, rows, again=0):
@@ -46,23 +49,62 @@ def collate(examples):
 
 
 def read_ahead(dataset, batches, workers, **settings):
-    """A DataLoader of `batches`, lists of numbers. It forks: a fresh interpreter would run the script once more."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, **settings,
-                      multiprocessing_context="fork" if workers else None)
+    """The same batches as ReadAhead, by a generator; the processes that load end with it."""
+    with ReadAhead(dataset, batches, workers, **settings) as loaded:
+        yield from loaded
 
 
-def leave_signals_to_the_trainer(worker):
-    """A terminal's Ctrl-C reaches the data workers too; they must outlive the update that it interrupts."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+class Readable:
+    """The examples of a data set with their captions' ids: (image, caption, ids (L,), whether they are cut, fault or
+    ""). One whose caption the tokenizer refuses is replaced by the next usable one, and the fault says why."""
+
+    def __init__(self, dataset, tokenizer, text_len):
+        self.dataset, self.tokenizer, self.text_len = dataset, tokenizer, text_len
+
+    def __getitems__(self, numbers):
+        return [self.readable(number, *example) for number, example in zip(numbers, self.dataset.__getitems__(numbers))]
+
+    def readable(self, number, image, caption, fault=""):
+        for attempt in range(1, ATTEMPTS + 1):
+            cut = self.tokenizer.cut
+            try:
+                ids = self.tokenizer.encode([caption], self.text_len)[0]
+                return image, caption, ids, self.tokenizer.cut - cut, fault
+            except Exception as error:  # what encoding garbage raises depends on the tokenizer
+                fault = fault or f"{self.name(number)}: {error}"
+            following = number + attempt
+            if not hasattr(self.dataset, "runs_on"):
+                following %= len(self.dataset)
+            image, caption, *_ = self.dataset.__getitems__([following])[0]
+        raise ValueError(f"{ATTEMPTS} examples in a row have no readable caption, the first is {fault}")
+
+    def name(self, number):
+        number %= len(self.dataset)
+        if not hasattr(self.dataset, "place"):
+            return f"example {number}"
+        shard, number = self.dataset.place(number)
+        return f"example {number} of {self.dataset.paths[shard]}"
+
+
+def collate_readable(examples):
+    """Examples of Readable to images (B, C, H, W), B captions, ids (B, L), how many are cut, and the faults."""
+    images, captions, ids, cut, faults = zip(*examples)
+    return torch.stack(images), list(captions), torch.stack(ids), sum(cut), [fault for fault in faults if fault]
+
+
+def name_faults(faults, what=""):
+    """Tells the user of unusable examples; `what` kind they are."""
+    for fault in faults:
+        tqdm.write(f"note: an unusable {what}example, another stands in for it: {fault}", file=sys.stderr)
 
 
 class Batches:
     """A run's batches from iteration `start` on, dequantised and with some captions replaced by the null caption.
 
     A context: the processes that load (config's `workers`) end with it. ranks: device, rank, world. rows: this rank's,
-    a slice of the whole batch. counts: {"unusable": examples replaced, "cut": captions too long}, of this rank since
-    the start. faults: what was wrong with the first ten. words: in its captions. waited: seconds that loading took.
+    a slice of the whole batch. interrupt: the context in which signals ask for an end. counts: {"unusable": examples
+    replaced, "cut": captions too long}, of this rank since the start. faults: what was wrong with the first ten. words:
+    in its captions. waited: seconds that loading took.
     """
 
     def __init__(self, dataset, tokenizer, text_len, config, start, ranks, words=()):
@@ -73,55 +115,63 @@ class Batches:
                              f"{self.passes}")
         per_rank = self.batch_size // world
         self.rows = slice(rank * per_rank, (rank + 1) * per_rank)
-        self.dataset, self.tokenizer, self.text_len, self.config = dataset, tokenizer, text_len, config
+        self.dataset, self.examples, self.config = dataset, Readable(dataset, tokenizer, text_len), config
         self.null = tokenizer.encode([""], text_len).to(self.device)
         self.iteration, self.generator = start, torch.Generator(self.device)
         self.counts, self.faults, self.words, self.waited = {"unusable": 0, "cut": 0}, [], set(words), 0.0
+        self.interrupt, self.ahead, self.failure = Interrupt(), None, ""
 
     def __enter__(self):
         again = len(self.dataset) if hasattr(self.dataset, "runs_on") else 0  # new crops and flips each epoch
         numbers = order(len(self.dataset), self.batch_size, self.config["seed"], self.iteration,
                         self.config["max_iters"], self.rows, again)
         with one_line_errors():
-            loader = read_ahead(self.dataset, numbers, self.config["workers"], collate_fn=collate,
-                                pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer)
-            self.loaded = iter(loader)
+            self.loading = ReadAhead(self.examples, numbers, self.config["workers"], lambda: self.interrupt.asked,
+                                     collate_fn=collate_readable, pin_memory=self.device.type == "cuda")
         return self
 
-    def __exit__(self, *error):
-        self.loaded = None  # the workers end with its last reference
+    def __exit__(self, kind, *error):
+        self.loading.__exit__(kind, *error)
+        if self.failure and kind is None:  # the run has ended for it, in order
+            raise SystemExit(self.failure)
+
+    def must_end(self):
+        """Loads the next batch, while the device computes. Returns whether the run has to end without it, all ranks
+        after the same iteration: because a signal asked for that, or since the data fail, as __exit__ then says."""
+        if self.iteration < self.config["max_iters"] and not self.interrupt.asked:
+            self.load()
+        return self.interrupt.asked or bool(self.failure)
+
+    def load(self):
+        """Has the next batch in self.ahead, or in self.failure a line that says why there is none."""
+        asked_at = time.perf_counter()
+        try:
+            self.ahead = next(self.loading)
+        except (ValueError, OSError) as error:
+            self.failure = "" if self.interrupt.asked else str(error)
+        self.waited += time.perf_counter() - asked_at
 
     def __next__(self):
         """images (b, C, H, W), text (b, L), and the generator from which the rest of the whole batch's noise comes."""
-        asked_at = time.perf_counter()
-        images, captions, faults = self.load()
-        self.waited += time.perf_counter() - asked_at
-        self.faults = (self.faults + faults)[:10]
+        if self.ahead is None:  # the first
+            self.load()
+        if self.ahead is None:
+            raise SystemExit(self.failure or "interrupted while waiting for the first data: nothing is lost")
+        (images, captions, text, cut, faults), self.ahead = self.ahead, None
+        name_faults(faults[:NAMED - len(self.faults)])
+        self.faults = (self.faults + faults)[:NAMED]
         self.words |= words(captions) if len(self.words) < MOST_WORDS else set()
-        with one_line_errors():
-            cut = self.tokenizer.cut
-            text = self.tokenizer.encode(captions, self.text_len).to(self.device, non_blocking=True)
         self.counts["unusable"] += len(faults)
-        self.counts["cut"] += self.tokenizer.cut - cut
+        self.counts["cut"] += cut
         generator = self.generator.manual_seed(key(self.config["seed"], self.iteration, 1))
         images = images.to(self.device, non_blocking=True)
         if self.dataset.eight_bit:
-            whole = torch.zeros(self.batch_size, *images.shape[1:], device=self.device)
-            images = images + dequantize(whole, generator)[self.rows]
+            images = dequantize(images, generator, self.batch_size, self.rows)
         dropped = torch.rand(self.batch_size, 1, generator=generator, device=self.device)
+        text = text.to(self.device, non_blocking=True)
         text = torch.where(dropped[self.rows] < self.config["caption_dropout"], self.null, text)
         self.iteration += 1
         return images, text, generator
-
-    def load(self):
-        """The next batch from the loader. Raises SystemExit in one line for what is wrong with the data."""
-        try:
-            return next(self.loaded)
-        except (ValueError, OSError) as error:
-            message = str(error.with_traceback(None))  # whose frames would keep the processes that load alive
-        if "Original Traceback" in message:  # from a process that loads: its last line is the error
-            message = message.strip().splitlines()[-1].partition(": ")[2]
-        raise SystemExit(message)
 
     def chunks(self, *tensors):
         """The rows of a rank's tensors in as many parts as there are accumulation passes."""
@@ -145,12 +195,21 @@ def examine(train_set, val_set, tokenizer, text_len, bad_captions):
     return notes
 
 
-def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, world=1, batch_size=100):
+def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, world=1, batch_size=100, bad_limit=1.0):
     """This rank's part of the first `count` examples: (images, text, captions, a generator that is always the same).
-    Batches are dealt to ranks whole, so that sums over the ranks do not depend on how many there are."""
-    count = min(count, len(dataset))
+    Batches are dealt to ranks whole, so that sums over the ranks do not depend on how many there are. Raises SystemExit
+    where more than the fraction bad_limit of this rank's examples, and more than a few, are unusable."""
+    count, seen, unusable = min(count, len(dataset)), 0, []
+    examples = Readable(dataset, tokenizer, text_len)
     for start in range(0, count, batch_size)[rank::world]:
-        images, captions, _ = collate(dataset.__getitems__(list(range(start, min(start + batch_size, count)))))
+        numbers = list(range(start, min(start + batch_size, count)))
+        images, captions, text, _, faults = collate_readable(examples.__getitems__(numbers))
+        name_faults(faults[:max(0, NAMED - len(unusable))], "held-out ")
+        unusable += faults
+        seen += len(numbers)
         generator = torch.Generator(device).manual_seed(start)
         images = dequantize(images.to(device), generator) if dataset.eight_bit else images.to(device)
-        yield images, tokenizer.encode(captions, text_len).to(device), captions, generator
+        yield images, text.to(device), captions, generator
+    if len(unusable) >= NAMED and len(unusable) > bad_limit * seen:
+        raise SystemExit(f"{len(unusable)} of {seen} held-out examples are unusable, more than bad_limit {bad_limit} "
+                         f"allows: mend them or raise bad_limit. The first is {unusable[0]}")

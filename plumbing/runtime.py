@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import inspect
 import json
 import os
+import re
 import signal
 import sys
 import uuid
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 launched = {"job": ""}
+ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # which ask for an end; SLURM sends the last some time before it
 
 
 @contextlib.contextmanager
@@ -52,11 +55,13 @@ def claim(path, settings, message):
 
 
 class Interrupt:
-    """In its context, Ctrl-C and SIGTERM ask for an end after the current iteration; a second Ctrl-C ends at once."""
+    """In its context, Ctrl-C, SIGTERM and SIGUSR1 ask for an end after the current iteration; a second Ctrl-C ends at
+    once."""
+
+    asked = False
 
     def __enter__(self):
-        self.asked = False
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.ask) for number in ENDING}
         return self
 
     def __exit__(self, *error):
@@ -80,25 +85,77 @@ def find_device(name=""):
 
 
 def start_ranks(device_name="", patience=timedelta(minutes=10)):
-    """Joins the other processes under torchrun, if there are any. Returns device, rank, world size. patience: how long
-    a rank waits for another that is silent, before it ends with an error."""
+    """Joins the other processes under torchrun or srun, if there are any. Returns device, rank, world size. patience: how
+    long a rank waits for another that is silent, before it ends with an error. Raises ValueError where the environment
+    does not say which process this is."""
     device = find_device(device_name)
-    if "RANK" not in os.environ:
+    if not (found := ranks_of_environment()):
         return device, 0, 1
+    rank, world, local_rank = found
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"there are {torch.cuda.device_count()} GPUs here for {os.environ['LOCAL_WORLD_SIZE']} "
-                             "processes: lower --nproc_per_node")
+        device = torch.device("cuda", own_gpu(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
-    store, rank, world = next(dist.rendezvous("env://"))
+    try:
+        store, rank, world = next(dist.rendezvous("env://", rank, world))
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"the {world} processes cannot meet at {where} ({str(error).splitlines()[0]}): see that all are "
+                         "started and reach it, or set another MASTER_PORT") from error
     launched["job"] = store.compare_set("job", "", uuid.uuid4().hex).decode()
     # torchrun keeps this store through its restarts: without a prefix of its own, a restarted rank may find the address
     # that a dead one left there, and wait for it. (The nodes of several do not count restarts alike, and need none.)
-    prefix = f"start {restarts()}" if world == int(os.environ["LOCAL_WORLD_SIZE"]) else "start"
+    prefix = f"start {restarts()}" if os.environ.get("LOCAL_WORLD_SIZE") == str(world) else "start"
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(prefix, store),
                             rank=rank, world_size=world, timeout=patience)
     return device, rank, world
+
+
+def ranks_of_environment():
+    """Rank, world size, and rank on this node (None if nothing says it), by the variables that torchrun sets, or those
+    of a task of `srun`; None for a process alone. Sets MASTER_ADDR and MASTER_PORT in a task of srun that has none."""
+    variables = os.environ
+    # a batch script has SLURM_PROCID and SLURM_NTASKS too, but is no task: only srun says how many the step has
+    tasks = variables.get("SLURM_STEP_NUM_TASKS") or "MASTER_ADDR" in variables and variables.get("SLURM_NTASKS")
+    of_srun = {"RANK": variables.get("SLURM_PROCID"), "WORLD_SIZE": tasks, "LOCAL_RANK": variables.get("SLURM_LOCALID")}
+    if "RANK" not in variables and (not all(of_srun.values()) or tasks == "1"):
+        return None
+    if tasks:
+        meet_in_slurm()
+    found = {name: variables.get(name) or of_srun[name] for name in of_srun}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = found.get(name) or variables.get(name)
+        if value is None and name == "LOCAL_RANK":  # which only GPUs need
+            continue
+        if value is None or name != "MASTER_ADDR" and not value.isdecimal():
+            raise ValueError(f"{name} is {value!r}, though this is one of several processes: start them with torchrun "
+                             "or srun, which say where each belongs, or one process without RANK")
+    rank, world, local_rank = (value and int(value) for value in found.values())
+    if rank >= world:
+        raise ValueError(f"RANK is {rank}, but WORLD_SIZE {world}: ranks count from 0")
+    return rank, world, local_rank
+
+
+def meet_in_slurm():
+    """Names the first node of a step of srun as the one where its tasks meet, and a port that follows from the step."""
+    variables = os.environ
+    nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST") or "localhost"
+    first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodes).split(",")[0]  # of gpu[003-006,9],cpu1: gpu003
+    step = 101 * int(variables.get("SLURM_JOB_ID", 0)) + int(variables.get("SLURM_STEP_ID", 0))
+    variables.setdefault("MASTER_ADDR", first)
+    variables.setdefault("MASTER_PORT", str(10_000 + step % 20_000))
+
+
+def own_gpu(local_rank, count):
+    """The number of a process's GPU among the `count` that it sees. Raises ValueError where there is none for it."""
+    if local_rank is None:
+        raise ValueError("RANK is set, but LOCAL_RANK is not, which says whose GPU is whose: start with torchrun or "
+                         "srun, or set LOCAL_RANK to the process's number on its node")
+    if count == 1 and "SLURM_LOCALID" in os.environ:
+        return 0  # srun --gpus-per-task=1 shows a task its own alone
+    if local_rank >= count:
+        started = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)
+        raise ValueError(f"there are {count} GPUs here for {started} processes: lower --nproc_per_node")
+    return local_rank
 
 
 def in_bfloat16(config, device):
@@ -143,10 +200,21 @@ def for_training(model, config, device):
     warnings.filterwarnings("ignore", "TensorFloat32")  # it is slower, but a likelihood wants all of float32
     network = torch.compile(model) if compiled else model
     if dist.is_initialized() and isinstance(model, torch.nn.Module):
-        # no second copy of the gradients; and there are no buffers that training changes
+        # No second copy of the gradients; and there are no buffers that training changes, an option that torch 2.13
+        # gave another name.
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                          gradient_as_bucket_view=True, broadcast_buffers=False)
+                                          gradient_as_bucket_view=True, **{sync: False})
     return network
+
+
+def alike(*networks):
+    """Gives the networks the weights that they have on the first rank."""
+    if dist.is_initialized():
+        for network in networks:
+            for tensor in network.state_dict().values():
+                dist.broadcast(tensor, 0)
 
 
 def gradients_meet(network, last):

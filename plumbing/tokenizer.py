@@ -110,17 +110,25 @@ def words(captions):
 
 
 def survey(captions, tokenizer, text_len, most=1.0):
-    """Says in a line what share of captions text_len cuts and what share falls apart, and what would help; "" where all
-    are whole. Raises ValueError with that line where one of them is more than `most`."""
-    lengths = sorted(len(tokenizer.tokens(caption)) for caption in captions) or [0]
-    cut = sum(length > text_len for length in lengths) / len(lengths)
-    apart = sum(map(tokenizer.falls_apart, captions)) / len(lengths)
+    """Says in a line what share of captions text_len cuts, what share falls apart and what share the tokenizer refuses,
+    and what would help; "" where all are whole. Raises ValueError with that line where one of them is more than `most`."""
+    lengths, refusals = [], []
+    for caption in captions:
+        try:
+            lengths.append(len(tokenizer.tokens(caption)))
+        except ValueError as error:
+            refusals.append(str(error))
+    lengths, count = sorted(lengths) or [0], len(captions) or 1
+    cut = sum(length > text_len for length in lengths) / count
+    apart = sum(map(tokenizer.falls_apart, captions)) / count
+    refused = len(refusals) / count
     faults = [f"{cut:.1%} are longer than text_len {text_len} and cut (text_len {lengths[-1 - len(lengths) // 100]} "
               "would hold 99%)"] if cut else []
     faults += [f"{apart:.1%} fall apart into bytes, of words that the vocabulary does not know (`python data.py vocab "
                "--data_dir=SHARDS --out=NAME.tiktoken` makes one)"] if apart else []
+    faults += [f"{refused:.1%} are refused, the first since {refusals[0]}"] if refusals else []
     line = f"of {len(captions):,} captions, {' and '.join(faults)}" if faults else ""
-    if max(cut, apart) > most:
+    if max(cut, apart, refused) > most:
         raise ValueError(f"{line}; bad_captions is {most}: --bad_captions=1 trains all the same")
     return line
 

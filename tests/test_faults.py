@@ -7,17 +7,19 @@ import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
 
 import pytest
-from helpers import (DISTILL, ROOT, SAMPLE, TRAIN, assert_close_training, contents, fails, interrupted_run, on_ranks,
-                     read_log, read_log_without_speed, run, run_with_notes, same, same_training, start, torchrun,
+from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, TRAIN, assert_close_training, contents, fails, interrupted_run,
+                     on_ranks, read_log, read_log_without_speed, run, run_with_notes, same, same_training, start, torchrun,
                      training_lines)
 from PIL import Image
 
 from model import NTM
-from plumbing import checkpoint, lock, log
+from plumbing import checkpoint, lock, log, runtime
 from plumbing.lock import lock_folder
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -86,6 +88,41 @@ def test_another_number_of_ranks_continues_the_run(tmp_path):
     assert_close_training(other, alone, "ckpt.pt", "log.jsonl")
 
 
+UNLIKE_RANKS = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+import torch
+from plumbing import optim
+
+rank, average, manual_seed = os.environ["RANK"], optim.update_average, torch.manual_seed
+torch.manual_seed = lambda seed: manual_seed(seed + int(rank))  # each has initial weights of its own
+
+def update_and_keep(ema, model, decay, i):
+    if i == 0:
+        torch.save([ema.state_dict(), model.state_dict()], os.path.join({out!r}, f"start{{rank}}.pt"))
+    average(ema, model, decay, i)
+    torch.save(ema.state_dict(), os.path.join({out!r}, f"average{{rank}}.pt"))
+
+optim.update_average = update_and_keep
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name, settings", [("train.py", TRAIN), ("distill.py", DISTILL)])
+def test_averaged_weights_are_alike_on_all_ranks_whatever_they_start_with(copied, tmp_path, name, settings):
+    """And no rank is warned of anything."""
+    path = tmp_path / "unlike_ranks.py"
+    path.write_text(UNLIKE_RANKS.format(root=str(ROOT), script=str(ROOT / name), out=str(tmp_path)))
+    out = tmp_path / "new" if name == "train.py" else copied
+    if out == copied:
+        (out / "denoiser.pt").unlink()
+    status, _, err = torchrun(2, path, *settings, "--max_iters=3", f"--out_dir={out}")
+    assert status == 0 and "Warning" not in err, err
+    starts = [contents(tmp_path / f"start{rank}.pt") for rank in range(2)]
+    assert same(*starts) and not same(*starts[0])  # after the first update
+    assert same(*(contents(tmp_path / f"average{rank}.pt") for rank in range(2)))
+
+
 SCRIPT = """
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
@@ -147,6 +184,106 @@ def test_torchrun_restarts_a_run_by_itself(tmp_path):
     on_ranks(2, "--max-restarts=3", script(tmp_path, trouble), *TRAIN, f"--out_dir={war}")
     assert same_training(war / "ckpt.pt", peace / "ckpt.pt")
     assert read_log_without_speed(war / "log.jsonl") == read_log_without_speed(peace / "log.jsonl")
+
+
+def tasks(count, variables, *command):
+    """Processes started as by a plain `srun`, each with the variables that name it; their statuses, outputs, errors."""
+    own = [{name: value.format(rank=rank) for name, value in variables.items()} for rank in range(count)]
+    started = [subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT | names, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for names in own]
+    texts = [process.communicate(timeout=120) for process in started]
+    return [(process.returncode, *text) for process, text in zip(started, texts)]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return str(found.getsockname()[1])
+
+
+SRUN = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}",
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize("variables", [
+    {**SRUN, "SLURM_STEP_NODELIST": "localhost"},
+    {"SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}", "SLURM_NTASKS": "2", "MASTER_ADDR": "localhost"},
+    {"RANK": "{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}])  # as scripts set them by hand
+def test_tasks_of_srun_train_as_the_ranks_of_torchrun_do(tmp_path, variables):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    run("train.py", *TRAIN, "--max_iters=3", f"--out_dir={alone}")
+    done = tasks(2, variables | {"MASTER_PORT": free_port()}, "train.py", *TRAIN, "--max_iters=3", f"--out_dir={both}")
+    assert [status for status, _, _ in done] == [0, 0], done
+    assert_close_training(both, alone, "ckpt.pt", "log.jsonl")
+    assert "2 x cpu" in done[0][1] and "cpu" not in done[1][1]
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ({}, None),
+    ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"}, None),  # a batch script
+    ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, None),  # srun --pty bash
+    ({**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, (1, 2, 1)),
+    ({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (3, 4, None)),
+    ({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1", "SLURM_LOCALID": "1"}, (3, 4, 1)),
+    ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1",
+      **SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (1, 2, 1))])  # torchrun in a task of srun
+def test_which_rank_a_process_is(monkeypatch, variables, expected):
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.ranks_of_environment() == expected
+
+
+@pytest.mark.parametrize("variables, part", [
+    ({"RANK": "0"}, "WORLD_SIZE is None"), ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is None"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29555"}, "WORLD_SIZE 2"),
+    ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'")])
+def test_a_rank_that_is_named_in_part_is_one_line(tmp_path, variables, part):
+    (status, _, err), = tasks(1, variables, "train.py", *TRAIN, f"--out_dir={tmp_path}")
+    assert status == 1 and part in err and len(err.splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        (status, _, err), = tasks(1, variables, "train.py", *TRAIN, f"--out_dir={tmp_path}")
+    assert status == 1 and err.splitlines()[-1].startswith(f"the 2 processes cannot meet at localhost:{port}")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("nodes, first", [("gpu7", "gpu7"), ("gpu[003-006,9],cpu1", "gpu003"), ("a1,b2", "a1"),
+                                          ("rack[1-2]node[3,4]", "rack1node3"), ("n-1-[08-11]", "n-1-08")])
+def test_tasks_of_srun_meet_on_the_first_node(monkeypatch, nodes, first):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in {**SRUN, "SLURM_STEP_NODELIST": nodes}.items():
+        monkeypatch.setenv(name, value)
+    runtime.meet_in_slurm()
+    assert os.environ["MASTER_ADDR"] == first and 10_000 <= int(os.environ["MASTER_PORT"]) < 30_000
+
+
+@pytest.mark.parametrize("local_rank, count, slurm, expected", [
+    (2, 4, False, 2), (3, 1, True, 0), (0, 1, False, 0), (3, 2, False, "there are 2 GPUs here for 4 processes"),
+    (None, 2, False, "LOCAL_RANK is not")])
+def test_whose_gpu_is_whose(monkeypatch, local_rank, count, slurm, expected):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    if not slurm:
+        monkeypatch.delenv("SLURM_LOCALID")
+    if type(expected) is int:
+        assert runtime.own_gpu(local_rank, count) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            runtime.own_gpu(local_rank, count)
 
 
 def test_restarts_do_not_continue_another_job(tmp_path):

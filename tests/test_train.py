@@ -20,10 +20,11 @@ from configurator import Settings
 from model import NTM, Denoiser, ImageModel, NTMConfig
 from plumbing import checkpoint, optim, runtime
 from plumbing.images import to_pixels
-from plumbing.loader import Batches, examine, key, leave_signals_to_the_trainer, order, validation_batches
+from plumbing.loader import Batches, examine, key, order, validation_batches
 from plumbing.log import Log
 from plumbing.optim import learning_rate, make_optimizers
 from plumbing.tokenizer import NULL, PAD
+from plumbing.workers import leave_signals_to_the_trainer
 
 SETTINGS = {name: value for name, value in vars(train).items()
             if not name.startswith("_") and type(value) in (bool, int, float, str, tuple, type(None)) and name.islower()}
@@ -70,8 +71,8 @@ class Toy(ImageModel):
     def forward(self, images):
         return images.flatten(1) @ self.weight
 
-    def randomness(self, batch, device, generator):
-        return (torch.randn(batch, generator=generator),)
+    def randomness(self, batch, device, generator, rows):
+        return (torch.randn(batch, generator=generator)[rows],)
 
 
 def squares(network, images, text, draws):
@@ -137,9 +138,9 @@ def test_every_epoch_has_each_example_once():
 
 def test_data_workers_outlive_what_interrupts_the_trainer():
     """A terminal's Ctrl-C reaches them too."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        leave_signals_to_the_trainer(0)
+        leave_signals_to_the_trainer()
         assert all(signal.getsignal(number) == signal.SIG_IGN for number in before)
     finally:
         for number, handler in before.items():
@@ -520,7 +521,7 @@ def interrupted(number, iteration):
     return objective
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("iteration", [1, 5, 6])  # the first, in the middle, and where it validates
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, capsys, number, iteration):
     settings = dict(max_iters=9, val_interval=6, caption_dropout=0.5)
@@ -782,13 +783,22 @@ def test_out_dir_that_cannot_be_made_is_one_line(tmp_path):
 # The machine
 
 
-def test_gradients_are_in_memory_once(monkeypatch):
-    """DDP's buckets are the gradients, and no buffers are sent round before every pass."""
+@pytest.mark.parametrize("name", ["broadcast_buffers", "forward_sync_buffers"])
+def test_gradients_are_in_memory_once(monkeypatch, name):
+    """DDP's buckets are the gradients, and no buffers are sent round before every pass, whatever that is called."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     settings = {}
-    monkeypatch.setattr(runtime, "DistributedDataParallel", lambda network, **given: settings.update(given))
+
+    def old(network, device_ids, gradient_as_bucket_view, broadcast_buffers=True):
+        settings.update(locals())
+
+    def new(network, device_ids, gradient_as_bucket_view, broadcast_buffers=None, forward_sync_buffers=None):
+        assert broadcast_buffers is None  # or it warns
+        settings.update(locals())
+
+    monkeypatch.setattr(runtime, "DistributedDataParallel", old if name == "broadcast_buffers" else new)
     runtime.for_training(Toy(), {"compile": False}, torch.device("cpu"))
-    assert settings == {"device_ids": None, "gradient_as_bucket_view": True, "broadcast_buffers": False}
+    assert settings["device_ids"] is None and settings["gradient_as_bucket_view"] and settings[name] is False
 
 
 @pytest.mark.parametrize("device, precision", [("cuda", "high"), ("cpu", "highest")])

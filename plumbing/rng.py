@@ -1,0 +1,35 @@
+"""Random numbers of a whole batch, of which a rank keeps its rows, without the memory of the others'."""
+
+import math
+
+import torch
+
+PIECE = 2**22  # numbers drawn at once, 16 MB; a multiple of the 16 that torch's normal numbers come in on a CPU
+
+
+def drawn(draw, shape, rows, device=None, dtype=torch.float32):
+    """Rows `rows`, a slice, of what draw(tensor), such as tensor.normal_, would make of a tensor of `shape`.
+
+    It draws all of it, piece by piece, so that the rows do not depend on who else draws which; on a CPU they are those
+    of a single draw, bit for bit.
+    """
+    first, stop, _ = rows.indices(shape[0])
+    of_a_row, total = math.prod(shape[1:]), math.prod(shape)
+    kept = torch.empty((stop - first) * of_a_row, device=device, dtype=dtype)
+    scratch = kept.new_empty(min(PIECE + 15, total) if len(kept) < total else 0)
+    begin, end = first * of_a_row, stop * of_a_row
+    starts = range(0, max(1, total - 15), PIECE)  # the last piece has at least 16 numbers, if there are as many
+    for start, next_start in zip(starts, [*starts[1:], total]):
+        if begin <= start and next_start <= end:
+            draw(kept[start - begin:next_start - begin])
+            continue
+        piece = draw(scratch[:next_start - start])
+        low, high = max(start, begin), min(next_start, end)
+        if low < high:
+            kept[low - begin:high - begin] = piece[low - start:high - start]
+    return kept.view(stop - first, *shape[1:])
+
+
+def normal(shape, rows=slice(None), generator=None, device=None):
+    """Rows `rows` of torch.randn(shape) by the generator."""
+    return drawn(lambda tensor: tensor.normal_(generator=generator), shape, rows, device)

@@ -1,0 +1,134 @@
+"""What batches are made of: captions that can be read, and random numbers that do not depend on the other ranks."""
+from dataclasses import replace
+
+import pytest
+import test_train
+import torch
+from helpers import TRAIN, png, read_log, run, training_lines
+from test_train import DATA, SETTINGS, TINY, Items, Numbers, fit
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fm import FlowMatching
+from model import NTM
+from plumbing import rng
+from plumbing.images import dequantize
+from plumbing.loader import Batches, validation_batches
+from plumbing.shards import write_shard
+
+# ---------------------------------------------------------------------------------------------------------------
+# Captions that a tokenizer refuses
+
+
+class Classes(Numbers):
+    """A tokenizer that knows the captions of DATA but for those it refuses."""
+
+    refused = ("3",)
+
+    def tokens(self, caption):
+        if caption in self.refused:
+            raise ValueError(f"caption {caption!r} is no class")
+        return super().tokens(caption)
+
+    def encode(self, captions, length):
+        for caption in filter(None, captions):
+            self.tokens(caption)
+        return super().encode(captions, length)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_caption_that_the_tokenizer_refuses_is_replaced_and_named(workers, capsys):
+    settings = SETTINGS | {"max_iters": 9, "workers": workers}  # three epochs
+    with Batches(DATA, Classes(), 3, settings, 0, (torch.device("cpu"), 0, 1)) as loading:
+        seen = torch.cat([next(loading)[1][:, 0] - 2 for _ in range(9)])
+    assert sorted(seen.tolist()) == sorted([*range(3), 4, *range(4, 12)] * 3)  # the next one stands in for it
+    assert loading.counts["unusable"] == 3 and loading.faults == ["example 3: caption '3' is no class"] * 3
+    assert capsys.readouterr().err.count("another stands in for it: example 3: caption '3' is no class") == 3
+
+
+def test_a_refused_caption_among_the_held_out_is_replaced_and_named(capsys):
+    images, text, captions, _ = next(validation_batches(DATA, Classes(), 3, 12, "cpu"))
+    assert captions == ["0", "1", "2", "4", *map(str, range(4, 12))] and text[3].tolist() == [6, 6, 6]
+    assert (images[3] - DATA[4][0]).abs().max() <= 1 / 256
+    assert "an unusable held-out example, another stands in for it: example 3: caption '3'" in capsys.readouterr().err
+    many = Items(DATA * 10)
+    assert len(list(validation_batches(many, Classes(), 3, 120, "cpu", bad_limit=0.1))) == 2  # ten are a twelfth
+    with pytest.raises(SystemExit, match="10 of 120 held-out examples are unusable, more than bad_limit 0.05 allows.*"
+                                         "The first is example 3"):
+        list(validation_batches(many, Classes(), 3, 120, "cpu", bad_limit=0.05))
+
+
+def test_a_run_heeds_bad_limit_for_captions(tmp_path, monkeypatch):
+    monkeypatch.setattr(test_train, "Numbers", Classes)
+    _, path = fit(tmp_path / "few", max_iters=30, bad_limit=0.1)
+    assert read_log(path.with_name("log.jsonl"))[-2]["unusable"] == 10  # a twelfth of 120
+    with pytest.raises(SystemExit, match=r"10 of 1\d\d examples are unusable, more than bad_limit 0.05 allows.*caption '3'"):
+        fit(tmp_path / "many", max_iters=100, bad_limit=0.05)
+    monkeypatch.setattr(Classes, "refused", [str(i) for i in range(12)])
+    with pytest.raises(SystemExit, match="100.0% are refused, the first since caption '0' is no class; bad_captions"):
+        fit(tmp_path / "all")
+    with pytest.raises(SystemExit, match="100 examples in a row have no readable caption, the first is example"):
+        fit(tmp_path / "all", bad_captions=1.0)
+
+
+def test_captions_of_shards_that_are_no_classes_are_replaced_and_named(tmp_path, capsys):
+    """In training and validation, at the first and at a resumed one, by the real programs."""
+    for split, count in (("train", 60), ("val", 20)):
+        captions = [b"class %d" % (i % 10) if i != 7 else b"a dog" for i in range(count)]
+        write_shard(tmp_path / "data" / split / "0.tar", [
+            (f"{i:03d}", {"png": png((i, 9, 9), (8, 8)), "txt": caption}) for i, caption in enumerate(captions)])
+    settings = [*TRAIN, "--dataset=shards", f"--data_dir={tmp_path / 'data'}", "--image_size=8", "--channels=3",
+                "--tokenizer=classes:10", "--text_len=1", f"--out_dir={tmp_path}"]
+    run("train.py", *settings, "--max_iters=9", "--batch_size=20", "--workers=1")
+    _, printed = run("train.py", *settings, "--max_iters=12", "--batch_size=20", "--init_from=resume")
+    assert training_lines(tmp_path / "log.jsonl")[-1]["unusable"] == 4  # an epoch is three batches
+    assert "val_loss" in read_log(tmp_path / "log.jsonl")[-1] and "interrupted" not in printed
+    assert "1.7% are refused, the first since caption 'a dog' is not a class" in printed
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Noise, of which each rank has its rows
+# ---------------------------------------------------------------------------------------------------------------
+
+COUPLED = {"first_noise": 0.3, "parametrization": "posterior", "transporter_blocks": 0, "pairs": True}
+
+
+@pytest.mark.parametrize("piece", [16, 48, 2**22])
+@pytest.mark.parametrize("shape", [(4, 3), (7, 5, 3), (5,), (16,), (12, 2, 2, 3), (31, 1)])
+def test_noise_of_some_rows_is_that_of_the_whole_batch(monkeypatch, piece, shape):
+    """Bit for bit, on a CPU, and what is drawn after it."""
+    monkeypatch.setattr(rng, "PIECE", piece)
+    generator = lambda: torch.Generator().manual_seed(3)
+    whole, bits = torch.randn(shape, generator=generator()), generator()
+    random = torch.randint(2**16, shape, generator=bits, dtype=torch.float32)
+    after = torch.rand(3, generator=bits)
+    for rows in (slice(None), slice(0, 2), slice(1, 3), slice(2, 4)):
+        assert torch.equal(rng.normal(shape, rows, generator()), whole[rows])
+        again = generator()
+        assert torch.equal(rng.drawn(lambda t: t.random_(2**16, generator=again), shape, rows), random[rows])
+        assert torch.equal(torch.rand(3, generator=again), after)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pairs": True}, {"pairs": True, "steps": (2, 4)}, COUPLED])
+def test_a_rank_draws_the_same_randomness_as_all_of_them(settings):
+    for model in (NTM(replace(TINY, **settings)), FlowMatching(TINY)):
+        whole = model.randomness(8, "cpu", torch.Generator().manual_seed(5))
+        parts = [model.randomness(8, "cpu", torch.Generator().manual_seed(5), slice(i, i + 2)) for i in range(0, 8, 2)]
+        for together, apart in zip(whole, zip(*parts)):
+            assert torch.equal(together, torch.cat(apart))
+
+
+def test_a_rank_has_no_memory_of_the_others_noise():
+    """32 images of 256x256 pixels on one of eight ranks: 6 MB of noise of pixels, and 12 MB of a pair's, at a time."""
+    largest = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            largest.append(made.untyped_storage().nbytes() if isinstance(made, torch.Tensor) else 0)
+            return made
+
+    model = FlowMatching(replace(TINY, image_size=256, channels=3, patch_size=16))
+    with Largest():
+        model.randomness(32, "cpu", torch.Generator(), slice(4, 8))
+        dequantize(torch.zeros(4, 3, 256, 256), torch.Generator(), 32, slice(4, 8))
+    assert max(largest) < 2**24 + 100  # bytes, of the 25 MB that all have
