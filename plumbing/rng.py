@@ -14,17 +14,20 @@ def drawn(draw, shape, rows, device=None, dtype=torch.float32):
     of a single draw, bit for bit.
     """
     first, stop, _ = rows.indices(shape[0])
-    of_a_row, total = math.prod(shape[1:]), math.prod(shape)
-    kept = torch.empty((stop - first) * of_a_row, device=device, dtype=dtype)
-    scratch = kept.new_empty(min(PIECE + 15, total) if len(kept) < total else 0)
-    begin, end = first * of_a_row, stop * of_a_row
+    numbers_of_a_row = math.prod(shape[1:])
+    total = math.prod(shape)
+    begin = first * numbers_of_a_row
+    end = stop * numbers_of_a_row
+    kept = torch.empty(end - begin, device=device, dtype=dtype)
+    others = kept.new_empty(min(PIECE + 15, total) if len(kept) < total else 0)
     starts = range(0, max(1, total - 15), PIECE)  # the last piece has at least 16 numbers, if there are as many
     for start, next_start in zip(starts, [*starts[1:], total]):
         if begin <= start and next_start <= end:
             draw(kept[start - begin:next_start - begin])
             continue
-        piece = draw(scratch[:next_start - start])
-        low, high = max(start, begin), min(next_start, end)
+        piece = draw(others[:next_start - start])
+        low = max(start, begin)
+        high = min(next_start, end)
         if low < high:
             kept[low - begin:high - begin] = piece[low - start:high - start]
     return kept.view(stop - first, *shape[1:])

@@ -99,8 +99,9 @@ def start_ranks(device_name="", patience=timedelta(minutes=10)):
         store, rank, world = next(dist.rendezvous("env://", rank, world))
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(f"the {world} processes cannot meet at {where} ({str(error).splitlines()[0]}): see that all are "
-                         "started and reach it, or set another MASTER_PORT") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the {world} processes cannot meet at {where} ({reason}): see that all are started and reach "
+                         "it, or set another MASTER_PORT") from error
     launched["job"] = store.compare_set("job", "", uuid.uuid4().hex).decode()
     # torchrun keeps this store through its restarts: without a prefix of its own, a restarted rank may find the address
     # that a dead one left there, and wait for it. (The nodes of several do not count restarts alike, and need none.)

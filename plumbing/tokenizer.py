@@ -111,7 +111,7 @@ def words(captions):
 
 def survey(captions, tokenizer, text_len, most=1.0):
     """Says in a line what share of captions text_len cuts, what share falls apart and what share the tokenizer refuses,
-    and what would help; "" where all are whole. Raises ValueError with that line where one of them is more than `most`."""
+    and what would help; "" where all are whole. Raises ValueError with it where one of them is more than `most`."""
     lengths, refusals = [], []
     for caption in captions:
         try:

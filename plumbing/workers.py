@@ -38,7 +38,7 @@ class ReadAhead:
                             **settings)
         try:
             if workers:
-                multiprocessing.get_context("fork").Lock()  # fails where a loader would, which would say more than a line
+                multiprocessing.get_context("fork").Lock()  # fails where a loader would, but in one line
             self.loaded = iter(loader)
         except OSError as error:
             end(process for process in multiprocessing.active_children() if process not in others)
@@ -122,8 +122,8 @@ class ReadAhead:
         if self.asked():
             raise InterruptedError("interrupted while waiting for data")
         if seconds > LONGEST_WAIT:
-            raise TimeoutError(f"no batch came for {seconds:.0f} s: the processes that load data hang, or the disk that "
-                               "the data are on does not answer")
+            raise TimeoutError(f"no batch came for {seconds:.0f} s, so the processes that load data hang: see whether "
+                               "the disk that the data are on answers, and go on with --workers=0 to see where")
 
 
 class NotYet(Exception):

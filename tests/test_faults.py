@@ -218,6 +218,40 @@ def test_tasks_of_srun_train_as_the_ranks_of_torchrun_do(tmp_path, variables):
     assert "2 x cpu" in done[0][1] and "cpu" not in done[1][1]
 
 
+FAKE_SRUN = """
+import os, signal, subprocess, sys
+variables = {variables!r}
+tasks = [subprocess.Popen(sys.argv[1:], env=os.environ | {{name: value.format(rank=rank)
+                                                          for name, value in variables.items()}}) for rank in range(2)]
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def test_the_script_for_slurm_saves_and_puts_itself_back_into_the_queue(tmp_path):
+    """The first one of docs/scaling.md, with a srun that starts two tasks here and passes SIGUSR1 on."""
+    text = (ROOT / "docs" / "scaling.md").read_text().partition("#!/bin/bash")[2].partition("```")[0]
+    settings = [*TRAIN, "--max_iters=100000", "--val_interval=50000", f"--out_dir={tmp_path / 'run'}", "--workers=1"]
+    text = text.replace("config/t2i.py --out_dir=out/t2i --init_from=auto --workers=6", " ".join(settings))
+    text = text.replace("python train.py", f"{sys.executable} train.py")
+    assert "--val_interval=50000" in text
+    variables = {**SRUN, "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": free_port()}
+    (tmp_path / "fake_srun.py").write_text(FAKE_SRUN.format(variables=variables))
+    for name, line in (("srun", f'exec {sys.executable} {tmp_path / "fake_srun.py"} "$@"'),
+                       ("scontrol", f'echo "$@" > {tmp_path / "queued"}')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
+    process = subprocess.Popen(["bash", "-c", text], cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
+    log, until = tmp_path / "run" / "log.jsonl", time.monotonic() + 100
+    while not (log.exists() and log.read_text().count("\n") >= 3) and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert (tmp_path / "queued").read_text() == "requeue 4711\n" and "Traceback" not in err
+    assert contents(tmp_path / "run" / "ckpt.pt")["iter"] >= 3
+
+
 @pytest.mark.parametrize("variables, expected", [
     ({}, None),
     ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"}, None),  # a batch script

@@ -61,7 +61,7 @@ def test_a_run_heeds_bad_limit_for_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(test_train, "Numbers", Classes)
     _, path = fit(tmp_path / "few", max_iters=30, bad_limit=0.1)
     assert read_log(path.with_name("log.jsonl"))[-2]["unusable"] == 10  # a twelfth of 120
-    with pytest.raises(SystemExit, match=r"10 of 1\d\d examples are unusable, more than bad_limit 0.05 allows.*caption '3'"):
+    with pytest.raises(SystemExit, match=r"10 of 1\d\d examples are unusable, more than bad_limit 0.05.*caption '3'"):
         fit(tmp_path / "many", max_iters=100, bad_limit=0.05)
     monkeypatch.setattr(Classes, "refused", [str(i) for i in range(12)])
     with pytest.raises(SystemExit, match="100.0% are refused, the first since caption '0' is no class; bad_captions"):

@@ -1,4 +1,4 @@
-"""Processes that load data: killed, silent, or without shared memory, they end a run in one line, and nothing is lost."""
+"""Processes that load data: killed, silent or without shared memory, they end a run in one line after it has saved."""
 import contextlib
 import errno
 import itertools
@@ -223,8 +223,8 @@ def test_ranks_end_together_where_one_loses_its_process(tmp_path):
 
 def pictures(folder, count=40):
     for split in ("train", "val"):
-        write_shards(folder / split, ((f"{i:04d}", {"png": png((i, 2 * i, 3 * i), (32, 32)), "txt": f"the {i}".encode()})
-                                      for i in range(count)), per_shard=20)
+        examples = [(f"{i:04d}", {"png": png((i, 2 * i, 3 * i), (32, 32)), "txt": b"a picture"}) for i in range(count)]
+        write_shards(folder / split, examples, per_shard=20)
 
 
 def test_encoding_that_loses_a_process_is_one_line_and_goes_on(tmp_path, monkeypatch):
