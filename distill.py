@@ -27,7 +27,6 @@ from plumbing.loader import Batches, validation_batches
 from plumbing.lock import lock_folder
 from plumbing.log import Progress
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
-from plumbing.rng import normal
 from plumbing.runtime import (alike, all_sum, all_sums, autocast, coarse_products, for_training, gradients_meet,
                               in_bfloat16, job, leave_ranks, one_line_errors, start_ranks)
 
@@ -173,7 +172,7 @@ def distill(config, ranks):
         for i in range(first, config["max_iters"]):
             images, text, generator = next(batches)
             shape = config["batch_size"], len(ts), model_config.num_tokens, model_config.token_dim
-            noise = normal(shape, batches.rows, generator, device)
+            noise = batches.randn(shape, generator=generator, device=device)
             loss = 0
             for k, (images, text, noise) in enumerate(batches.chunks(images, text, noise), 1):
                 u0, target = lesson(teacher, images, text, ts, noise, config["chunk"])

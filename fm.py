@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from flow import forward_kernel, full_precision, taken_again, zeroed
-from plumbing.rng import normal
 from predictor import CaptionedTransformer, ImageModel, null_caption
 
 EULER_STEPS = 50  # unless one says otherwise
@@ -54,10 +53,12 @@ class FlowMatching(ImageModel):
         x0, times = self.patchify(images), t[:, None, None]
         return F.mse_loss(self.velocity((1 - times) * x0 + times * noise, t, text), noise - x0)
 
-    def randomness(self, batch, device=None, generator=None, rows=slice(None)):
-        """What is random about rows of a batch: times (B,), logit-normal, most in the middle; and noise (B, N, D)."""
+    def randomness(self, batch, device=None, generator=None, rows=slice(None), randn=torch.randn):
+        """What is random about rows of a batch: times (B,), logit-normal, most of them in the middle; and noise
+        (B, N, D), the rows of it that randn(shape, generator=, device=) draws."""
         t = torch.randn(batch, generator=generator, device=device).sigmoid()
-        return t[rows], normal((batch, self.config.num_tokens, self.config.token_dim), rows, generator, device)
+        shape = batch, self.config.num_tokens, self.config.token_dim
+        return t[rows], randn(shape, generator=generator, device=device)
 
     @torch.no_grad()
     def sample(self, text, ts=None, guidance=0.0, generator=None, restarts=0, randn=None):

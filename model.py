@@ -20,7 +20,6 @@ from torch import nn
 
 from flow import (TimeEmbedding, Transporter, forward_chain, forward_log_prob, forward_trajectory, full_precision,
                   gaussian_nll, reverse_posterior, taken_again, time_grid, trajectory_covariance, zeroed)
-from plumbing.rng import normal
 from predictor import (CaptionedTransformer, Gaussian, ImageModel, NTMConfig, Predictor,  # noqa: F401: the config, for
                        StandardNormal, gaussian_head, null_caption)  # whoever imports a model and wants both
 
@@ -84,11 +83,11 @@ class NTM(ImageModel):
         mean = sum(torch.where(steps == T, (s ** config.level_weight).mean(), 0.0) for T, s in grids.items())
         return ts[:, :-1] ** config.level_weight / mean[:, None]
 
-    def randomness(self, batch, device=None, generator=None, rows=slice(None)):
+    def randomness(self, batch, device=None, generator=None, rows=slice(None), randn=torch.randn):
         """What is random about rows of a batch: steps (B,), times ts (B, K), noise (B, K, N, D). K = T+1: trajectories
         of one T; or 2: a step of one at random, which has the same expected loss, each example with its own T. Where
         first_noise is below 1, one example in T+1 learns a velocity of Eq. (35) instead: in a step to s t from a t in
-        [s, 1), where s is the level next to noise."""
+        [s, 1), where s is the level next to noise. randn(shape, generator=, device=): draws the rows of noise."""
         config, several, kwargs = self.config, self.config.steps, dict(generator=generator, device=device)
         choice = torch.randint(len(several), (batch if config.pairs and len(several) > 1 else 1,), **kwargs)
         T = torch.tensor(several).to(device, non_blocking=True)[choice].expand(batch)
@@ -107,7 +106,7 @@ class NTM(ImageModel):
                 ts = torch.where(k == T[:, None], torch.cat([s * t, t], dim=1), ts)
         else:
             ts = grids[choice.item() if len(several) > 1 else 0]
-        return T[rows], ts[rows], normal((*ts.shape, config.num_tokens, config.token_dim), rows, generator, device)
+        return T[rows], ts[rows], randn((*ts.shape, config.num_tokens, config.token_dim), **kwargs)
 
     def transitions(self, x, ts, text, steps, from_noise=False):
         """Eq. (11): -log p(x_{t_{k-1}} | x_{t_k}) in nats for all neighbouring levels of x, in one pass.

@@ -323,7 +323,7 @@ def train(config, ranks):
         for i in range(first, config["max_iters"]):
             # The batch, and all that is random about it: sampled for the whole batch, of which a rank keeps its rows.
             images, text, generator = next(batches)
-            randomness = model.randomness(config["batch_size"], device, generator, batches.rows)
+            randomness = model.randomness(config["batch_size"], device, generator, batches.rows, batches.randn)
             if couple:
                 with autocast(config, device):
                     couple(images, text, randomness)

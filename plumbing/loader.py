@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing.images import dequantize
+from plumbing.rng import randn
 from plumbing.runtime import Interrupt, one_line_errors
 from plumbing.shapes import uniforms
 from plumbing.shards import ATTEMPTS
@@ -102,9 +103,9 @@ class Batches:
     """A run's batches from iteration `start` on, dequantised and with some captions replaced by the null caption.
 
     A context: the processes that load (config's `workers`) end with it. ranks: device, rank, world. rows: this rank's,
-    a slice of the whole batch. interrupt: the context in which signals ask for an end. counts: {"unusable": examples
-    replaced, "cut": captions too long}, of this rank since the start. faults: what was wrong with the first ten. words:
-    in its captions. waited: seconds that loading took.
+    a slice of the whole batch. randn: draws these rows of torch.randn(shape). interrupt: the context in which signals
+    ask for an end. counts: {"unusable": examples replaced, "cut": captions too long}, of this rank since the start.
+    faults: what was wrong with the first ten. words: in its captions. waited: seconds that loading took.
     """
 
     def __init__(self, dataset, tokenizer, text_len, config, start, ranks, words=()):
@@ -115,6 +116,7 @@ class Batches:
                              f"{self.passes}")
         per_rank = self.batch_size // world
         self.rows = slice(rank * per_rank, (rank + 1) * per_rank)
+        self.randn = functools.partial(randn, rows=self.rows)
         self.dataset, self.examples, self.config = dataset, Readable(dataset, tokenizer, text_len), config
         self.null = tokenizer.encode([""], text_len).to(self.device)
         self.iteration, self.generator = start, torch.Generator(self.device)

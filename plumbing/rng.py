@@ -33,6 +33,6 @@ def drawn(draw, shape, rows, device=None, dtype=torch.float32):
     return kept.view(stop - first, *shape[1:])
 
 
-def normal(shape, rows=slice(None), generator=None, device=None):
-    """Rows `rows` of torch.randn(shape) by the generator."""
+def randn(shape, rows=slice(None), generator=None, device=None):
+    """Rows `rows` of torch.randn(shape)."""
     return drawn(lambda tensor: tensor.normal_(generator=generator), shape, rows, device)
