@@ -232,7 +232,7 @@ def test_the_script_for_slurm_saves_and_puts_itself_back_into_the_queue(tmp_path
     """The first one of docs/scaling.md, with a srun that starts two tasks here and passes SIGUSR1 on."""
     text = (ROOT / "docs" / "scaling.md").read_text().partition("#!/bin/bash")[2].partition("```")[0]
     settings = [*TRAIN, "--max_iters=100000", "--val_interval=50000", f"--out_dir={tmp_path / 'run'}", "--workers=1"]
-    text = text.replace("config/t2i.py --out_dir=out/t2i --init_from=auto --workers=6", " ".join(settings))
+    text = text.replace("config/t2i.py --out_dir=out/t2i --resume=auto --workers=6", " ".join(settings))
     text = text.replace("python train.py", f"{sys.executable} train.py")
     assert "--val_interval=50000" in text
     variables = {**SRUN, "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": free_port()}

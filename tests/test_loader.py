@@ -80,7 +80,7 @@ def test_captions_of_shards_that_are_no_classes_are_replaced_and_named(tmp_path,
     settings = [*TRAIN, "--dataset=shards", f"--data_dir={tmp_path / 'data'}", "--image_size=8", "--channels=3",
                 "--tokenizer=classes:10", "--text_len=1", f"--out_dir={tmp_path}"]
     run("train.py", *settings, "--max_iters=9", "--batch_size=20", "--workers=1")
-    _, printed = run("train.py", *settings, "--max_iters=12", "--batch_size=20", "--init_from=resume")
+    _, printed = run("train.py", *settings, "--max_iters=12", "--batch_size=20", "--resume=yes")
     assert training_lines(tmp_path / "log.jsonl")[-1]["unusable"] == 4  # an epoch is three batches
     assert "val_loss" in read_log(tmp_path / "log.jsonl")[-1] and "interrupted" not in printed
     assert "1.7% are refused, the first since caption 'a dog' is not a class" in printed
