@@ -559,6 +559,8 @@ def test_a_full_disk_at_a_log_line_saves_first(trained, tmp_path, monkeypatch, s
     assert "is the disk full? [Errno 28] No space left on device" in message and "log.jsonl" in message
     assert f"{tmp_path / name} holds iteration {held}" in message and "--resume=yes" in message
     assert contents(tmp_path / name)["iter"] == held
+    of_script = tmp_path / ("log.jsonl" if script == "train.py" else "denoiser_log.jsonl")
+    assert len(read_log(of_script)) == line - 1  # nothing follows a line that may be half written
     monkeypatch.undo()
     run(script, *settings, "--resume=yes")
     assert contents(tmp_path / name)["iter"] == 6
@@ -670,16 +672,17 @@ def test_as_many_checkpoints_stay_as_are_asked_for(tmp_path, monkeypatch, links)
     assert (tmp_path / "ckpt.pt").samefile(tmp_path / "ckpt_000004.pt") == links  # no room for a second copy
     interrupted_run(NTM, 3, "train.py", *settings, f"--out_dir={tmp_path}", "--resume=yes", "--max_iters=9")
     assert kept(tmp_path) == {"ckpt.pt": 7, "ckpt_000004.pt": 4, "ckpt_000006.pt": 6}
+    fourth = tmp_path / "another place"
+    shutil.copy(tmp_path / "ckpt_000004.pt", fourth)
     run("train.py", f"--out_dir={tmp_path}", "--resume=yes")  # goes on keeping two
     assert kept(tmp_path) == {"ckpt.pt": 9, "ckpt_000008.pt": 8, "ckpt_000009.pt": 9}
     assert not list(tmp_path.glob("*.part"))
 
     # a run that goes back, by `ln -f`, leaves those of later iterations until it gets there
     (tmp_path / "ckpt.pt").unlink()
-    (tmp_path / "ckpt.pt").hardlink_to(tmp_path / "ckpt_000008.pt") if links else shutil.copy(
-        tmp_path / "ckpt_000008.pt", tmp_path / "ckpt.pt")
-    run("train.py", f"--out_dir={tmp_path}", "--resume=yes", "--max_iters=8", "--seed=1")
-    assert kept(tmp_path) == {"ckpt.pt": 8, "ckpt_000008.pt": 8, "ckpt_000009.pt": 9}
+    (tmp_path / "ckpt.pt").hardlink_to(fourth) if links else shutil.copy(fourth, tmp_path / "ckpt.pt")
+    run("train.py", f"--out_dir={tmp_path}", "--resume=yes", "--max_iters=6", "--seed=1")
+    assert kept(tmp_path) == {"ckpt.pt": 6, "ckpt_000006.pt": 6, "ckpt_000008.pt": 8, "ckpt_000009.pt": 9}
     run("train.py", f"--out_dir={tmp_path}", "--resume=yes", "--max_iters=12", "--keep=3")
     assert kept(tmp_path) == {"ckpt.pt": 12, "ckpt_000009.pt": 9, "ckpt_000010.pt": 10, "ckpt_000012.pt": 12}
 
