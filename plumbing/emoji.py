@@ -18,10 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from plumbing.examples import decode_image
 from plumbing.folders import hashed
 from plumbing.images import resize_and_crop
+from plumbing.paths import at_home
 from plumbing.prepare import write_splits
-from plumbing.shards import decode_image
 
 PACKAGES = {  # style: the npm package, where its pictures are in it, and what they may be used for
     "google": ("emoji-datasource-google@16.0.0", r"img/google/64/(.+)\.png",
@@ -211,5 +212,6 @@ def add_commands(command):
     """The command of data.py, by command(name, function, help) -> parser."""
     sub = command("emoji", prepare_emoji, "makes shards of emoji in four styles, fetched by npm")
     sub.add_argument("--styles", default=",".join(PACKAGES), help="which, default %(default)s")
-    sub.add_argument("--source", action="append", metavar="FILE", help="a .tgz that `npm pack` made; may be repeated")
+    sub.add_argument("--source", type=at_home, action="append", metavar="FILE",
+                     help="a .tgz that `npm pack` made; may be repeated")
     sub.add_argument("--out", default="out/data/emoji")

@@ -1,205 +1,46 @@
 """Shards: captioned images, or latents, in WebDataset tars, read in any order through an index.
 
-A shard is a tar as img2dataset writes it. An example is a run of members of one KEY: KEY.jpg, .jpeg, .png or .webp, or
-for a latent KEY.npy, an array (C, h, w); and its caption in KEY.txt, or as the "caption" of KEY.json, or as one of the
-"captions" there, drawn anew in each epoch; "mirror": false there forbids flips. The index, mapped into memory that all
-processes have in common, holds the 512-byte block where each example begins, so that shuffling is global and resuming
-needs no state.
+A shard is a tar as img2dataset writes it. An example is a run of adjacent members of one KEY: KEY.jpg, .jpeg, .png or
+.webp, or for a latent KEY.npy, an array (C, h, w); and its captions in KEY.txt, or in KEY.json as the "caption" or
+"captions", one of which is drawn in each epoch; "mirror": false there forbids flips (plumbing/examples.py has all of
+it). The index, mapped into memory that all processes have in common, holds the 512-byte block where each example
+begins, so that shuffling is global and resuming needs no state.
 """
 
 import contextlib
-import fcntl
-import glob
-import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
-import re
 import tarfile
 import uuid
-import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from tqdm import tqdm
+from PIL import ImageOps
 
-from plumbing.images import over_white, resize_and_crop, to_pixels
+from plumbing.examples import IMAGES, Unusable, captions_of, decode_image, decode_latent, holds_latent, pick
+from plumbing.images import resize_and_crop, to_pixels
+from plumbing.index import files_in, find_shards, load_index, read_members
 from plumbing.shapes import uniforms
 
-IMAGES = ("jpg", "jpeg", "png", "webp")  # suffixes of images in shards and folders; that of latents is npy
-BLOCK = 512  # bytes, of a tar
 HELD_OUT = 100  # without a folder for validation, every 100th example is held out
 ATTEMPTS = 100  # unusable examples in a row before reading gives up
+NEIGHBOURS = 10  # of these; the others are spread over all shards, since one shard may be unusable as a whole
 
 
-class Unusable(ValueError):
-    """What is wrong with an example."""
-
-
-def find_shards(data_dir, split):
-    """The shards that data_dir names, in order: a folder, a glob, or a brace range such as cc12m-{00000..01242}.tar;
-    and whether they are the split's own: a folder may have train/ and val/ in it. Raises FileNotFoundError where there
-    are none, or one of a range is missing."""
-    folder = Path(data_dir)
-    own = any((folder / name).is_dir() for name in ("train", "val"))
-    if data_dir and folder.is_dir():
-        paths = sorted((folder / split if own else folder).glob("*.tar"))
-    elif "{" in data_dir:
-        paths = [Path(name) for name in expand(data_dir)]
-        if missing := [path for path in paths if not path.exists()]:
-            raise FileNotFoundError(f"{len(missing)} of {len(paths)} shards {data_dir} are missing, {missing[0]} first")
-    else:
-        paths = sorted(map(Path, glob.glob(data_dir)))
-    if not paths:
-        raise FileNotFoundError(f"there are no shards in data_dir {data_dir!r} for {split!r}: name a folder of .tar "
-                                "files, or of train/ and val/ that hold them, a glob, or NAME-{00000..00099}.tar; "
-                                "`python data.py folder` makes shards")
-    return paths, own
-
-
-def expand(pattern):
-    """The names that a shell makes of ranges {000..123} and lists {a,b}."""
-    if not (match := re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)):
-        return [pattern]
-    first, last, names = match.groups()
-    names = names.split(",") if first is None else [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
-    return [name for middle in names for name in expand(pattern[:match.start()] + middle + pattern[match.end():])]
-
-
-def scan(path):
-    """The blocks where the examples of a shard begin, and its end, uint32; and what is wrong with the shard, or ""."""
-    starts, key, suffixes, size = [], None, set(), path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")  # a key is the path up to the first dot of the file name
-                if member.isfile() and ((folder, stem) != key or suffix in suffixes):  # two examples may share a key
-                    key, suffixes = (folder, stem), set()
-                    starts.append(member.offset // BLOCK)
-                suffixes.add(suffix)
-            end = tar.offset
-        fault = "it has no end" if end >= size else ""
-        if not fault and np.memmap(path, dtype=np.uint8, mode="r", offset=end).any():  # not empty blocks alone
-            fault = f"what follows its byte {end} is not a member"
-    except (tarfile.TarError, EOFError) as error:  # its examples so far are good, except perhaps the last
-        fault, end = str(error), -(-size // BLOCK) * BLOCK
-    return np.array([*starts, end // BLOCK], dtype=np.uint32), fault
-
-
-def read_index(path, shards):
-    """The header and the mapped starts of an index, or None if there is none for exactly these shards."""
-    try:
-        with open(path, "rb") as file:
-            header = json.loads(file.readline())
-            starts = np.memmap(path, dtype=np.uint32, mode="r", offset=file.tell())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(header, dict) or header.get("shards") != shards:
-        return None
-    return (header, starts) if len(starts) == sum(header["counts"]) + len(shards) else None
-
-
-def load_index(paths):
-    """The index of shards: its header, {"shards": name, size and time of each, "counts": of examples, "faults": {name:
-    fault}}, and the starts of all shards one after another, each followed by the shard's end. Built now if there is
-    none yet or the shards have changed, by the first process to come. Raises OSError where it cannot be written."""
-    folder = paths[0].parent
-    shards = [[os.path.relpath(path, folder), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    digest = hashlib.sha256(json.dumps([name for name, _, _ in shards]).encode()).hexdigest()[:8]
-    path = folder / f"shards-{digest}.index"
-    if not read_index(path, shards):
-        try:
-            lock = open(path.with_suffix(".lock"), "w")
-        except OSError as error:
-            raise OSError(f"the index of the shards cannot be written beside them ({error}): make the folder writable, "
-                          "or link the shards into one that is") from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not read_index(path, shards):
-                build_index(path, paths, shards)
-    return read_index(path, shards)
-
-
-def build_index(path, paths, shards):
-    # forked, since a fresh interpreter would run the calling script once more
-    with multiprocessing.get_context("fork").Pool(min(len(paths), os.cpu_count())) as pool:
-        scanned = list(tqdm(pool.imap(scan, paths), total=len(paths), desc="index", unit="shard", leave=False))
-    text = json.dumps({"shards": shards, "counts": [len(starts) - 1 for starts, _ in scanned],
-                       "faults": {name: fault for (name, _, _), (_, fault) in zip(shards, scanned) if fault}})
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        file.write((text + " " * (-(len(text) + 1) % 4) + "\n").encode())  # padded: the numbers are aligned
-        file.write(np.concatenate([starts for starts, _ in scanned]).tobytes())
-    os.replace(part, path)
-
-
-def read_members(path, start, stop):
-    """The members {suffix: bytes} of the example in blocks [start, stop) of a shard. Raises Unusable."""
-    with open(path, "rb") as file:
-        file.seek(int(start) * BLOCK)
-        blocks = io.BytesIO(file.read(int(stop - start) * BLOCK))
-    try:
-        with tarfile.open(fileobj=blocks, mode="r:") as tar:
-            return {member.name.rpartition(".")[2].lower(): tar.extractfile(member).read()
-                    for member in list(tar) if member.isfile()}
-    except (tarfile.TarError, EOFError) as error:
-        raise Unusable(f"its shard is truncated ({error})") from error
-
-
-def captions_of(members):
-    """An example's captions, each of them true, and whether its mirror image is as good. Raises Unusable."""
-    try:
-        record = {"caption": members["txt"].decode("utf-8-sig")} if "txt" in members else json.loads(members["json"])
-        captions = [caption.strip().encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
-                    for caption in record.get("captions") or [record["caption"]]]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Unusable("it has no caption") from error
-    if not all(captions):
-        raise Unusable("its caption is empty")
-    return captions, record.get("mirror") is not False
-
-
-def decode_image(members):
-    """An example's image as an RGB PIL.Image: rotated as its EXIF says, transparency over white. Raises Unusable."""
-    data = next((members[suffix] for suffix in IMAGES if suffix in members), None)
-    if data is None:
-        raise Unusable("it has no image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # oddities of formats, of which a large data set has all
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-            if image.mode.startswith("I;16"):  # which Pillow would clip instead of scale
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return over_white(image) if image.has_transparency_data else image.convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise Unusable(f"it is enormous ({error})") from error
-    except Exception as error:  # what decoding garbage raises depends on the garbage
-        raise Unusable(f"it cannot be decoded ({str(error) or type(error).__name__})") from error
-
-
-def decode_latent(data, shape=None):
-    """A latent (C, h, w), float32, from a .npy file's bytes. Raises Unusable, also for another shape than the given."""
-    try:
-        latent = torch.as_tensor(np.load(io.BytesIO(data), allow_pickle=False)).float()
-    except Exception as error:  # what reading garbage raises depends on the garbage
-        raise Unusable(f"it is not an array ({str(error) or type(error).__name__})") from error
-    if shape and latent.shape != shape or not latent.isfinite().all():
-        found, expected = ("x".join(map(str, size)) for size in (latent.shape, shape or latent.shape))
-        raise Unusable(f"it holds {found} numbers, not {expected} finite ones")
-    return latent
+def attempts(number, size):
+    """The numbers to try for an example, until one is usable: itself, its neighbours, and others from all over."""
+    for attempt in range(ATTEMPTS):
+        yield number + attempt * (1 if attempt < NEIGHBOURS else max(1, size // ATTEMPTS))
 
 
 class Shards:
     """The examples of shards as a map-style data set: ds[i] -> (image (C, H, W) float32, caption).
 
     Images are in [-1, 1], at the centres of their 8-bit bins; latents are (latent - mean) * scale by channel, as
-    latents.json says. An unusable example is replaced by the next usable one; __getitems__ also says why.
+    latents.json says. An unusable example is replaced by the next usable one, or after a few that are not by one from
+    elsewhere; __getitems__ also says why.
     """
 
     runs_on = True  # the numbers that __getitems__ takes, beyond the last example into other epochs
@@ -223,7 +64,9 @@ class Shards:
             faults = "".join(f"; {name}: {fault}" for name, fault in list(self.faults.items())[:1])
             raise ValueError(f"data_dir {data_dir!r} has {self.total} examples, too few for {split!r}: every "
                              f"{HELD_OUT}th is for validation, where there are no folders train/ and val/{faults}")
-        self.latent, _ = first_example(self.paths)
+        self.latent, found = first_example(self.paths)
+        if self.latent and found != self.shape and self.has_images():  # which are asked for, not the arrays beside them
+            self.latent = False
         self.eight_bit = not self.latent
         if self.latent:
             self.mean, self.scale = latent_statistics(self.paths[0], channels, latent_scale)
@@ -244,10 +87,20 @@ class Shards:
         shard = int(np.searchsorted(self.firsts, i, side="right")) - 1
         return shard, i - int(self.firsts[shard])
 
-    def members(self, i):
+    def blocks(self, i):
+        """The shard of example i, and the blocks where the example begins and ends."""
         shard, number = self.place(i)
         row = int(self.firsts[shard]) + shard + number  # each shard before has one entry more, its end
-        return read_members(self.paths[shard], *self.starts[row:row + 2])
+        return self.paths[shard], *self.starts[row:row + 2]
+
+    def members(self, i):
+        """The members of example i, {suffix: bytes}. Raises Unusable."""
+        return read_members(*self.blocks(i))
+
+    def has_images(self):
+        with contextlib.suppress(Unusable):
+            return pick(self.members(0), *IMAGES) is not None
+        return False
 
     def captions(self, numbers):
         """The captions of examples one after another, of those that have any, without decoding images."""
@@ -265,26 +118,33 @@ class Shards:
         across, down, mirrored, which = uniforms(self.seed, [number], 4)[0]
         caption = captions[int(which * len(captions))]
         if self.latent:
-            if "npy" not in members:
-                raise Unusable("it has no latent")
-            return (decode_latent(members["npy"], self.shape) - self.mean) * self.scale, caption
+            return (decode_latent(members, self.shape) - self.mean) * self.scale, caption
         place = (across, down) if self.crop == "random" else (0.5, 0.5)
         image = resize_and_crop(decode_image(members), *self.shape[1:], *place)
-        image = ImageOps.mirror(image) if self.flip and symmetric and mirrored < 0.5 else image
+        if self.flip and symmetric and mirrored < 0.5:
+            image = ImageOps.mirror(image)
         array = np.atleast_3d(np.array(image.convert("L" if self.shape[0] == 1 else "RGB")))
         return to_pixels(array.transpose(2, 0, 1)), caption
 
     def usable(self, number):
-        """(image, caption, "") of an example; or if it is unusable, the next one's and what is wrong with it."""
+        """(image, caption, "") of an example; or if it is unusable, another one's and what is wrong with it."""
         fault = ""
-        for attempt in range(ATTEMPTS):
+        for other in attempts(number, len(self)):
             try:
-                return *self.example(number + attempt), fault
+                return *self.example(other), fault
             except Unusable as error:
-                if not fault:
-                    shard, i = self.place(number % len(self))
-                    fault = f"example {i} of {self.paths[shard]}: {error}"
-        raise ValueError(f"{ATTEMPTS} examples in a row are unusable, the first is {fault}")
+                fault = fault or self.named(number % len(self), error)
+        shard, _ = self.place(number % len(self))
+        raise ValueError(f"{ATTEMPTS} examples in a row are unusable, the first is {fault}"
+                         + fault_of(shard, self.header))
+
+    def named(self, i, error):
+        """What is wrong with example i, with its place and the name of its first file."""
+        shard, number = self.place(i)
+        where = ""
+        with contextlib.suppress(Unusable):
+            where = "".join(f", in {name}" for name, _ in files_in(*self.blocks(i))[:1])
+        return f"example {number} of {self.paths[shard]}: {error}{where}"
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
@@ -296,18 +156,31 @@ class Shards:
         return [self.usable(int(number)) for number in numbers]
 
 
+def fault_of(shard, header):
+    """What an index says is wrong with a shard, a number, to follow what is wrong with an example of it."""
+    name = header["shards"][shard][0]
+    return f"; {name}: {header['faults'][name]}" if name in header["faults"] else ""
+
+
 def first_example(paths):
     """Whether shards hold latents, and (C, H, W) of the first example that can be decoded. Raises ValueError."""
     header, starts = load_index(paths)
-    shard = int(np.argmax(np.array(header["counts"]) > 0))  # the first that holds any; each before has an end only
-    for row in range(shard, shard + min(ATTEMPTS, header["counts"][shard])):
-        with contextlib.suppress(Unusable):
+    ends = np.cumsum(header["counts"])
+    total, fault = int(ends[-1]), "there is none"
+    for number in attempts(0, total) if total else ():
+        shard = int(np.searchsorted(ends, number % total, side="right"))
+        row = number % total + shard  # each shard before has one entry more, its end
+        try:
             members = read_members(paths[shard], *starts[row:row + 2])
-            if "npy" in members:
-                return True, tuple(decode_latent(members["npy"]).shape)
+            if holds_latent(members):
+                return True, tuple(decode_latent(members).shape)
             image = decode_image(members)
             return False, (3, image.height, image.width)
-    raise ValueError(f"no example at the beginning of {paths[shard]} can be decoded")
+        except Unusable as error:
+            fault = str(error) if fault == "there is none" else fault
+    first = int(np.argmax(ends > 0))
+    raise ValueError(f"no example at the beginning of {paths[first]} can be decoded: {fault}"
+                     + fault_of(first, header))
 
 
 def latent_statistics(shard, channels, scale):

@@ -13,10 +13,13 @@ from helpers import ROOT, SHORT, SMALL, fails, file_of, latent_shard, npy, png, 
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from plumbing import index as indexing
 from plumbing import shards
 from plumbing.images import resize_and_crop, to_uint8
+from plumbing.index import find_shards, load_index
 from plumbing.loader import collate, examine, order
-from plumbing.shards import Shards, expand, find_shards, load_index, write_shard, write_shards
+from plumbing.paths import expand
+from plumbing.shards import Shards, write_shard, write_shards
 from plumbing.tokenizer import get_tokenizer
 
 TRAIN = SHORT + SMALL + ["--transporter_width=16", "--transporter_blocks=1", "--transporter_layers=1",
@@ -47,9 +50,12 @@ def shown(members, folder, **settings):
     ("a-{00..02}.tar", ["a-00.tar", "a-01.tar", "a-02.tar"]),
     ("{x,y}/{8..10}.tar", ["x/8.tar", "x/9.tar", "x/10.tar", "y/8.tar", "y/9.tar", "y/10.tar"]),
     ("plain.tar", ["plain.tar"]),
+    ("{3..1}.tar", ["3.tar", "2.tar", "1.tar"]),
+    ("{x}-{}.tar", ["{x}-{}.tar"]),
+    ("{a,}b.tar", ["ab.tar", "b.tar"]),
 ])
 def test_braces_are_expanded_as_a_shell_does(pattern, names):
-    assert expand(pattern) == names
+    assert [str(path) for path in expand(pattern)] == names
     assert subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True).stdout.split() == names
 
 
@@ -64,6 +70,38 @@ def test_a_folder_a_glob_and_a_range_name_the_same_shards(tmp_path, monkeypatch)
     for nothing in ("", str(tmp_path / "no"), f"{tmp_path}/*.zip"):
         with pytest.raises(FileNotFoundError, match="there are no shards in data_dir"):
             find_shards(nothing, "train")
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[a]", "{a,b}", "{00..01}", "a*", "{a}", "a?{[", "~x", "[!a]{1..2}*"])
+def test_what_exists_under_a_name_is_meant(tmp_path, monkeypatch, name):
+    """Whatever in it could be a pattern."""
+    write_shards(tmp_path / name / "train", numbered(30), per_shard=10)
+    (tmp_path / f"{name}.tar").write_bytes((tmp_path / name / "train" / "00000.tar").read_bytes())
+    (tmp_path / name / "train" / "._00000.tar").write_bytes(b"of a Mac")
+    monkeypatch.chdir(tmp_path)
+    expected = ["00000.tar", "00001.tar", "00002.tar"]
+    for folder in (name, str(tmp_path / name)):
+        assert find_shards(folder, "train")[1]
+        for path in ("", "/train", "/train/*.tar", "/train/0000[0-2].tar", "/train/{00000..00002}.tar", "/t*/*.tar",
+                     "/{train,no}/*.tar", "/train/{00000,0000[12]}.tar", "/{train,train}"):
+            if "no" not in path:
+                paths, _ = find_shards(folder + path, "train")
+                assert [path.name for path in paths][:3] == expected and paths[0].parent.name == "train"
+    assert len(dataset(name)) == 30
+    assert [path.name for path in find_shards(f"{name}.tar", "train")[0]] == [f"{name}.tar"]
+    assert [path.name for path in find_shards(str(tmp_path / f"{name}.tar"), "train")[0]] == [f"{name}.tar"]
+    with pytest.raises(FileNotFoundError, match="1 of 2 shards .* are missing, .*no/"):
+        find_shards(f"{tmp_path / name}/{{train,no}}/*.tar", "train")
+
+
+def test_home_is_where_shards_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "home" / "data", numbered(30), per_shard=10)
+    for name in ("~/data", "~/data/*.tar", "~/data/{00000..00002}.tar"):
+        assert [path.parent for path in find_shards(name, "train")[0]] == [tmp_path / "home" / "data"] * 3
+    write_shards(tmp_path / "~" / "data", numbered(10))  # what exists under a name is meant
+    assert len(find_shards("~/data", "train")[0]) == 1
 
 
 def test_splits_are_folders_or_every_hundredth(tmp_path):
@@ -121,7 +159,7 @@ def test_the_index_is_built_once_and_again_when_a_shard_changes(tmp_path, monkey
     index, = (tmp_path / "train").glob("*.index")
     written = index.read_bytes(), index.stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "scan", lambda path: pytest.fail("scanned again"))
+        patch.setattr(indexing, "scan", lambda path: pytest.fail("scanned again"))
         assert len(dataset(tmp_path)) == 30
     assert (index.read_bytes(), index.stat().st_mtime_ns) == written
     write_shards(tmp_path / "train", numbered(25), per_shard=10)  # the last is shorter now
@@ -132,6 +170,20 @@ def test_the_index_is_built_once_and_again_when_a_shard_changes(tmp_path, monkey
     for damage in (b"", index.read_bytes()[:-4], b"{}\n", b"[]\n1234", b"5\n1234", b"\xff" * 100):
         index.write_bytes(damage)
         assert len(dataset(tmp_path)) == 25
+
+
+def test_the_index_of_another_version_is_built_anew(tmp_path):
+    """It says that each member with another key is an example, for one."""
+    write_shards(tmp_path, numbered(3))
+    paths, _ = find_shards(str(tmp_path), "all")
+    header, starts = load_index(paths)
+    index, = tmp_path.glob("*.index")
+    for version in ({}, {"version": 1}, {"version": 99}):
+        others = {name: value for name, value in header.items() if name != "version"} | version
+        text = json.dumps(others | {"counts": [1]})
+        rest = np.array([starts[0], starts[-1]], dtype=np.uint32).tobytes()
+        index.write_bytes((text + " " * (-(len(text) + 1) % 4) + "\n").encode() + rest)
+        assert len(dataset(tmp_path, "all")) == 3
 
 
 def test_ranks_that_start_together_build_one_index(tmp_path):
@@ -178,6 +230,7 @@ def test_twelve_million_examples_cost_a_process_less_than_100_mb(tmp_path):
 import sys; sys.path.insert(0, '.')
 import torch
 from plumbing.loader import order
+from plumbing import index as indexing
 from plumbing import shards
 def resident():
     return int(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')).split()[1]) / 1024
@@ -369,6 +422,10 @@ FAULTS = [
     ({"png": png(), "json": b"{}"}, "it has no caption"),
     ({"png": png(), "json": b'{"caption": null}'}, "it has no caption"),
     ({"png": png(), "json": b"[1"}, "it has no caption"),
+    ({"png": png(), "json": b"[" * 100_000}, "it has no caption: its .json is damaged"),
+    ({"png": png(), "json": b'{"caption": 7}'}, 'it has no caption: its "caption" is a number, 7'),
+    ({"png": png(), "cls": b"cat"}, "it has no caption: its .cls is 'cat'"),
+    ({"a.png": png(), "b.png": png(), "txt": b"x"}, "it has KEY.a.png and KEY.b.png"),
     ({"txt": b"alone"}, "it has no image"),
     ({"npy": npy(np.zeros((3, 8, 8))), "txt": b"x"}, "it has no image"),
 ]
@@ -382,6 +439,7 @@ def test_unusable_example_is_named_and_replaced_by_the_next(tmp_path, members, f
     assert [caption for _, caption, _ in triples] == ["0", "1", "2", "3", "3", "4", "5"]
     assert [bool(found) for _, _, found in triples] == [False] * 3 + [True] + [False] * 3
     assert triples[3][2].startswith(f"example 3 of {tmp_path / 'train' / '0.tar'}: {fault}")
+    assert triples[3][2].endswith(f", in bad.{next(iter(members))}")
     assert torch.equal(triples[3][0], triples[4][0])
     assert all(len(ds[i]) == 2 and torch.equal(image, ds[i][0]) and caption == ds[i][1]
                for i, (image, caption, _) in enumerate(triples))
@@ -462,6 +520,40 @@ def test_too_many_unusable_examples_stop_the_run_and_are_named(tmp_path):
     assert read_log(tmp_path / "run" / "log.jsonl")[-1]["iter"] == stopped["iter"] + 1
     run("train.py", *settings, f"--out_dir={tmp_path / 'lenient'}", "--bad_limit=0.5", "--val_interval=100")
     assert training_lines(tmp_path / "lenient" / "log.jsonl")[-1]["iter"] == 20
+
+
+def test_a_shard_of_which_nothing_is_usable_is_replaced_from_others(tmp_path):
+    """Though it holds more examples than are tried in a row."""
+    write_shard(tmp_path / "train" / "0.tar", [(f"{i}", {"png": b"garbage", "txt": b"x"}) for i in range(400)])
+    write_shard(tmp_path / "train" / "1.tar", numbered(600))
+    ds = dataset(tmp_path)
+    triples = ds.__getitems__(range(1000))
+    assert [bool(fault) for _, _, fault in triples] == [True] * 400 + [False] * 600
+    assert all("0.tar" in fault for _, _, fault in triples[:400])
+    assert len({caption for _, caption, _ in triples[:400]}) > 50  # not always the same one
+
+
+def test_the_only_usable_example_of_a_hundred_is_found(tmp_path):
+    for place in (0, 37, 99):
+        examples = [(f"{i}", {"png": b"garbage", "txt": b"x"}) for i in range(100)]
+        examples[place] = numbered(1)[0]
+        write_shard(tmp_path / f"{place}" / "train" / "0.tar", examples)
+        assert {caption for _, caption, _ in dataset(tmp_path / f"{place}").__getitems__(range(100))} == {"0"}
+
+
+@pytest.mark.parametrize("loss", ["removed", "emptied", "garbled"])
+def test_a_shard_that_is_lost_while_training_is_counted_and_named(tmp_path, loss):
+    write_shards(tmp_path / "train", numbered(20), per_shard=10)
+    ds = dataset(tmp_path)
+    path = tmp_path / "train" / "00000.tar"
+    if loss == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(b"" if loss == "emptied" else b"garbage " * (path.stat().st_size // 8))
+    triples = ds.__getitems__(range(20))
+    assert [bool(fault) for _, _, fault in triples] == [True] * 10 + [False] * 10
+    assert triples[3][2].startswith(f"example 3 of {path}: ")
+    assert list(ds.captions(range(20))) == [f"{i}" for i in range(10, 20)]
 
 
 def test_what_a_worker_reports_is_one_line(tmp_path):

@@ -1,0 +1,99 @@
+"""Image files to pixels, whatever is odd about what stands beside the pixels: EXIF, texts, profiles, thumbnails."""
+
+import io
+import warnings
+import zlib
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from plumbing.images import over_white
+
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # what their files begin with
+SCAN = 0xDA  # the segment of a JPEG after which pixels follow
+METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1 to APP13, APP15 and COM; APP14 says how colours are coded
+TURNS = {  # by the orientation in a photograph's EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(data):
+    """The bytes of an image file as an RGB PIL.Image: rotated as its EXIF says, transparency over white. Raises
+    DecompressionBombWarning or DecompressionBombError for an enormous image, and anything for garbage."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # oddities of formats, of which a large data set has all
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return to_rgb(data)
+        except Exception:
+            pixels = pixels_alone(data)
+            if pixels == data:
+                raise
+            return to_rgb(pixels)
+
+
+def to_rgb(data):
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # which names a place in memory
+        raise ValueError("it is no image file that Pillow knows") from error
+    image = upright(image)
+    if image.mode.startswith("I;16"):  # which Pillow would clip instead of scale
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return over_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def upright(image):
+    """A PIL.Image, turned as its EXIF says, or as it is where that cannot be read. Unlike ImageOps.exif_transpose this
+    writes no EXIF anew, which fails where cameras wrote something odd."""
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        turn = TURNS.get(orientation)
+    except Exception:  # what reading garbage raises depends on the garbage
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def pixels_alone(data):
+    """The bytes of a PNG or JPEG without what pixels do not depend on, which may be larger than Pillow allows, or
+    damaged. The bytes of another file, or of one that ends early, as they are."""
+    try:
+        if data.startswith(PNG):
+            return png_without_metadata(data)
+        if data.startswith(JPEG):
+            return jpeg_without_metadata(data)
+    except (IndexError, ValueError):
+        pass
+    return data
+
+
+def png_without_metadata(data):
+    """The critical chunks of a PNG, and where they are whole its transparency and its EXIF, which may turn it."""
+    kept, at = [PNG], len(PNG)
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at:at + 4])  # a chunk is length, name, contents and checksum
+        name, checksum = data[at + 4:at + 8], int.from_bytes(data[end - 4:end])
+        whole = zlib.crc32(data[at + 4:end - 4]) == checksum
+        if name[:1].isupper() or name in (b"tRNS", b"eXIf") and whole:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def jpeg_without_metadata(data):
+    kept, at = [JPEG], len(JPEG)
+    while data[at + 1] != SCAN:
+        if data[at] != 0xFF:
+            raise ValueError("there is no segment")
+        end = at + 2 + int.from_bytes(data[at + 2:at + 4])
+        if data[at + 1] not in METADATA:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept) + data[at:]

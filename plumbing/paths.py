@@ -1,0 +1,54 @@
+"""Paths as people write them: ~ for the home folder, ranges in braces, wildcards. What exists under a name is meant."""
+
+import glob
+import os
+import re
+from pathlib import Path
+
+BRACES = r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}"
+
+
+def at_home(path):
+    """A path, a str, with its ~ replaced by the home folder, also in sit:~/PATH. Shells leave that in --out_dir=~/x."""
+    path = str(path)
+    if os.path.lexists(path):
+        return path
+    prefix = "sit:" if path.startswith("sit:") else ""
+    return prefix + os.path.expanduser(path.removeprefix(prefix))
+
+
+def existing_part(path):
+    """The innermost folder of a path that exists, and the rest of the path, a str."""
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    return folder, str(path.relative_to(folder))
+
+
+def expand(path):
+    """The paths that a shell makes of the ranges {000..123} and lists {a,b} in a path; itself where it exists."""
+    path = Path(path)
+    if path.exists():
+        return [path]
+    folder, rest = existing_part(path)
+    return [folder / name for name in expand_braces(rest)]
+
+
+def expand_braces(text):
+    match = re.search(BRACES, text)
+    if not match:
+        return [text]
+    first, end, names = match.groups()
+    if first is None:
+        middles = names.split(",")
+    else:
+        step = 1 if int(first) <= int(end) else -1
+        middles = [f"{i:0{len(first)}d}" for i in range(int(first), int(end) + step, step)]
+    before, after = text[:match.start()], text[match.end():]
+    return [name for middle in middles for name in expand_braces(before + middle + after)]
+
+
+def wildcards(path):
+    """The files and folders that a path with * ? [ ] names, in order; itself where it exists."""
+    if path.exists():
+        return [path]
+    folder, rest = existing_part(path)
+    return [folder / name for name in sorted(glob.glob(rest, root_dir=folder))]
