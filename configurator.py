@@ -23,6 +23,8 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
+from plumbing.paths import at_home
+
 KINDS = "None", "bool", "int", "float", "tuple", "str"  # the types a setting may have
 PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in errors; the others are "a ..."
 
@@ -44,6 +46,8 @@ RANGES = {
 }
 RANGE_OF = {name: extent for extent, names in RANGES.items() for name in names.split()}
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+PATHS = {"out_dir", "data_dir", "real_dir", "init_from", "prompts", "folder", "decoder", "tokenizer", "judge", "beside",
+         "figure"}
 OF_NANOGPT = {"n_embd": "width", "n_layer": "depth", "n_head": "heads", "learning_rate": "lr", "eval_interval":
               "val_interval", "gradient_accumulation_steps": "grad_accum", "block_size": "text_len", "init_from":
               "resume"}
@@ -168,6 +172,8 @@ def configure(settings):
                 config[key] = convert(value, kinds[key])
             except (ValueError, OverflowError):
                 raise SystemExit(f"{origin}config key {key!r} is {value!r}, but {phrase(kinds[key])} is expected")
+            if key in PATHS and isinstance(config[key], str):
+                config[key] = at_home(config[key])
             if config[key] != settings[key] and not in_range(key, config[key]):
                 raise SystemExit(f"{origin}config key {key} is {config[key]!r}, but must be {RANGE_OF[key]}")
         config.given |= overrides.keys()

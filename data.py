@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from plumbing import shapes
 from plumbing.images import contact_sheet, fit, save_image, thumbnail, to_pixels
+from plumbing.paths import at_home
 from plumbing.shards import Shards, find_shards, first_example
 from plumbing.tokenizer import ASSETS, get_tokenizer
 
@@ -157,7 +158,7 @@ def load_digits(split):
 def load_fashion(split, data_dir=""):
     """Returns uint8 images (n, 28, 28) and labels (n,). Raises FileNotFoundError, or ValueError for a damaged file."""
     part = "train" if split == "train" else "t10k"
-    images, labels = (read_idx(Path(data_dir or FASHION_DIR), f"{part}-{what}-idx{ndim}-ubyte", ndim)
+    images, labels = (read_idx(Path(at_home(data_dir or FASHION_DIR)), f"{part}-{what}-idx{ndim}-ubyte", ndim)
                       for what, ndim in (("images", 3), ("labels", 1)))
     if images.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
         raise ValueError(f"Fashion-MNIST's {part} files do not belong together: images {images.shape}, "
@@ -220,8 +221,19 @@ def show(args):
 
 
 def show_tokens(captions, tokenizer):
-    """Prints what captions cost in tokens, and the first of them."""
-    lengths = np.array([len(tokenizer.tokens(caption)) for caption in captions])
+    """Prints what captions cost in tokens, how many the tokenizer refuses, and the first of them. Raises ValueError
+    where it refuses all."""
+    lengths, refusals = [], []
+    for caption in captions:
+        try:
+            lengths.append(len(tokenizer.tokens(caption)))
+        except ValueError as error:
+            refusals.append(error)
+    if refusals:
+        print(f"{len(refusals)} of the first {len(captions):,} captions are refused; {refusals[0]}")
+    if not lengths:
+        raise refusals[0]
+    lengths = np.array(lengths)
     apart = np.mean([tokenizer.falls_apart(caption) for caption in captions])
     print(f"vocabulary of {tokenizer.vocab_size}: {lengths.mean():.1f} tokens a caption, {lengths.max()} at most; "
           f"{apart:.1%} of captions fall apart into bytes")
@@ -256,6 +268,9 @@ def main():
     emoji.add_commands(command)
     latents.add_commands(command)
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if isinstance(value, str):
+            setattr(args, name, at_home(value))
     for name, (low, high) in RANGES.items():
         if (value := getattr(args, name, None)) is not None and not low <= value <= high:
             parser.error(f"--{name} is {value}, but must be in {low} to {high}")

@@ -21,6 +21,7 @@ from flow import bits_per_dim, forward_trajectory, taken_again, time_grid
 from fm import EULER_STEPS, FlowMatching
 from model import NTM, Denoiser
 from plumbing import checkpoint
+from plumbing.paths import at_home
 from plumbing.runtime import coarse_products, exact_products, find_device, note
 from plumbing.tokenizer import words
 
@@ -47,7 +48,7 @@ class TrainedModel:
     """
 
     def __init__(self, out_dir=SHIPPED, device="", *sampling, **by_name):
-        self.path = Path(out_dir) / "ckpt.pt"
+        self.path = Path(at_home(out_dir)) / "ckpt.pt"
         self.device = find_device(device)
         self.network, trained = checkpoint.load_network(self.path, {"ntm": NTM, "fm": FlowMatching}, self.device)
         self.kind = trained["kind"]

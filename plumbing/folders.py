@@ -38,11 +38,6 @@ def printable(text):
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-def at_home(path):
-    """A path, its "~" replaced by the home folder unless there is something of that very name."""
-    return Path(path if os.path.exists(path) else os.path.expanduser(path))
-
-
 def stop(error):
     raise error
 

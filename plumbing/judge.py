@@ -17,6 +17,7 @@ from tqdm import trange
 
 from plumbing import checkpoint
 from plumbing.loader import collate
+from plumbing.paths import at_home
 from plumbing.runtime import one_line_errors
 from plumbing.shards import Shards
 
@@ -141,8 +142,8 @@ def train(judge, images, targets, iterations, batch_size=128, lr=3e-3):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m plumbing.judge", allow_abbrev=False,
                                      description="Trains a judge of labelled shards on their training images.")
-    parser.add_argument("--data_dir", default="out/data/emoji")
-    parser.add_argument("--out", default="out/emoji_judge.pt")
+    parser.add_argument("--data_dir", type=at_home, default="out/data/emoji")
+    parser.add_argument("--out", type=at_home, default="out/emoji_judge.pt")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--iterations", type=int, default=3000)
     args = parser.parse_args(arguments)

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from plumbing.images import contact_sheet, save_image, to_pixels
+from plumbing.paths import at_home
 from plumbing.runtime import claim
 
 LAYOUTS = "sheet", "flat", "geneval"
@@ -32,7 +33,7 @@ def read_prompts(path):
     """The prompts in a file, a dict each: {"prompt": line} of every line, or what a .jsonl file says in it. Raises
     ValueError for a file that cannot be read, holds nothing, or has a line that is no prompt."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")  # a byte-order mark belongs to no prompt
+        text = Path(at_home(path)).read_bytes().decode("utf-8-sig")  # a byte-order mark belongs to no prompt
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts file {path!r} cannot be read: {error}") from error
     if not text:

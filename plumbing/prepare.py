@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.folders import (READ, at_home, choose_held_out, files_below, hashed, printable, read_captions,
+from plumbing.folders import (READ, choose_held_out, files_below, hashed, printable, read_captions,
                               twins, unread_formats)
 from plumbing.loader import FEW
 from plumbing.shards import IMAGES, Shards, find_shards, first_example, write_shards
@@ -26,8 +26,8 @@ def write_splits(out, examples):
 
 
 def prepare_folder(args):
-    folder = at_home(args.folder)
-    out = at_home(args.out) if args.out else Path("out/data", folder.resolve().name)
+    folder = Path(args.folder)
+    out = Path(args.out or Path("out/data", folder.resolve().name))
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     files, left_out = files_below(folder)
@@ -75,7 +75,7 @@ def explain_too_few(folder, count, told):
 
 
 def prepare_vocabulary(args):
-    out = at_home(args.out)
+    out = Path(args.out)
     if out.suffix != ".tiktoken":
         raise ValueError(f"a vocabulary needs --out=NAME.tiktoken, but --out is {args.out!r}")
     _, shape = first_example(find_shards(args.data_dir, "train")[0])

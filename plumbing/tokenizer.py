@@ -11,6 +11,8 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+from plumbing.paths import at_home
+
 ASSETS = Path(__file__).parent.parent / "assets"
 VOCABULARIES = ("captions", "emoji")  # assets/NAME.tiktoken
 PAD, NULL = 0, 1  # the null caption is what guidance uses; a vocabulary's own ids come after these
@@ -83,7 +85,7 @@ def get_tokenizer(name="captions", vocabulary=None):
     ImageNet's 1,000 classes or of N. vocabulary: the text of the file, from a checkpoint; the file then need not exist.
     Raises ValueError for any other name or a damaged file, OSError where a file is missing or gpt2 cannot be had."""
     if name in VOCABULARIES or name.endswith(".tiktoken"):
-        path = ASSETS / f"{name}.tiktoken" if name in VOCABULARIES else Path(name)
+        path = ASSETS / f"{name}.tiktoken" if name in VOCABULARIES else Path(at_home(name))
         try:
             text = vocabulary or path.read_text("ascii")
             ranks = {base64.b64decode(token, validate=True): int(rank)

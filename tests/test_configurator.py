@@ -437,3 +437,21 @@ def test_a_process_says_one_line_and_ends(tmp_path, pytestconfig, argument, stat
     done = subprocess.run([sys.executable, "script.py", argument], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(pytestconfig.rootpath)})
     assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text('from configurator import configure\nout_dir = ""\ninit_from = ""\nprompt = ""\n'
+                      'figure: str | None = None\ndata_dir = ""\nconfig = configure(globals())\n')
+    (tmp_path / "mine.py").write_text('data_dir = "~/data/{00..01}.tar"\n')
+    (tmp_path / "~").mkdir()
+    monkeypatch.setattr(sys, "argv", ["script.py", "--out_dir=~/out", "--init_from=sit:~/sit.pt", "--prompt=~/cat",
+                                      "mine.py", "--figure=None"])
+    names = runpy.run_path(str(script))
+    assert names["config"] == {"out_dir": "/home/me/out", "init_from": "sit:/home/me/sit.pt", "prompt": "~/cat",
+                               "figure": None, "data_dir": "/home/me/data/{00..01}.tar"}
+    assert names["out_dir"] == "/home/me/out"
+    (tmp_path / "~" / "out").mkdir()  # what exists under a name is meant
+    assert runpy.run_path(str(script))["out_dir"] == "~/out"

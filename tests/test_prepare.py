@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import (DISTILL, ROOT, SAMPLE, SHORT, SMALL, command, contents, fails, file_of, latent_shard, on_ranks,
-                     pixels, png, run, run_with_notes, torchrun)
+from helpers import (DISTILL, ROOT, SAMPLE, SHORT, SMALL, command, contents, fails, file_of, latent_shard, npy,
+                     on_ranks, pixels, png, run, run_with_notes, torchrun)
 from PIL import Image
 from torch import nn
 
@@ -770,3 +770,34 @@ def test_a_book_of_a_caption_is_cut_where_it_is_shown(tmp_path):
     printed = command("shards", f"--data_dir={tmp_path}", f"--out={tmp_path / 'sheet.png'}")
     assert len(printed) < 2000 and "…\n" in printed
     assert pixels(tmp_path / "sheet.png").shape[0] < 300
+
+
+                     run, torchrun)
+
+
+def test_data_script_finds_what_is_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for split in ("train", "val"):
+        write_shards(tmp_path / "data" / split, [(f"{i}", {"png": png(), "txt": b"a cat"}) for i in range(20)])
+    command("vocab", "--data_dir=~/data", "--out=~/cats.tiktoken", "--size=300")
+    command("shards", "--data_dir=~/data", "--tokenizer=~/cats.tiktoken", "--out=~/sheet.png")
+    assert (tmp_path / "cats.tiktoken").exists() and (tmp_path / "sheet.png").exists()
+    assert data.get_tokenizer("~/cats.tiktoken").vocab_size > 258
+
+
+def test_data_script_counts_captions_that_are_refused(tmp_path):
+    captions = ["class 1", "a cat", "class 2", "class 1000", *["class 3"] * 16]
+    for split in ("train", "val"):
+        write_shards(tmp_path / split, [(f"{i}", {"png": png(), "txt": caption.encode()})
+                                        for i, caption in enumerate(captions)])
+    printed = command("shards", f"--data_dir={tmp_path}", "--tokenizer=classes", f"--out={tmp_path / 'sheet.png'}")
+    assert "2 of the first 20 captions are refused; caption 'a cat' is not a class" in printed
+    assert "1.0 tokens a caption" in printed and (tmp_path / "sheet.png").exists()
+
+
+@pytest.mark.parametrize("shape", [(512,), (77, 768), (1, 77, 768)])
+def test_data_script_shows_images_that_have_embeddings_beside_them(tmp_path, shape):
+    members = {"jpg": png(), "npy": npy(np.ones(shape, np.float32)), "txt": b"a cat"}
+    write_shards(tmp_path, [(f"{i}", members) for i in range(200)])
+    printed = command("shards", f"--data_dir={tmp_path}", f"--out={tmp_path / 'sheet.png'}")
+    assert "198 to train on, 2 to validate, 3x12x12" in printed and "unusable" not in printed

@@ -153,6 +153,16 @@ def test_prompts_are_lines_and_a_mark_is_no_prompt(tmp_path):
         read_prompts(str(tmp_path / "bom.txt"))
 
 
+def test_models_and_prompts_in_the_home_folder(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(copied.parent))
+    (copied.parent / "p[1]{2}.txt").write_text("an 8\n")
+    assert read_prompts("~/p[1]{2}.txt") == [{"prompt": "an 8"}]
+    assert load(f"~/{copied.name}", device="cpu").iteration == load(copied, device="cpu").iteration
+    run("sample.py", "--device=cpu", f"--out_dir=~/{copied.name}", "--prompts=~/p[1]{2}.txt", "--num_samples=1",
+        "--folder=~/[images]{1..2}")
+    assert (copied.parent / "[images]{1..2}" / "sheet.png").exists()
+
+
 def test_captions_of_a_data_set_that_is_gone(copied):
     held = contents(copied / "ckpt.pt")
     with_contents(copied / "ckpt.pt", settings=held["settings"] | {
