@@ -466,6 +466,18 @@ def test_truncated_shard_keeps_its_whole_examples(tmp_path, keep, cut):
     assert [caption for _, caption, _ in triples[first:]] == [str(i) for i in range(20)]
 
 
+def test_a_shard_that_ends_after_a_whole_member_has_no_end(tmp_path):
+    write_shards(tmp_path, numbered(20))
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path) as file:
+        assert {member.mode for member in file} == {0o644}
+        end = file.offset
+    path.write_bytes(path.read_bytes()[:end])
+    ds = dataset(tmp_path, "all")
+    assert ds.faults == {"00000.tar": "it has no end"}
+    assert [caption for _, caption in ds] == [str(i) for i in range(20)]
+
+
 def test_a_damaged_block_is_told_though_what_follows_is_lost(tmp_path):
     write_shards(tmp_path, numbered(20))
     path = tmp_path / "00000.tar"
@@ -531,6 +543,11 @@ def test_a_shard_of_which_nothing_is_usable_is_replaced_from_others(tmp_path):
     assert [bool(fault) for _, _, fault in triples] == [True] * 400 + [False] * 600
     assert all("0.tar" in fault for _, _, fault in triples[:400])
     assert len({caption for _, caption, _ in triples[:400]}) > 50  # not always the same one
+
+
+def test_neighbours_are_tried_first_and_then_examples_from_all_over():
+    assert list(shards.attempts(5, 20_000)) == [*range(5, 15), *(5 + 200 * k for k in range(10, 100))]
+    assert list(shards.attempts(5, 120)) == list(range(5, 105))
 
 
 def test_the_only_usable_example_of_a_hundred_is_found(tmp_path):
