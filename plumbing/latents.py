@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from plumbing.examples import IMAGES, TEXTS, Unusable, last, pick
 from plumbing.loader import read_ahead
 from plumbing.runtime import claim, gathered, leave_ranks, start_ranks
-from plumbing.shards import Shards, Unusable, find_shards, first_example, write_shard
+from plumbing.shards import Shards, find_shards, first_example, write_shard
 
-WORDS = ("txt", "json", "cls")  # suffixes of what a shard says about an image, which its latent keeps
 PATIENCE = timedelta(days=1)  # of a rank whose shards are encoded, for the others
 
 
@@ -70,8 +70,8 @@ def load_decoder(settings, device):
 
 
 class Examples:
-    """What encoding reads of shards: ds[i] -> (image (3, H, W), {suffix: bytes} of its captions and all else that the
-    shard says about it), or None if it is unusable."""
+    """What encoding reads of shards: ds[i] -> (image (3, H, W), suffix of its latent, {suffix: bytes} of its captions
+    and all else that the shard says about it), or None if it is unusable."""
 
     def __init__(self, source):
         self.source = source
@@ -82,7 +82,9 @@ class Examples:
             image, _ = self.source.decode(members, number)
         except Unusable:
             return None
-        return image, {suffix: data for suffix, data in members.items() if suffix.rpartition(".")[2] in WORDS}
+        name = pick(members, *IMAGES).rpartition(".")[0]  # by which the latent is known to belong to a text
+        texts = {suffix: data for suffix, data in members.items() if last(suffix) in TEXTS}
+        return image, f"{name}.npy".lstrip("."), texts
 
 
 def encode_shard(source, shard, encoder, device, args):
@@ -95,12 +97,12 @@ def encode_shard(source, shard, encoder, device, args):
         usable = [(number, *example) for number, example in zip(batch, loaded) if example]
         if not usable:
             continue
-        kept, images, words = zip(*usable)
+        kept, images, names, texts = zip(*usable)
         with torch.inference_mode():
             latents = encoder(torch.stack(images).to(device)).half().cpu().numpy()
-        for number, latent, its_words in zip(kept, latents, words):
+        for number, latent, name, its_texts in zip(kept, latents, names, texts):
             np.save(file := io.BytesIO(), latent)
-            examples.append((f"{number:09d}", {"npy": file.getvalue(), **its_words}))
+            examples.append((f"{number:09d}", {name: file.getvalue(), **its_texts}))
     return examples
 
 

@@ -10,6 +10,7 @@ import torch
 from helpers import file_of, npy, png
 from PIL import Image, ImageOps, PngImagePlugin
 
+from plumbing.decoding import pixels_alone
 from plumbing.examples import Unusable, captions_of, decode_image, decode_latent, key_and_suffix
 from plumbing.images import to_uint8
 from plumbing.shards import Shards, first_example, write_shard
@@ -273,6 +274,20 @@ def test_damaged_metadata_do_not_cost_an_image(kind):
         if kind == "PNG" and rng.random() < 0.7:
             data[end:end + 4] = zlib.crc32(data[start - 4:end]).to_bytes(4)
         assert np.array_equal(np.sort(np.asarray(decode_image({"png": bytes(data)})).reshape(-1)), expected)
+
+
+@pytest.mark.parametrize("colours", [{}, {"keep_rgb": True}, {"progressive": True}])
+def test_pixels_of_a_jpeg_do_not_depend_on_what_is_left_out(colours):
+    """Its segment APP14, which says how colours are coded, stays."""
+    picture = Image.effect_noise((40, 40), 90).convert("RGB")
+    picture.paste(RED, (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    data = file_of(picture, "JPEG", exif=exif, comment=b"a comment", icc_profile=b"profile" * 20_000, **colours)
+    alone = pixels_alone(data)
+    assert not any(text in alone for text in (b"maker", b"a comment", b"profile")) and len(alone) < len(data)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(alone))), np.asarray(Image.open(io.BytesIO(data))))
+    assert pixels_alone(alone) == alone
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

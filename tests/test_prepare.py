@@ -700,6 +700,17 @@ def test_mistakes_in_evaluating_latents(model_of_latents, exported, trained):
     assert "makes images, not latents: leave it out" in line
 
 
+def test_a_latent_keeps_the_text_that_is_its_images(exported, tmp_path):
+    """And not the other one beside it."""
+    noise = file_of(Image.effect_noise((32, 32), 90).convert("RGB"))
+    members = {"photo.png": noise, "photo.txt": b"a photo", "scan.txt": b"what is written on it"}
+    write_shards(tmp_path / "images", [(f"{i}", members) for i in range(2)])
+    command("encode", f"--data_dir={tmp_path / 'images'}", f"--encoder={exported / 'encoder.pt2'}", "--image_size=32",
+            f"--out={tmp_path / 'latents'}", "--device=cpu")
+    found = Shards(str(tmp_path / "latents"), "all", 4, 8, 8)
+    assert found.latent and [caption for _, caption in found] == ["a photo"] * 2
+
+
 def test_measured_scale_of_known_latents(tmp_path):
     deviation, mean = (np.array(pair)[:, None, None] for pair in ([2.0, 0.5], [1.0, -3.0]))
     latents = np.random.default_rng(0).normal(size=(200, 2, 4, 4)) * deviation + mean

@@ -545,6 +545,17 @@ def test_a_shard_of_which_nothing_is_usable_is_replaced_from_others(tmp_path):
     assert len({caption for _, caption, _ in triples[:400]}) > 50  # not always the same one
 
 
+def test_a_shard_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    write_shards(tmp_path, numbered(3))
+
+    def refused(*args):
+        raise PermissionError(13, "Permission denied", "00000.tar")
+
+    monkeypatch.setattr(tarfile, "open", refused)
+    with pytest.raises(PermissionError, match="00000.tar"):
+        indexing.scan(tmp_path / "00000.tar")
+
+
 def test_neighbours_are_tried_first_and_then_examples_from_all_over():
     assert list(shards.attempts(5, 20_000)) == [*range(5, 15), *(5 + 200 * k for k in range(10, 100))]
     assert list(shards.attempts(5, 120)) == list(range(5, 105))
