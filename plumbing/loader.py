@@ -15,7 +15,7 @@ from plumbing.images import dequantize
 from plumbing.rng import randn
 from plumbing.runtime import Interrupt, one_line_errors
 from plumbing.shapes import uniforms
-from plumbing.shards import ATTEMPTS
+from plumbing.shards import ATTEMPTS, attempts
 from plumbing.tokenizer import MOST_WORDS, survey, words
 from plumbing.workers import ReadAhead
 
@@ -66,17 +66,17 @@ class Readable:
         return [self.readable(number, *example) for number, example in zip(numbers, self.dataset.__getitems__(numbers))]
 
     def readable(self, number, image, caption, fault=""):
-        for attempt in range(1, ATTEMPTS + 1):
+        size = len(self.dataset)
+        for other in attempts(number, size):
+            if other != number:
+                again = other if hasattr(self.dataset, "runs_on") else other % size
+                image, caption, *_ = self.dataset.__getitems__([again])[0]
             cut = self.tokenizer.cut
             try:
                 ids = self.tokenizer.encode([caption], self.text_len)[0]
                 return image, caption, ids, self.tokenizer.cut - cut, fault
             except Exception as error:  # what encoding garbage raises depends on the tokenizer
                 fault = fault or f"{self.name(number)}: {error}"
-            following = number + attempt
-            if not hasattr(self.dataset, "runs_on"):
-                following %= len(self.dataset)
-            image, caption, *_ = self.dataset.__getitems__([following])[0]
         raise ValueError(f"{ATTEMPTS} examples in a row have no readable caption, the first is {fault}")
 
     def name(self, number):

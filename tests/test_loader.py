@@ -13,8 +13,9 @@ from fm import FlowMatching
 from model import NTM
 from plumbing import rng
 from plumbing.images import dequantize
-from plumbing.loader import Batches, validation_batches
-from plumbing.shards import write_shard
+from plumbing.loader import Batches, Readable, validation_batches
+from plumbing.shards import Shards, write_shard
+from plumbing.tokenizer import get_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------
 # Captions that a tokenizer refuses
@@ -34,6 +35,17 @@ class Classes(Numbers):
         for caption in filter(None, captions):
             self.tokens(caption)
         return super().encode(captions, length)
+
+
+def test_a_shard_of_which_all_captions_are_refused_is_replaced_from_others(tmp_path):
+    """Though it holds more examples than are tried in a row."""
+    for name, caption, count in ("0.tar", b"a cat", 150), ("1.tar", b"class 3", 350):
+        write_shard(tmp_path / "train" / name, [(f"{i}", {"png": png(), "txt": caption}) for i in range(count)])
+    examples = Readable(Shards(str(tmp_path), "train", 3, 8, 8), get_tokenizer("classes"), 1)
+    loaded = examples.__getitems__([0, 149, 150])
+    assert [bool(fault) for *_, fault in loaded] == [True, True, False]
+    assert "example 149 of" in loaded[1][-1] and "caption 'a cat' is not a class" in loaded[1][-1]
+    assert all(caption == "class 3" and ids.tolist() == [5] for _, caption, ids, _, _ in loaded)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
