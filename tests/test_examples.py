@@ -102,6 +102,8 @@ def test_images_of_which_none_is_plain_are_a_named_fault(tmp_path):
     assert "it has KEY.before.jpg and KEY.after.jpg, and no KEY.jpg that says which one to read" in fault
     with pytest.raises(Unusable, match="KEY.a.txt and KEY.b.txt"):
         captions_of({"a.txt": b"x", "b.txt": b"y", "jpg": b""})
+    for order in ("a.txt", "b.txt"), ("b.txt", "a.txt"):
+        assert captions_of({**{name: name.encode() for name in order}, "a.jpg": b""})[0] == ["a.txt"]
 
 
 def test_files_that_a_mac_packs_beside_others_are_skipped(tmp_path):

@@ -783,9 +783,6 @@ def test_a_book_of_a_caption_is_cut_where_it_is_shown(tmp_path):
     assert pixels(tmp_path / "sheet.png").shape[0] < 300
 
 
-                     run, torchrun)
-
-
 def test_data_script_finds_what_is_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for split in ("train", "val"):
