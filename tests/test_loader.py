@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import test_train
 import torch
-from helpers import TRAIN, png, read_log, run, training_lines
+from helpers import DISTILL, TRAIN, contents, fails, png, read_log, run, training_lines
 from test_train import DATA, SETTINGS, TINY, Items, Numbers, fit
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,6 +96,21 @@ def test_captions_of_shards_that_are_no_classes_are_replaced_and_named(tmp_path,
     assert training_lines(tmp_path / "log.jsonl")[-1]["unusable"] == 4  # an epoch is three batches
     assert "val_loss" in read_log(tmp_path / "log.jsonl")[-1] and "interrupted" not in printed
     assert "1.7% are refused, the first since caption 'a dog' is not a class" in printed
+
+
+def test_held_out_captions_that_are_no_classes_end_a_run_above_bad_limit(tmp_path):
+    """In one line, after what is trained is saved."""
+    for split, known in (("train", 60), ("val", 8)):
+        captions = [b"class %d" % (i % 10) if i < known else b"a dog" for i in range(20)]
+        write_shard(tmp_path / "data" / split / "0.tar", [
+            (f"{i:03d}", {"png": png((i, 9, 9), (8, 8)), "txt": caption}) for i, caption in enumerate(captions)])
+    settings = [*TRAIN, "--dataset=shards", f"--data_dir={tmp_path / 'data'}", "--image_size=8", "--channels=3",
+                "--tokenizer=classes:10", "--text_len=1", f"--out_dir={tmp_path}", "--val_examples=20"]
+    line = fails("train.py", *settings, "--bad_limit=0.5")
+    assert "12 of 20 held-out examples are unusable, more than bad_limit 0.5 allows" in line and "'a dog'" in line
+    assert contents(tmp_path / "ckpt.pt")["iter"] == 3
+    run("train.py", *settings, "--bad_limit=0.7", "--resume=yes")
+    assert "12 of 20" in fails("distill.py", *DISTILL, f"--out_dir={tmp_path}", "--bad_limit=0.5", "--val_examples=20")
 
 
 # ---------------------------------------------------------------------------------------------------------------

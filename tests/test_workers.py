@@ -96,6 +96,13 @@ def test_nobody_waits_for_ever(monkeypatch):
     assert time.monotonic() - began < 10 and not multiprocessing.active_children()
 
 
+def test_a_process_that_hangs_ends_with_a_run_that_does_not_wait_for_it():
+    with in_pairs(Acting(lambda: time.sleep(1000))) as loaded:
+        next(loaded)
+        time.sleep(0.5)  # until it is there
+    assert not multiprocessing.active_children()
+
+
 def test_slow_data_are_waited_for():
     dataset = Acting(lambda: time.sleep(2.5))
     with in_pairs(dataset) as loaded:
