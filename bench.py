@@ -1,6 +1,6 @@
-"""Measures speed: training, inversion, sampling in several ways, and the cost against steps and tokens, in one run.
+"""Measures speed: training, inversion, and sampling in several ways, in one run.
 
-    python bench.py                                     # the size of config/shapes.py, at random weights
+    python bench.py                                     # the size of config/shapes_scratch.py, at random weights
     python bench.py --out_dir=out/shapes                # a trained model's size and weights
     python bench.py --width=512 --depth=12 --heads=8 --batch_size=256
 
@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from configurator import configure
 from flow import forward_trajectory
 from fm import EULER_STEPS, FlowMatching
 from model import NTM, Denoiser, NTMConfig
+from networks import NTMS
 from plumbing import checkpoint
 from plumbing.optim import make_optimizers, step
 from plumbing.runtime import autocast, find_device, one_line_errors
@@ -41,9 +43,8 @@ transporter_heads = 2
 steps = 4
 shift: float | None = 0.5
 batch_size = 64
-image_sizes = (8, 16)  # for inversion and for the cost against N
+image_sizes = (8, 16)  # for inversion
 tolerances = (1e-2, 1e-3, 1e-4)  # of sweeps
-step_counts = (1, 2, 4, 8)  # for the cost against T
 repeats = 5  # of each figure, of which the median counts
 bfloat16: bool | None = None  # autocast; None: on CUDA only
 device = ""  # cuda, mps or cpu; empty: the best there is
@@ -59,7 +60,8 @@ def medians(functions, device):
             start = time.perf_counter()
             function()
             synchronize()
-            seconds[name] += [time.perf_counter() - start] if turn else []
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -73,7 +75,8 @@ def network(kind, config, device):
     """A network in evaluation mode, with random weights also where initialisation has zeros: the transporter then
     stretches as a trained one does, while at the identity Jacobi would need one sweep."""
     torch.manual_seed(0)
-    model, generator = kind(config), torch.Generator().manual_seed(0)
+    model = kind(config)
+    generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if not parameter.any():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -89,15 +92,30 @@ def inputs(config, device):
     return images.to(device), text.to(device)
 
 
-def training_step(kind, config, device, compiled=False):
-    """A function that makes one update, as train.py does."""
-    model, (images, text) = network(kind, config, device).train(), inputs(config, device)
+def draw(model, images, text, pairs):
+    """What an update draws at random, as the last argument of forward."""
+    x0 = model.patchify(images)
+    drawn = dict(device=images.device)
+    if isinstance(model, FlowMatching):
+        return model.draw_times(len(x0), **drawn), torch.randn_like(x0)
+    if pairs:
+        steps, ts = model.draw_pairs(len(x0), **drawn)
+    else:
+        steps, ts = model.draw_trajectories(len(x0), **drawn)
+    return steps, ts, model.noised(x0, text, ts)
+
+
+def training_step(kind, config, device, pairs, compiled=False):
+    """A function that makes one update, as train.py does. pairs: a step of each trajectory, or else whole ones."""
+    model = network(kind, config, device).train()
+    images, text = inputs(config, device)
     optimizers = make_optimizers(model, "adamw", 0.0, device)
     forward = torch.compile(model) if compiled else model
 
     def update():
+        drawn = draw(model, images, text, pairs)
         with autocast({"bfloat16": bfloat16}, device):
-            loss = forward(images, text, model.randomness(batch_size, device))
+            loss = forward(images, text, drawn)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step(optimizers, 1e-3)
@@ -106,102 +124,140 @@ def training_step(kind, config, device, compiled=False):
     return update
 
 
-def bench_training(model, device):
-    """Images/s of training, its FLOPs as a fraction of the rate of a large matrix product, and on CUDA peak memory."""
-    config = replace(model.config, first_noise=1.0)
-    ways = {"NTM, pairs": (NTM, replace(config, pairs=True)), "NTM, trajectories": (NTM, replace(config, pairs=False)),
-            "NTM, no transporter": (NTM, replace(config, transporter_blocks=0, pairs=True)),
-            "flow matching": (FlowMatching, config)}
-    updates = {name: training_step(*way, device) for name, way in ways.items()}
-    flops, peak = {name: flops_of(update) for name, update in updates.items()}, {}
-    if device.type == "cuda":
-        updates |= {f"{name}, compiled": training_step(*way, device, compiled=True) for name, way in ways.items()}
-        for name, update in updates.items():
-            torch.cuda.reset_peak_memory_stats()
-            update()
-            peak[name] = {"peak GiB": torch.cuda.max_memory_allocated() / 2**30}
+def matrix_product_rate(device):
+    """FLOP/s of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device)
     with autocast({"bfloat16": bfloat16}, device):
-        ceiling = 2 * n**3 / medians({"product": lambda: a @ b}, device)["product"]
+        seconds = medians({"product": lambda: a @ b}, device)["product"]
+    return 2 * n**3 / seconds
+
+
+def bench_training(model, device):
+    """Images/s of training, its FLOPs as a fraction of the rate of a large matrix product, and on CUDA peak memory."""
+    config = model.config
+    ways = {
+        "NTM, pairs": (NTM, config, True),
+        "NTM, trajectories": (NTM, config, False),
+        "NTM, no transporter": (NTM, replace(config, transporter_blocks=0), True),
+        "flow matching": (FlowMatching, config, True),
+    }
+    updates = {}
+    flops = {}
+    peaks = {}
+    for name, (kind, sized, pairs) in ways.items():
+        updates[name] = training_step(kind, sized, device, pairs)
+        flops[name] = flops_of(updates[name])
+    if device.type == "cuda":
+        for name, (kind, sized, pairs) in ways.items():
+            compiled = f"{name}, compiled"
+            updates[compiled] = training_step(kind, sized, device, pairs, compiled=True)
+            flops[compiled] = flops[name]
+        peaks = {name: {"peak GiB": peak_memory(update)} for name, update in updates.items()}
+    ceiling = matrix_product_rate(device)
     results = {"matrix product GFLOP/s": ceiling / 1e9}
     for name, seconds in medians(updates, device).items():
-        work = flops[name.removesuffix(", compiled")]
-        results[name] = {"images/s": batch_size / seconds, "GFLOP an image": work / batch_size / 1e9,
-                         "utilisation": work / seconds / ceiling, **peak.get(name, {})}
+        results[name] = {
+            "images/s": batch_size / seconds,
+            "GFLOP an image": flops[name] / batch_size / 1e9,
+            "utilisation": flops[name] / seconds / ceiling,
+            **peaks.get(name, {}),
+        }
     return results
+
+
+def peak_memory(function):
+    """GiB of CUDA memory that a call takes at most."""
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 @torch.no_grad()
 def bench_inversion(model, device):
-    """Images/s of inverting trajectories by cache and by sweeps at several N, sweeps over a chunk of tokens, and the
-    largest error against Jacobi's sweeps without a tolerance, which are exact."""
-    ways, results = {"cache": ("cache",)}, {}
-    ways |= {f"{way}, tolerance {tol:g}": (way, tol) for way in ("jacobi", "gauss-seidel") for tol in tolerances}
-    for size in sorted({model.config.image_size, *((size, size) for size in image_sizes)}):
+    """Images/s of inverting trajectories by cache and by sweeps at several N, sweeps a block, and the largest error
+    against sweeps without a tolerance, which are exact."""
+    results = {}
+    for size in sorted({model.config.image_size, *map(square, image_sizes)}):
         config = replace(model.config, image_size=size)
         sized = model if config == model.config else network(NTM, config, device)
         ts = config.time_grid(0.02).to(device).expand(batch_size, -1)
-        x = forward_trajectory(sized.patchify(inputs(config, device)[0]), ts)
-        u, _ = sized.transport(x, ts, torch.full((batch_size,), ts.shape[1] - 1, device=device))
+        images, _ = inputs(config, device)
+        x = forward_trajectory(sized.patchify(images), ts)
+        u, _ = sized.transport(x, ts, sized.step_count(ts))
         exact = sized.invert(u, ts, "jacobi", tol=0.0)
-        seconds = medians({name: lambda way=way: sized.invert(u, ts, *way) for name, way in ways.items()}, device)
-        for name, way in ways.items():
-            error = (sized.invert(u, ts, *way) - exact).abs().max().item()
-            row = results[f"N = {config.num_tokens}, {name}"] = {
-                "images/s": batch_size / seconds[name], "largest error": error}
-            if way != ("cache",):
-                row["sweeps a chunk"] = statistics.mean(sized.transporter.sweeps)
+        ways = {"cache": partial(sized.invert, u, ts, "cache")}
+        for tol in tolerances:
+            ways[f"jacobi, tolerance {tol:g}"] = partial(sized.invert, u, ts, "jacobi", tol)
+        for name, seconds in medians(ways, device).items():
+            error = (ways[name]() - exact).abs().max().item()
+            row = {"images/s": batch_size / seconds, "largest error": error}
+            if name != "cache":
+                row["sweeps a block"] = statistics.mean(sized.transporter.sweeps)
+            results[f"N = {config.num_tokens}, {name}"] = row
     return results
+
+
+def square(side):
+    return side, side
 
 
 @torch.no_grad()
 def bench_sampling(model, device):
     """Images/s from captions to images: an NTM for each way to denoise, and flow matching with the same network."""
-    denoiser, peer = network(Denoiser, model.config, device), network(FlowMatching, model.config, device)
-    (_, text), ts = inputs(model.config, device), model.config.time_grid(0.02).to(device)
+    denoiser = network(Denoiser, model.config, device)
+    peer = network(FlowMatching, model.config, device)
+    _, text = inputs(model.config, device)
+    ts = model.config.time_grid(0.02).to(device)
     T = len(ts) - 1
-    ways = {f"NTM, {T} steps, none": lambda: model.invert(model.sample(text, ts), ts),
-            f"NTM, {T} steps, score": lambda: model.score_denoise(model.invert(model.sample(text, ts), ts), ts, text),
-            f"NTM, {T} steps, learned": lambda: denoiser(model.sample(text, ts)[:, 0], text),
-            **{f"flow matching, {n} steps": lambda n=n: peer.sample(text, torch.linspace(0, 1, n + 1))
-               for n in (T, EULER_STEPS)}}
+
+    def invert():
+        return model.invert(model.sample(text, ts), ts)
+
+    ways = {
+        f"NTM, {T} steps, none": invert,
+        f"NTM, {T} steps, score": lambda: model.score_denoise(invert(), ts, text),
+        f"NTM, {T} steps, learned": lambda: denoiser(model.sample(text, ts)[:, 0], text),
+    }
+    for steps in (T, EULER_STEPS):
+        times = torch.linspace(0, 1, steps + 1)
+        ways[f"flow matching, {steps} steps"] = partial(peer.sample, text, times)
     return {name: {"images/s": batch_size / seconds} for name, seconds in medians(ways, device).items()}
 
 
-def bench_cost(model, device):
-    """Milliseconds per image of training and of sampling (without denoising), against T and N."""
-    config, results = replace(model.config, first_noise=1.0), {}
-    sizes = {f"T = {T}": replace(config, steps=T) for T in step_counts}
-    sizes |= {f"N = {(size // config.patch_size) ** 2}": replace(config, image_size=size) for size in image_sizes}
-    for name, sized in sizes.items():
-        model, (_, text), ts = network(NTM, sized, device), inputs(sized, device), sized.time_grid(0.02).to(device)
-        ways = {f"training, {kind}": training_step(NTM, replace(sized, pairs=kind == "pairs"), device)
-                for kind in ("pairs", "trajectories")} | {"sampling": lambda: model.sample(text, ts)}
-        results[name] = {f"{way}, ms": 1000 * s / batch_size for way, s in medians(ways, device).items()}
-    return results
+def open_model(config, device):
+    """The model of out_dir, or one of the sizes in config at random weights."""
+    if out_dir:
+        model, _ = checkpoint.load_network(Path(out_dir) / "ckpt.pt", NTMS, device)
+        return model
+    names = NTMConfig.__dataclass_fields__.keys() & config.keys()
+    sizes = {name: config[name] for name in names}
+    return network(NTM, NTMConfig(**sizes), device)
+
+
+def report(title, rows):
+    print(title)
+    for name, row in rows.items():
+        figures = row.items() if isinstance(row, dict) else [("", row)]
+        text = "".join(f"  {key} {value:.4g}" for key, value in figures)
+        print(f"  {name:36}{text}")
 
 
 @one_line_errors()
 def main(config):
     where = find_device(config["device"])
-    if out_dir:
-        model, _ = checkpoint.load_network(Path(out_dir) / "ckpt.pt", {"ntm": NTM}, where)
-    else:
-        of_model = NTMConfig.__dataclass_fields__.keys() & config.keys()
-        model = network(NTM, NTMConfig(**{name: config[name] for name in of_model}), where)
+    model = open_model(config, where)
     for size in image_sizes:
         replace(model.config, image_size=size)  # a wrong one is better known now than later
-    cuda = where.type == "cuda"
-    machine = torch.cuda.get_device_name(where) if cuda else f"{where.type}, {torch.get_num_threads()} threads"
+    if where.type == "cuda":
+        machine = torch.cuda.get_device_name(where)
+    else:
+        machine = f"{where.type}, {torch.get_num_threads()} threads"
     results = {"machine": machine, "torch": torch.__version__, "config": config}
-    for measure in bench_training, bench_inversion, bench_sampling, bench_cost:
+    for measure in bench_training, bench_inversion, bench_sampling:
         title = measure.__name__.removeprefix("bench_")
         results[title] = measure(model, where)
-        print(title)
-        for name, row in results[title].items():
-            figures = row.items() if isinstance(row, dict) else [("", row)]
-            print(f"  {name:36}" + "".join(f"  {key} {value:.4g}" for key, value in figures))
+        report(title, results[title])
     path = Path(out_dir or "out") / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1))

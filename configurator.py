@@ -31,7 +31,7 @@ PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in err
 # A number outside its range would train or sample wrongly and end as if nothing were. A script's own default is always
 # in range: a 0 may stand for "as trained". A tuple's numbers each have to be in it.
 RANGES = {
-    "at least 1": "batch_size grad_accum max_iters log_interval val_interval val_examples truth_examples num_samples "
+    "at least 1": "batch_size grad_accum max_iters log_interval val_interval val_examples num_samples "
                   "trajectories repeats panel image_size channels text_len patch_size width heads "
                   "transporter_width transporter_layers transporter_heads steps best_of squares scale keep",
     "at least 0 and at most 256": "workers",

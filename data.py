@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from plumbing import shapes
 from plumbing.images import contact_sheet, fit, save_image, thumbnail, to_pixels
 from plumbing.paths import at_home
+from plumbing.rng import uniforms
 from plumbing.shards import Shards, find_shards, first_example
 from plumbing.tokenizer import ASSETS, get_tokenizer
 
@@ -78,9 +78,11 @@ class Shapes(EightBit):
         self.image_size, self.channels = image_size, channels
 
     def captions(self, indices):
+        from plumbing import shapes  # only here: other data sets do not load the renderer
         return shapes.captions(shapes.scenes(self.seed, self.numbers(indices)))
 
     def pictures(self, indices):
+        from plumbing import shapes
         images = shapes.render(shapes.scenes(self.seed, self.numbers(indices)), self.image_size)
         if self.channels == 1:
             luma = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -96,7 +98,7 @@ class Labelled(EightBit):
         self.images, self.labels, self.wordings = images, labels, wordings
 
     def captions(self, indices):
-        u = shapes.uniforms(self.seed, self.numbers(indices), 1)[:, 0]
+        u = uniforms(self.seed, self.numbers(indices), 1)[:, 0]
         wordings = [self.wordings[label] for label in self.labels[indices]]
         return [choices[int(v * len(choices))] for choices, v in zip(wordings, u)]
 
@@ -244,7 +246,8 @@ def show_tokens(captions, tokenizer):
 
 
 def main():
-    from plumbing import emoji, latents, prepare  # which make data sets; training does not need them
+    from evidence import emoji
+    from plumbing import latents, prepare  # which make data sets; training does not need them
     parser = argparse.ArgumentParser(description="Checks data sets and makes them.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"data.py: {message}")
     commands = parser.add_subparsers(dest="name", metavar="NAME", required=True)

@@ -10,7 +10,7 @@ denoiser_log.png and, from every validation, samples/denoiser_ITERATION.png.
 
 import copy
 import math
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,17 +18,29 @@ from torch.nn.utils import clip_grad_norm_
 
 from configurator import configure
 from data import get_tokenizer, open_dataset
-from flow import forward_trajectory
-from model import NTM, Denoiser
+from model import Denoiser
+from networks import NTMS
 from plumbing import checkpoint
 from plumbing.images import contact_sheet
 from plumbing.latents import load_decoder
 from plumbing.loader import Batches, validation_batches
 from plumbing.lock import lock_folder
 from plumbing.log import Progress
+from plumbing.memory import score_denoise
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
-from plumbing.runtime import (alike, all_sum, all_sums, autocast, coarse_products, for_training, gradients_meet,
-                              in_bfloat16, job, leave_ranks, one_line_errors, start_ranks)
+from plumbing.runtime import (
+    accumulate,
+    alike,
+    all_sum,
+    all_sums,
+    coarse_products,
+    for_training,
+    in_bfloat16,
+    job,
+    leave_ranks,
+    one_line_errors,
+    start_ranks,
+)
 
 # ---- run
 out_dir = "out/digits"  # holds the model's ckpt.pt, and gets denoiser.pt
@@ -73,12 +85,28 @@ chunk = 0  # examples that are score-denoised at once; 0: what fits into about 4
 wandb_log = False  # the log and the sheets to Weights & Biases as well
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The loss
+
+
 def lesson(teacher, images, text, ts, noise, chunk=0):
-    """The denoiser's input u_0 and its target, the score-denoised tokens of a real trajectory: Eq. (27) and (21)."""
+    """The denoiser's input u_0 and its target, the score-denoised tokens of a real trajectory: Eqs. (27) and (21).
+
+    teacher: an NTM. images (B, channels, H, W), text (B, L), ts (T+1,), noise (B, T+1, N, D). Returns two (B, N, D).
+    """
     with coarse_products(ts.device), torch.autocast(ts.device.type, enabled=False):  # bfloat16: mostly rounding
         times = ts.expand(len(images), -1)
-        x = teacher.coupled(forward_trajectory(teacher.patchify(images), times, noise=noise), times, text)
-        return teacher.distillation_pair(x, ts, text, chunk)
+        x = teacher.noised(teacher.patchify(images), text, times, noise)
+        with torch.no_grad():
+            u, _ = teacher.transport(x[:, :1], times[:, :1], teacher.step_count(times))
+        return u[:, 0], score_denoise(teacher, x, ts, text, chunk)
+
+
+def losses_of_batch(network, teacher, ts, chunk, images, text, noise):
+    """{"loss": mean squared error}, Eq. (27), of the denoiser `network`; the other arguments are lesson's."""
+    u0, target = lesson(teacher, images, text, ts, noise, chunk)
+    error = network(u0, text) - target
+    return {"loss": error.square().mean()}
 
 
 @torch.no_grad()
@@ -86,13 +114,160 @@ def validate(ema, teacher, batches, ts, chunk=0):
     """Mean squared error and PSNR in dB against the score-denoised targets, on held-out data."""
     sums = torch.zeros(2, device=ts.device)  # of the squared error, and the numbers it is of
     for images, text, _, generator in batches:
-        noise = torch.randn(len(images), len(ts), *teacher.patchify(images)[0].shape, generator=generator,
-                            device=ts.device)
+        shape = len(images), len(ts), teacher.config.num_tokens, teacher.config.token_dim
+        noise = torch.randn(shape, generator=generator, device=ts.device)
         u0, target = lesson(teacher, images, text, ts, noise, chunk)
         error = (ema(u0, text) - target).square()
         sums += torch.tensor([error.sum(), error.numel()], device=ts.device)
-    mse = (all_sum(sums)[0] / sums[1]).item()
+    squares, count = all_sum(sums)
+    mse = (squares / count).item()
     return {"val_mse": mse, "val_psnr": 10 * math.log10(2**2 / mse)}  # images span 2, from -1 to 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class Run:
+    """What a run holds: teacher, denoiser, its average, optimisers, data, and the log. ranks: device, rank, world."""
+
+    def __init__(self, config, ranks):
+        self.config = config
+        self.device, self.rank, self.world = ranks
+        self.path = Path(config["out_dir"]) / "denoiser.pt"
+        self.teacher, trained = checkpoint.load_network(self.path.with_name("ckpt.pt"), NTMS, self.device)
+        self.teacher_iter = trained["iter"]
+        self.fingerprint = checkpoint.fingerprint(self.teacher)
+        resumed = checkpoint.find_start(config["resume"], self.path, "denoiser") or {}
+        if resumed:
+            checkpoint.keep_settings(config, resumed)
+            checkpoint.check_teacher(self.path, resumed, self.teacher_iter, self.fingerprint)
+        for name, value in trained["settings"].items():  # the data and the captions are the model's
+            config.setdefault(name, value)
+        config["data_dir"] = config["data_dir"] or trained["settings"]["data_dir"]
+        train_set = open_dataset(config, "train")
+        self.val_set = open_dataset(config, "val")
+        self.tokenizer = get_tokenizer(config["tokenizer"], trained.get("vocabulary"))
+        self.decode = load_decoder(config, self.device) if config["decoder"] else None
+        self.ts = self.teacher.config.time_grid(config["t_min"], config["steps"]).to(self.device)
+
+        self.denoiser = build_denoiser(config, self.teacher.config).to(self.device)
+        self.ema = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
+        bfloat16 = in_bfloat16(config, self.device)
+        self.optimizers = make_optimizers(
+            self.denoiser, config["optimizer"], config["weight_decay"], self.device, bfloat16
+        )
+        if resumed:
+            fixed = "optimizer", "t_min", "steps"
+            checkpoint.resume(resumed, self.path, self.denoiser, self.ema, self.optimizers, config, *fixed)
+        alike(self.teacher, self.denoiser, self.ema)
+        self.first = resumed.get("iter", 0)
+        self.batches = Batches(train_set, self.tokenizer, self.teacher.config.text_len, config, self.first, ranks)
+        counts = resumed.get("counts", {})
+        self.progress = Progress(self.path, "denoiser_log.jsonl", config, self.first, counts, self.rank)
+        if self.rank == 0:
+            self.describe()
+
+    def describe(self):
+        size = sum(parameter.numel() for parameter in self.denoiser.parameters()) / 1e6
+        print(
+            f"a denoiser of {size:.2f}M parameters learns from {self.config['out_dir']}/ckpt.pt of iteration "
+            f"{self.teacher_iter}; on {self.world} x {self.device.type}"
+        )
+
+    def save(self, i):
+        """Writes the checkpoint of iteration i."""
+        if self.rank == 0:
+            checkpoint.save(
+                self.path,
+                kind="denoiser",
+                model=self.denoiser,
+                ema=self.ema,
+                optimizers=self.optimizers,
+                iter=i,
+                settings=self.config,
+                vocabulary=self.tokenizer.vocabulary,
+                teacher=self.teacher_iter,
+                teacher_sha256=self.fingerprint,
+                job=job(),
+                counts=self.progress.counts,
+            )
+        self.progress.saved(i)
+
+    def validate(self, i):
+        """Validates the averaged denoiser of iteration i, and leaves samples for held-out captions."""
+        config = self.config
+        held_out = self.val_set, self.tokenizer, self.teacher.config.text_len
+        shared = config["val_examples"], self.device, self.rank, self.world
+        batches = validation_batches(*held_out, *shared, bad_limit=config["bad_limit"])
+        values = validate(self.ema, self.teacher, batches, self.ts, config["chunk"])
+        if self.rank == 0:
+            with self.progress.a_sheet(i):
+                count = config["num_samples"]
+                batches = validation_batches(*held_out, count, self.device, batch_size=count)
+                _, text, captions, generator = next(batches)
+                u = self.teacher.sample(text, self.ts, generator=generator)
+                images = self.ema.unpatchify(self.ema(u[:, 0], text))
+                if self.decode:
+                    images = self.decode(images)
+                sheet = contact_sheet(images, captions)
+                self.progress.show(i, sheet, self.path.parent / "samples" / f"denoiser_{i:06d}.png")
+        self.progress.validated(i, values)
+
+
+def build_denoiser(config, teacher_config):
+    """A denoiser of the settings' size for what a teacher with teacher_config samples."""
+    fields = {name: getattr(teacher_config, name) for name in Denoiser.config_class.__dataclass_fields__}
+    for name in ("width", "depth", "heads"):
+        fields[name] = config[name]
+    torch.manual_seed(config["seed"])  # the same initial weights on every rank
+    return Denoiser(Denoiser.config_class(**fields))
+
+
+def distill(run):
+    """The training loop, as train.py's."""
+    config, device = run.config, run.device
+    denoiser, ema = run.denoiser, run.ema
+    batches, progress = run.batches, run.progress
+    network = for_training(denoiser, config, device)
+    losses_of = partial(losses_of_batch, network, run.teacher, run.ts, config["chunk"])
+
+    with batches.interrupt, batches, progress:
+        if progress.validation_missing():
+            run.validate(run.first)
+        for i in range(run.first, config["max_iters"]):
+            # The batch, and the noise of its trajectories.
+            images, text, generator = next(batches)
+            shape = config["batch_size"], len(run.ts), denoiser.config.num_tokens, denoiser.config.token_dim
+            noise = batches.randn(shape, generator=generator, device=device)
+
+            # Forward and backward.
+            losses = accumulate(losses_of, network, batches, config, device, images, text, noise)
+
+            # Clip the gradient, and guard.
+            grad_norm = clip_grad_norm_(denoiser.parameters(), config["grad_clip"]) / run.world
+            asked = {"asked": batches.must_end(), **progress.asks()}
+            totals = all_sums({**losses, "grad_norm": grad_norm, **asked, **batches.counts}, device)
+            finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
+
+            # Step, and average.
+            lr = learning_rate(config, i)
+            if finite:
+                step(run.optimizers, lr)
+                update_average(ema, denoiser, config["ema"], i)
+            denoiser.zero_grad(set_to_none=True)
+
+            # Log, save, validate, stop.
+            done = i + 1
+            progress.record(done, {"loss": totals["loss"]}, lr, totals, finite, batches.waited)
+            if progress.save_due(done, totals):
+                run.save(done)
+            progress.stop_if_hopeless(done, totals, batches.faults)
+            if progress.validation_due(done):
+                run.validate(done)
+            if progress.stopped(done, totals):
+                break
+        leave_ranks()
 
 
 def main(config):
@@ -100,103 +275,9 @@ def main(config):
         ranks = start_ranks(config["device"])
         lock = lock_folder(config["out_dir"])
     with lock:
-        distill(config, ranks)
-
-
-def distill(config, ranks):
-    device, rank, world = ranks
-    with one_line_errors():
-        path = Path(config["out_dir"]) / "denoiser.pt"
-        teacher, trained = checkpoint.load_network(path.with_name("ckpt.pt"), {"ntm": NTM}, device)
-        fingerprint = checkpoint.fingerprint(teacher)
-        resumed = checkpoint.find_start(config["resume"], path, "denoiser")
-        if resumed:
-            checkpoint.keep_settings(config, resumed)
-            if (theirs := resumed.get("teacher", trained["iter"])) != trained["iter"]:
-                raise ValueError(f"{path} learns from iteration {theirs}, but the model is at {trained['iter']}: "
-                                 "remove it, to distil anew")
-            if resumed.get("teacher_sha256", fingerprint) != fingerprint:  # older ones have none
-                raise ValueError(f"{path} learns from another model than {path.with_name('ckpt.pt')}, which has the "
-                                 "same iteration and other weights: remove it, to distil anew")
-        for name, value in trained["settings"].items():  # the data and the captions are the model's
-            config.setdefault(name, value)
-        config["data_dir"] = config["data_dir"] or trained["settings"]["data_dir"]
-        train_set, val_set = (open_dataset(config, split) for split in ("train", "val"))
-        tokenizer = get_tokenizer(config["tokenizer"], trained.get("vocabulary"))
-        decode = load_decoder(config, device) if config["decoder"] else None
-        ts = teacher.config.time_grid(config["t_min"], config["steps"]).to(device)
-
-        torch.manual_seed(config["seed"])  # the same initial weights on every rank
-        model_config = replace(teacher.config, **{name: config[name] for name in ("width", "depth", "heads")})
-        denoiser = Denoiser(model_config).to(device)
-        ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        optimizers = make_optimizers(denoiser, config["optimizer"], config["weight_decay"], device,
-                                     in_bfloat16(config, device))
-        if resumed:
-            checkpoint.resume(resumed, path, denoiser, ema, optimizers, config, "optimizer", "t_min", "steps")
-        first, counts = (resumed["iter"], resumed.get("counts", {})) if resumed else (0, {})
-        alike(teacher, denoiser, ema)
-        resumed = None  # whose weights would stay in memory as long as the run
-        batches = Batches(train_set, tokenizer, model_config.text_len, config, first, ranks)
-        progress = Progress(path, "denoiser_log.jsonl", config, first, counts, rank)
-
-    network = for_training(denoiser, config, device)
-    if rank == 0:
-        print(f"a denoiser of {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f}M parameters learns from "
-              f"{config['out_dir']}/ckpt.pt of iteration {trained['iter']}; on {world} x {device.type}")
-
-    def save(i):
-        if rank == 0:
-            checkpoint.save(path, kind="denoiser", model=denoiser, ema=ema, optimizers=optimizers, iter=i,
-                            settings=config, vocabulary=tokenizer.vocabulary, teacher=trained["iter"],
-                            teacher_sha256=fingerprint, job=job(), counts=progress.counts)
-
-    def check(i):
-        """Validates the averaged denoiser, and leaves samples for held-out captions."""
-        held_out = val_set, tokenizer, model_config.text_len
-        of_this_rank = validation_batches(*held_out, config["val_examples"], device, rank, world,
-                                          bad_limit=config["bad_limit"])
-        values = validate(ema, teacher, of_this_rank, ts, config["chunk"])
-        if rank == 0:
-            with progress.a_sheet(i):
-                count = config["num_samples"]
-                _, text, captions, generator = next(validation_batches(*held_out, count, device, batch_size=count))
-                images = ema.unpatchify(ema(teacher.sample(text, ts, generator=generator)[:, 0], text))
-                sheet = contact_sheet(decode(images) if decode else images, captions)
-                progress.show(i, sheet, path.parent / "samples" / f"denoiser_{i:06d}.png")
-        progress.validated(i, values)
-
-    with batches.interrupt, batches, progress:
-        if progress.validation_missing():
-            check(first)
-        for i in range(first, config["max_iters"]):
-            images, text, generator = next(batches)
-            shape = config["batch_size"], len(ts), model_config.num_tokens, model_config.token_dim
-            noise = batches.randn(shape, generator=generator, device=device)
-            loss = 0
-            for k, (images, text, noise) in enumerate(batches.chunks(images, text, noise), 1):
-                u0, target = lesson(teacher, images, text, ts, noise, config["chunk"])
-                with gradients_meet(network, k == batches.passes):
-                    with autocast(config, device):
-                        part = (network(u0, text) - target).square().mean() / batches.passes
-                    part.backward()
-                loss += part.detach() / world
-
-            grad_norm = clip_grad_norm_(denoiser.parameters(), config["grad_clip"]) / world
-            losses = {"loss": loss, "grad_norm": grad_norm}
-            totals = all_sums({**losses, "asked": batches.must_end(), **progress.asks(), **batches.counts}, device)
-            finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
-            lr = learning_rate(config, i)
-            if finite:
-                step(optimizers, lr)
-                update_average(ema, denoiser, config["ema"], i)
-            denoiser.zero_grad(set_to_none=True)
-
-            # Log, save, validate; leave where an end was asked for.
-            totals["skipped"] = not finite
-            if progress.ends(i + 1, {"loss": totals["loss"]}, lr, totals, batches, save, check):
-                break
-        leave_ranks()
+        with one_line_errors():
+            run = Run(config, ranks)
+        distill(run)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@
 - samples: do they look like the data, and show what their captions say? By Frechet distance between Gaussians fitted to
   pixels or latents, class of the nearest training image, the exact detector of shapes, or the judge of emoji
 - classifier: which of ten captions makes a held-out image most likely
-- truth: of shapes, whose true density is known, how many nats each step is above it (plumbing/truth.py); takes minutes
 
 Prints each part as it is done, and leaves out_dir/evaluate.json and in out_dir/evaluate/ the first samples and, for
 several step counts, quality.png. Of a model of latents, with --decoder, it leaves there the samples as PNGs in a folder
@@ -27,39 +26,40 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from beyond import restarted_steps
 from configurator import configure
 from data import dataset_class_captions, open_dataset
-from flow import bits_per_dim, forward_log_prob, forward_trajectory, reverse_posterior, taken_again
+from evidence import judge as judges
+from evidence.detector import TASKS, task_prompts
+from evidence.judge import frechet_distance, nearest_labels
+from evidence.scores import (credits, curves_of, first_images, mean_and_error, proportion, scores_of_tasks, show,
+                             shrunk)
+from flow import forward_trajectory
+from model import bits_per_dim
 from pipeline import TrainedModel
-from plumbing import judge as judges
-from plumbing import shapes, truth
-from plumbing.detector import TASKS, task_prompts
 from plumbing.comparison import empty_folder, write_folder, write_real_images
-from plumbing.images import contact_sheet, plot_quality, save_image
-from plumbing.judge import frechet_distance, nearest_labels
+from plumbing.images import contact_sheet, save_image
 from plumbing.layouts import make_folder
 from plumbing.loader import validation_batches
+from plumbing.plots import plot_quality
 from plumbing.runtime import (exact_products, from_first_rank, gathered, leave_ranks, note, one_line_errors,
                               rank_and_world, start_ranks)
-from plumbing.scores import (credits, curves_of, first_images, mean_and_error, proportion, scores_of_tasks, show,
-                             shrunk)
 
 out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
-parts = ""  # some of likelihood,samples,classifier,truth; empty: all that the model has
+parts = ""  # some of likelihood,samples,classifier; empty: all that the model has
 val_examples = 500  # held-out images for the likelihood, and for what it is good for
 num_samples = 1000  # for each step count and way to denoise
 steps: int | tuple = 0  # T, or for samples several; 0: as trained, or 50 for flow matching
 denoise = "none,score,learned"  # of an NTM's samples; "learned" is left out where there is no denoiser.pt
 guidance: float | tuple = 1.0  # of samples; or several
 beside = ""  # evaluate.json of another model, whose samples join the figure
-restarts = 0  # times that each step of a sample's first half but the first is taken again
-best_of = 1  # candidates for each sample, of which the likeliest is kept
-judge = ""  # of shards with labels: a file of `python -m plumbing.judge`, which says what samples show
+restarts = 0  # (ours) times that each step of a sample's first half but the first is taken again
+best_of = 1  # (ours) candidates for each sample, of which the likeliest is kept
+judge = ""  # of shards with labels: a file of `python -m evidence.judge`, which says what samples show
 decoder = ""  # of a model of latents: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
 real_dir = ""  # with decoder: shards of the real images; empty: those that `data.py encode` made the latents of
 t_min = 0.02  # where trajectories end
 shift = 1.0  # e^m of the time grid of flow matching's samples
-truth_examples = 50  # held-out images that steps are compared with the truth on
 trajectories = 4  # of each image, for the classifier, its captions sharing them, and for the tighter bound
 data_dir = ""  # where fashion's files are; empty: as for the model
 seed = 0
@@ -70,12 +70,12 @@ device = ""  # cuda, mps or cpu; empty: the best there is
 # The likelihood
 
 
-def held_out(model, dataset, count=0):
+def held_out(model, dataset):
     """This rank's batches of held-out images (tokens, text, captions, generator), always with the same noise."""
     rank, world = rank_and_world()
-    length, count = model.network.config.text_len, count or val_examples
-    batches = validation_batches(dataset, model.tokenizer, length, count, model.device, rank, world, batch_size)
-    total = len(range(0, min(count, len(dataset)), batch_size)[rank::world])
+    length = model.network.config.text_len
+    batches = validation_batches(dataset, model.tokenizer, length, val_examples, model.device, rank, world, batch_size)
+    total = len(range(0, min(val_examples, len(dataset)), batch_size)[rank::world])
     for images, *rest in tqdm(batches, "held-out images", total, leave=False, unit="batch", disable=rank > 0):
         yield model.network.patchify(images), *rest
 
@@ -174,39 +174,6 @@ def evaluate_classifier(model, dataset):
     return {"accuracy": proportion(sum(gathered(hits), []))}
 
 
-def evaluate_truth(model, dataset):
-    """Nats by which -log p(x_s | x_t, caption) of each step but the last is above the true one, cleanest first; and by
-    which the Gaussians nearest to the truth are, that with independent numbers and that with the full covariance."""
-    network, ts = model.network, model.ts
-    rank, world = rank_and_world()
-    rows = []
-    for batch, (x0, text, _, generator) in enumerate(held_out(model, dataset, truth_examples)):
-        grid = ts.expand(len(x0), -1)
-        first = (rank + batch * world) * batch_size
-        x = forward_trajectory(x0, grid, generator)
-        with exact_products(x.device):
-            nll = network.trajectory_nll(x, grid, text)[:, 1:-1].cpu()
-        x = x[:, 1:].cpu()
-        forward = [forward_log_prob(x[:, k:k + 2], grid[:, k + 1:k + 3].cpu()) for k in range(len(ts) - 2)]
-        for i, levels in enumerate(tqdm(x, "truth", leave=False, disable=rank > 0)):
-            draws = shapes.uniforms(dataset.seed, dataset.numbers([first + i]), shapes.DRAWS)[0]
-            rng = np.random.default_rng([seed, first + i])
-            images = network.unpatchify(levels)
-            posteriors = [truth.posterior(image.numpy(), t, draws, rng) for image, t in zip(images, ts[1:].tolist())]
-            for k, (s, t) in enumerate(itertools.pairwise(ts[1:].cpu())):
-                log_q_t, scenes, weights = posteriors[k + 1]
-                true = posteriors[k][0] + forward[k][i].item() - log_q_t
-                A, B, C = reverse_posterior(t, s)
-                diagonal, full = truth.log_gaussians(images[k], images[k + 1], A, B, C, scenes, weights)
-                rows.append([true + nll[i, k].item(), true - diagonal, true - full])
-    rows = torch.tensor(sum(gathered(rows), [])).view(-1, len(ts) - 2, 3)
-    results = {}
-    for k in range(len(ts) - 2):
-        for column, name in enumerate(["", ", nearest diagonal Gaussian", ", nearest full Gaussian"]):
-            results[f"step {k + 1}{name}"] = mean_and_error(rows[:, k, column])
-    return results
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Samples
 
@@ -294,17 +261,12 @@ def evaluate_samples(model, dataset, strength):
 # ---------------------------------------------------------------------------------------------------------------
 # The script
 
-PARTS = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "classifier": evaluate_classifier,
-         "truth": evaluate_truth}
+PARTS = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "classifier": evaluate_classifier}
 
 
 def parts_of(model):
     """The parts to evaluate: those that are asked for, or all that the model has. Raises ValueError for others."""
-    settings, config = model.settings, model.network.config
     possible = list(PARTS) if model.kind == "ntm" else ["samples"]
-    three_channels = (settings["dataset"], config.channels) == ("shapes", 3)
-    if not (three_channels and len(model.ts) > 2 and config.first_noise == 1):  # of which the truth is known
-        possible = [part for part in possible if part != "truth"]
     chosen = parts.split(",") if parts else possible
     wrong = [part for part in chosen if part not in possible]
     if wrong:
@@ -336,7 +298,7 @@ def measure_samples(runs, dataset, strengths):
         found = evaluate_samples(model, dataset, strength)
         count = len(model.ts) - 1
         row = {"curve": "flow matching" if model.kind == "fm" else f"NTM, {model.denoise}",
-               "passes": count + restarts * len(taken_again(count)) + (model.denoise == "learned"),
+               "passes": count + restarts * len(restarted_steps(count)) + (model.denoise == "learned"),
                "guidance": strength, **found}
         title = f"samples, {count} steps"
         if model.kind == "ntm":

@@ -3,7 +3,7 @@
 Data and noise are joined by straight lines x_t = (1 - t) x_0 + t eps, and a network v(x_t, t) is trained to predict
 their velocity eps - x_0: it learns the mean velocity of all lines through x_t. Sampling follows it from noise (t = 1)
 to data (t = 0), an ordinary differential equation that takes many small steps to solve: a large step jumps towards a
-mean, and means of images are blurred. Equations (22) to (24) of docs/method.md.
+mean, and means of images are blurred. Equations (22) to (25) of docs/method.md.
 
 The network is the predictor's own trunk, with one time instead of three and half the outputs.
 """
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flow import forward_kernel, full_precision, taken_again, zeroed
+from beyond import restarted_steps
+from flow import forward_kernel, full_precision, zeroed
+from model import standard_normal
 from predictor import CaptionedTransformer, ImageModel, null_caption
 
 EULER_STEPS = 50  # unless one says otherwise
@@ -26,6 +28,64 @@ class FlowMatching(ImageModel):
         self.trunk = CaptionedTransformer(config, times=1)
         self.head = zeroed(nn.Linear(config.width, config.token_dim))
 
+    def velocity(self, x, t, text):
+        """x (B, N, D), t (B,), text (B, L) to v of Eq. (22), an estimate of noise - data, (B, N, D)."""
+        h = self.trunk(x, text, t[:, None])
+        return full_precision(self.head, h)
+
+    def forward(self, images, text, drawn=None):
+        """Eq. (22), the training loss: the mean squared error of the velocity, per number, a scalar.
+
+        images (B, channels, H, W), text (B, L). drawn: times (B,) and noise (B, N, D), by default new ones.
+        """
+        x0 = self.patchify(images)
+        if drawn is None:
+            drawn = self.draw_times(len(images), device=images.device), torch.randn_like(x0)
+        t, noise = drawn
+        times = t[:, None, None]
+        x = (1 - times) * x0 + times * noise
+        return F.mse_loss(self.velocity(x, t, text), noise - x0)
+
+    def draw_times(self, batch, generator=None, device=None):
+        """Times of training, (B,): logit-normal, most of them in the middle."""
+        return torch.randn(batch, generator=generator, device=device).sigmoid()
+
+    @torch.no_grad()
+    def sample(self, text, ts=None, guidance=0.0, generator=None, restarts=0, randn=None):
+        """Eq. (24): follows the velocity from noise to data by Euler's method, a step between any two of the times.
+
+        text (B, L); ts (T+1,), ascending from 0 to 1, by default 50 equal steps; guidance: w >= 0. restarts: (ours) of
+        restarted_steps, Eq. (34). Noise is randn(*shape), (B, *shape), by default of `generator`. Returns all levels
+        (B, T+1, N, D), the image first and the noise last.
+        """
+        randn = randn or standard_normal(self, text, generator)
+        if ts is None:
+            ts = torch.linspace(0, 1, EULER_STEPS + 1)
+        ts = ts.to(text.device, self.head.weight.dtype)
+        T = len(ts) - 1
+        shape = self.config.num_tokens, self.config.token_dim
+        levels = [randn(*shape)]
+        for k in reversed(range(T)):
+            s, t = ts[k], ts[k + 1]
+            x = self.step(levels[0], t, s, text, guidance)
+            levels.insert(0, x)
+            if k not in restarted_steps(T):
+                continue
+            for _ in range(restarts):
+                alpha, beta = forward_kernel(t, s)
+                levels[1] = alpha * levels[0] + beta * randn(*shape)
+                levels[0] = self.step(levels[1], t, s, text, guidance)
+        return torch.stack(levels, dim=1)
+
+    def step(self, x, t, s, text, guidance=0.0):
+        """Eq. (24): x (B, N, D) at time t to time s, scalar tensors."""
+        times = t.expand(len(x))
+        v = self.velocity(x, times, text)
+        if guidance:
+            unconditional = self.velocity(x, times, null_caption(text))
+            v = v + guidance * (v - unconditional)
+        return x - v * (t - s)
+
     @torch.no_grad()
     def hand_over(self, predictor):
         """Gives its weights to the predictor of an NTM of the same size and parametrization "posterior".
@@ -33,54 +93,15 @@ class FlowMatching(ImageModel):
         What it does not have is zero there: the weights of the times s and 1/T, and the correction to the scale. The
         directions of a correlated Gaussian stay as they are.
         """
-        state, first = self.state_dict(), "trunk.time.mlp.0.weight"
-        state[first] = F.pad(state[first], (0, predictor.trunk.time.mlp[0].in_features - state[first].shape[1]))
-        for name in ("head.weight", "head.bias"):
-            own = predictor.head.state_dict()[name.removeprefix("head.")]
-            state[name] = torch.cat([state[name], torch.zeros_like(state[name]), own[2 * len(state[name]):]])
+        state = self.state_dict()
+        first = "trunk.time.mlp.0.weight"
+        wanted = predictor.trunk.time.mlp[0].in_features
+        more_times = wanted - state[first].shape[1]
+        state[first] = F.pad(state[first], (0, more_times))
+        own = predictor.head.state_dict()
+        for name in ("weight", "bias"):
+            velocity = state[f"head.{name}"]
+            directions = own[name][2 * len(velocity) :]
+            correction = torch.zeros_like(velocity)
+            state[f"head.{name}"] = torch.cat([velocity, correction, directions])
         predictor.load_state_dict(state)
-
-    def velocity(self, x, t, text):
-        """x (B, N, D), t (B,), text (B, L) to v of Eq. (22), an estimate of noise - data, (B, N, D)."""
-        return full_precision(self.head, self.trunk(x, text, t[:, None]))
-
-    def forward(self, images, text, randomness=None):
-        """Eq. (22), the training loss: the mean squared error of the velocity, per number, a scalar.
-
-        images (B, C, H, W), text (B, L). randomness: t and noise as from randomness(), by default new ones.
-        """
-        t, noise = randomness or self.randomness(len(images), images.device)
-        x0, times = self.patchify(images), t[:, None, None]
-        return F.mse_loss(self.velocity((1 - times) * x0 + times * noise, t, text), noise - x0)
-
-    def randomness(self, batch, device=None, generator=None, rows=slice(None), randn=torch.randn):
-        """What is random about rows of a batch: times (B,), logit-normal, most of them in the middle; and noise
-        (B, N, D), the rows of it that randn(shape, generator=, device=) draws."""
-        t = torch.randn(batch, generator=generator, device=device).sigmoid()
-        shape = batch, self.config.num_tokens, self.config.token_dim
-        return t[rows], randn(shape, generator=generator, device=device)
-
-    @torch.no_grad()
-    def sample(self, text, ts=None, guidance=0.0, generator=None, restarts=0, randn=None):
-        """Eq. (24): follows the velocity from noise to data by Euler's method, a step between any two of the times.
-
-        text (B, L); ts (T+1,), ascending from 0 to 1, by default 50 equal steps; guidance: weight w >= 0 of
-        v_c + w (v_c - v_u); restarts: of Eq. (34)'s steps; what is standard normal, randn(*shape), (B, *shape), by
-        `generator`. Returns all levels (B, T+1, N, D), the image first and the noise last.
-        """
-        kwargs = dict(dtype=self.head.weight.dtype, device=text.device)
-        randn = randn or (lambda *shape: torch.randn(len(text), *shape, generator=generator, **kwargs))
-        ts = (torch.linspace(0, 1, EULER_STEPS + 1) if ts is None else ts).to(**kwargs)
-        T, shape = len(ts) - 1, (self.config.num_tokens, self.config.token_dim)
-        levels = [randn(*shape)]
-        for k in reversed(range(T)):
-            for again in range(1 + restarts * (k in taken_again(T))):
-                if again:
-                    alpha, beta = forward_kernel(ts[k + 1], ts[k])
-                    levels[:2] = [alpha * levels[0] + beta * randn(*shape)]
-                step = levels[0], ts[k + 1].expand(len(text))
-                v = self.velocity(*step, text)
-                if guidance:
-                    v = v + guidance * (v - self.velocity(*step, null_caption(text)))
-                levels.insert(0, levels[0] - v * (ts[k + 1] - ts[k]))
-        return torch.stack(levels, dim=1)

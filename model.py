@@ -1,15 +1,17 @@
 """Normalizing Trajectory Models: the exact likelihood, four-step sampling, score denoising and the learned denoiser.
 
 Notable about the model:
-- a reverse step p(x_s | x_t) is a conditional flow: the transporter (flow.py) carries both levels into u-space, the
-  predictor (predictor.py) puts a Gaussian there over u_s given u_t, and the change of variables makes the likelihood
-  exact;
+- a reverse step p(x_s | x_t) is a normalizing flow of two couplings. The transporter (flow.py) is the spatial one: it
+  carries both levels into u-space. There u_s = mu(u_t) + sigma(u_t) z, an affine coupling over the trajectory, whose mu
+  and sigma are the predictor's (predictor.py). The change of variables makes the likelihood exact;
 - the T levels of a trajectory are one batch: a step needs its own u_t and nothing else (the chain is Markov), so one
   pass gives every step's Gaussian, with no causal mask and no loop in training;
 - what is learned is a density, so it has a score: score_denoise() cleans a sampled trajectory with it, and the
   Denoiser learns to do the same in one pass.
 
-Text id 0 is padding, 1 the null caption. Images are in [-1, 1]. "Eq. (3)" is equation (3) of docs/method.md.
+This file is the paper's method. What we add stands in beyond.py and correlated.py; the places where they meet this file
+are marked (ours). Text id 0 is padding, 1 the null caption. Images are in [-1, 1]. "Eq. (3)" is equation (3) of
+docs/method.md.
 """
 
 import math
@@ -18,259 +20,284 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flow import (TimeEmbedding, Transporter, forward_chain, forward_log_prob, forward_trajectory, full_precision,
-                  gaussian_nll, reverse_posterior, taken_again, time_grid, trajectory_covariance, zeroed)
-from predictor import (CaptionedTransformer, Gaussian, ImageModel, NTMConfig, Predictor,  # noqa: F401: the config, for
-                       StandardNormal, gaussian_head, null_caption)  # whoever imports a model and wants both
+from correlated import CorrelatedGaussian
+from flow import (
+    Transporter,
+    forward_kernel,
+    forward_trajectory,
+    full_precision,
+    grid_time,
+    reverse_posterior,
+    trajectory_covariance,
+    zeroed,
+)
+from predictor import (
+    CaptionedTransformer,
+    Gaussian,
+    ImageModel,
+    NTMConfig,  # noqa: F401: for whoever imports a model and wants both
+    Predictor,
+    null_caption,
+    standard_normal_nll,
+)
+
+
+def forward_log_prob(x, ts):
+    """log q(x_{t_1:T} | x_{t_0}) in nats, (B,), Eq. (13), which the bound of Eq. (14) needs.
+
+    x: (B, T+1, N, D). ts: (B, T+1).
+    """
+    times = ts[:, :, None, None]
+    alpha, beta = forward_kernel(times[:, 1:], times[:, :-1])
+    cleaner, noisier = x[:, :-1], x[:, 1:]
+    z = (noisier - alpha * cleaner) / beta
+    log_beta = torch.log(beta).expand_as(z)
+    nll = standard_normal_nll(z) + log_beta.sum(dim=(2, 3))
+    return -nll.sum(dim=1)
+
+
+def bits_per_dim(nats, dims):
+    """Eq. (15): nats of dequantised 8-bit data in [-1, 1], whose bins are 2^-7 wide, to bits per number."""
+    return nats / dims / math.log(2) + 7
 
 
 class NTM(ImageModel):
+    """p(x_{t_0:T} | text): a trajectory from noise to image, each step a conditional normalizing flow."""
+
+    predictor_class = Predictor  # subclasses may have another network
+
     def __init__(self, config):
         super().__init__(config)
-        self.transporter = Transporter(config.num_tokens, config.token_dim, config.transporter_width,
-                                       config.transporter_blocks, config.transporter_layers, config.transporter_heads)
-        if config.predictor == "sit":
-            from plumbing.sit import SiTPredictor  # a published network: nothing else needs it
-            head = gaussian_head(config.width, 1, config.rank, config.token_dim)
-            self.predictor = SiTPredictor(config, TimeEmbedding(2, config.width), head)
-        else:
-            self.predictor = Predictor(config) if config.depth else StandardNormal()
+        self.transporter = Transporter(
+            config.num_tokens,
+            config.token_dim,
+            config.transporter_width,
+            config.transporter_blocks,
+            config.transporter_layers,
+            config.transporter_heads,
+        )
+        self.predictor = self.predictor_class(config)
 
-    def go_on_from(self, other):
-        """Takes the weights of another NTM. A transporter or directions that it does not have stay as they are: a map
-        that is the identity, directions that are small."""
-        theirs, ours = other.state_dict(), self.state_dict()
-        for name in ours.keys() - theirs.keys() | ours.keys() & {"predictor.head.weight", "predictor.head.bias"}:
-            theirs[name] = torch.cat([theirs[name], ours[name][len(theirs[name]):]]) if name in theirs else ours[name]
-        self.load_state_dict(theirs)
+    # -----------------------------------------------------------------------------------------------------------
+    # Likelihood
 
-    def forward(self, images, text, randomness=None, target=None, parts=False):
-        """Eq. (16), the training loss in nats per dimension, a scalar: the mean of -log p(x_s | x_t), weighted by
-        level_weights; with closed_form of its expectation, Eq. (31), and velocity_weight times Eq. (22) beside it.
+    def transport(self, x, ts, steps, ends_in_noise=False):
+        """Eq. (8) for all levels of x (B, K, N, D): u like x, and the log-determinants (B, K); ts (B, K), steps (B,).
 
-        images (B, C, H, W), text (B, L). randomness: steps, ts and noise as from randomness(), by default new ones.
-        parts: returns {"objective": the loss, "nll": -log p alone, unweighted} instead, and with target, means
-        (B, K-1, N, D) to stay close to, "aux", the mean squared distance in Eq. (26).
+        ends_in_noise: the last level has t = 1 in every example, and so the identity, which is not worth a pass.
         """
-        steps, ts, noise = randomness or self.randomness(len(images), images.device)
-        x0 = self.patchify(images)
-        x = forward_trajectory(x0, ts, noise=noise)
-        if self.config.closed_form:
-            t, A, B, C = (a[..., None, None] for a in (ts[:, 1:], *reverse_posterior(ts[:, 1:], ts[:, :-1])))
-            gaussian, mean = self.gaussians(x, ts, text, steps), A * x[:, 1:] + B * x0[:, None]
-            if self.config.first_noise < 1:  # x_1 tells of x_s, which Eq. (3) does not know: x_s itself, as drawn
-                mean, C = torch.where(t == 1, x[:, :-1], mean), torch.where(t == 1, 0.0, C)
-            nll = gaussian.expected_nll(mean, C[..., 0, 0])
-        else:
-            nll, gaussian = self.transitions(x, ts, text, steps, not self.config.pairs or self.config.steps == (1,))
-        nll = nll / x0[0].numel()
-        loss = (self.level_weights(ts, steps) * nll).mean() if self.config.level_weight else nll.mean()
-        if self.config.velocity_weight:  # a mean errs by B t times what its velocity errs by
-            loss = loss + self.config.velocity_weight * ((gaussian.mean - mean) / (B * t)).square().mean()
-        if not parts:
-            return loss
-        aux = {} if target is None else {"aux": (gaussian.mean - target).square().mean()}
-        return {"objective": loss, "nll": nll.mean(), **aux}
+        K = x.shape[1] - ends_in_noise
+        levels = x[:, :K].flatten(0, 1)
+        times = ts[:, :K].flatten()
+        u, logdet = self.transporter(levels, times, steps.repeat_interleave(K))
+        u = u.unflatten(0, (-1, K))
+        logdet = logdet.unflatten(0, (-1, K))
+        if ends_in_noise:
+            u = torch.cat([u, x[:, K:]], dim=1)
+            logdet = F.pad(logdet, (0, 1))
+        return u, logdet
 
-    def level_weights(self, ts, steps):
-        """Eq. (30): s^p of every step that ends at s, over its mean over the grid, (B, K-1); ts (B, K), steps (B,).
+    def predict(self, u, t, s, steps, text):
+        """Eq. (10): the Gaussian p(u_s | u_t = u, text), its tensors (B, N, D); t, s, steps (B,), text (B, L)."""
+        mean, log_std, *directions = self.predictor(u, t, s, steps, text)
+        if self.config.parametrization == "posterior":
+            mean, log_std = self.from_velocity(u, t, s, mean, log_std)
+        if directions:  # (ours) config.rank of them
+            return CorrelatedGaussian(mean, log_std, torch.stack(directions, dim=1))
+        return Gaussian(mean, log_std)
 
-        They leave each step's optimum where it is. Without them the gradients of the last step, tens of times those of
-        the first, drown what the first have to learn: what the image shows.
+    def from_velocity(self, u, t, s, velocity, rho):
+        """Eq. (25): mean and log standard deviation of the "posterior" parametrisation, from what the head emits.
+
+        The velocity gives an estimate x_0 = u - t v; rho corrects the standard deviation C of the exact posterior
+        q(x_s | x_t, x_0). At the cleanest step C, some t_min, is many times smaller than the deviation of x_s given
+        x_t, for data of variance 1 at most sqrt(C^2 + B^2): rho is in units of the way between the two.
         """
-        config, t_min = self.config, ts.new_full((), self.config.max_t_min / 2 or 0.01)
-        grids = {T: time_grid(T, t_min, config.num_tokens, config.shift)[:-1] for T in config.steps}
-        mean = sum(torch.where(steps == T, (s ** config.level_weight).mean(), 0.0) for T, s in grids.items())
-        return ts[:, :-1] ** config.level_weight / mean[:, None]
+        A, B, C = (a[:, None, None] for a in self.posterior(t, s))
+        x0 = u - t[:, None, None] * velocity
+        mean = A * u + B * x0
+        delta = rho * 0.5 * torch.log1p((B / C) ** 2)
+        return mean, C.log() + delta
 
-    def randomness(self, batch, device=None, generator=None, rows=slice(None), randn=torch.randn):
-        """What is random about rows of a batch: steps (B,), times ts (B, K), noise (B, K, N, D). K = T+1: trajectories
-        of one T; or 2: a step of one at random, which has the same expected loss, each example with its own T. Where
-        first_noise is below 1, one example in T+1 learns a velocity of Eq. (35) instead: in a step to s t from a t in
-        [s, 1), where s is the level next to noise. randn(shape, generator=, device=): draws the rows of noise."""
-        config, several, kwargs = self.config, self.config.steps, dict(generator=generator, device=device)
-        choice = torch.randint(len(several), (batch if config.pairs and len(several) > 1 else 1,), **kwargs)
-        T = torch.tensor(several).to(device, non_blocking=True)[choice].expand(batch)
-        t_min = config.max_t_min * (1 - torch.rand(batch, **kwargs))  # never 0, where a posterior has no density
-        grids = [time_grid(steps, t_min, config.num_tokens, config.shift) for steps in several]
-        if config.pairs:
-            padded = torch.stack([F.pad(grid, (0, max(several) + 1 - grid.shape[1])) for grid in grids])
-            between = int(config.first_noise < 1)
-            first = torch.randint(math.lcm(*several) + between, (1,), **kwargs)
-            i = torch.arange(batch, device=device)
-            k = ((first + i) % (T + between))[:, None]  # uniform, and of a batch as many of each
-            ts = padded[choice, i].gather(1, torch.cat([k, k + 1], dim=1).clamp(max=padded.shape[2] - 1))
-            if between:
-                s = padded[0, :, -2:-1]
-                t = torch.lerp(s, torch.ones_like(s), torch.randint(4, (batch, 1), **kwargs) / 4)
-                ts = torch.where(k == T[:, None], torch.cat([s * t, t], dim=1), ts)
-        else:
-            ts = grids[choice.item() if len(several) > 1 else 0]
-        return T[rows], ts[rows], randn((*ts.shape, config.num_tokens, config.token_dim), **kwargs)
-
-    def transitions(self, x, ts, text, steps, from_noise=False):
-        """Eq. (11): -log p(x_{t_{k-1}} | x_{t_k}) in nats for all neighbouring levels of x, in one pass.
-
-        x (B, K, N, D), ts (B, K) ascending, text (B, L), steps (B,): T, which ts need not cover; from_noise: as below.
-        Returns it, (B, K-1), and each step's Gaussian in u-space, a batch of (B, K-1).
-        """
-        return self.transitions_in_u(*self.transport(x, ts, steps, from_noise), ts, text, steps)
-
-    def transport(self, x, ts, steps, from_noise=False):
-        """Eq. (8) for all levels of x (B, K, N, D): u like x, and the log-determinants (B, K). from_noise: the last
-        level has t = 1 in every example, and so the identity, which is not worth a pass."""
-        K = x.shape[1] - from_noise
-        u, logdet = self.transporter(x[:, :K].flatten(0, 1), ts[:, :K].flatten(), steps.repeat_interleave(K))
-        u, logdet = u.unflatten(0, (-1, K)), logdet.unflatten(0, (-1, K))
-        return torch.cat([u, x[:, K:]], dim=1), F.pad(logdet, (0, int(from_noise)))
-
-    def transitions_in_u(self, u, logdet, ts, text, steps):
-        """The same, once the transporter has carried the levels to u (B, K, N, D), with its log-determinants (B, K)."""
-        gaussian = self.gaussians(u, ts, text, steps)
-        return gaussian.nll(u[:, :-1]) - logdet[:, :-1], gaussian
+    def posterior(self, t, s):
+        """A, B, C of Eq. (4), each (B,)."""
+        return reverse_posterior(t, s)
 
     def gaussians(self, u, ts, text, steps):
-        """Eq. (10): every step's Gaussian, a batch of (B, K-1); u (B, K, N, D), ts (B, K)."""
+        """Eq. (10): every step's Gaussian in one pass, a batch of (B, K-1); u (B, K, N, D), ts (B, K) ascending."""
         K = u.shape[1] - 1
-        return Gaussian(*self.predict(u[:, 1:].flatten(0, 1), ts[:, 1:].flatten(), ts[:, :-1].flatten(),
-                                      steps.repeat_interleave(K), text.repeat_interleave(K, dim=0))).unflatten((-1, K))
+        gaussian = self.predict(
+            u[:, 1:].flatten(0, 1),
+            ts[:, 1:].flatten(),
+            ts[:, :-1].flatten(),
+            steps.repeat_interleave(K),
+            text.repeat_interleave(K, dim=0),
+        )
+        return gaussian.unflatten((-1, K))
+
+    def transition_nll(self, x, ts, text, steps, ends_in_noise=False):
+        """Eq. (11): -log p(x_{t_{k-1}} | x_{t_k}) in nats for all neighbouring levels, (B, K-1), in one pass.
+
+        x (B, K, N, D), ts (B, K) ascending, text (B, L); steps (B,): T, which ts need not cover.
+        """
+        u, logdet = self.transport(x, ts, steps, ends_in_noise)
+        gaussian = self.gaussians(u, ts, text, steps)
+        return gaussian.nll(u[:, :-1]) - logdet[:, :-1]
 
     def step_nll(self, x_s, x_t, s, t, steps, text):
         """Eq. (11): exact -log p(x_s | x_t, text) in nats, (B,). x_s, x_t (B, N, D); s < t, steps (B,); text (B, L)."""
-        x, ts = torch.stack([x_s, x_t], dim=1), torch.stack([s, t], dim=1)
-        return self.transitions(x, ts, text, steps)[0][:, 0]
+        x = torch.stack([x_s, x_t], dim=1)
+        ts = torch.stack([s, t], dim=1)
+        return self.transition_nll(x, ts, text, steps)[:, 0]
 
     def trajectory_nll(self, x, ts, text):
         """Eq. (12): exact -log p of each part of a trajectory in nats, (B, T+1); the row sum is that of the whole.
 
         x (B, T+1, N, D), ts (B, T+1), text (B, L). Column k < T is the step that ends at t_k, column T the prior.
         """
-        steps = torch.full((len(x),), ts.shape[1] - 1, device=x.device)
-        return torch.cat([self.transitions(x, ts, text, steps, from_noise=True)[0], gaussian_nll(x[:, -1:])], dim=1)
+        steps = self.step_count(ts)
+        transitions = self.transition_nll(x, ts, text, steps, ends_in_noise=True)
+        prior = standard_normal_nll(x[:, -1:])
+        return torch.cat([transitions, prior], dim=1)
 
     def trajectory_bound(self, x, ts, text):
-        """trajectory_nll (B, T+1), and from it Eq. (14)'s upper bound on -log p(x_{t_0}) in nats, (B,), both of a
-        forward_trajectory x (B, T+1, N, D), with an x_1 that is coupled() where the model wants one."""
-        nll = self.trajectory_nll(self.coupled(x, ts, text), ts, text)
-        log_q = forward_log_prob(x, ts) - x[0, 0].numel() * math.log(self.config.first_noise)  # x_1 has c of it
-        return nll, nll.sum(dim=1) + log_q
+        """trajectory_nll (B, T+1), and from it Eq. (14)'s upper bound on -log p(x_{t_0} | text) in nats, (B,).
 
-    @torch.no_grad()
-    def coupled(self, x, ts, text):
-        """Eq. (36): the levels x (B, K, N, D) of a forward_trajectory, whose x_1, where it is the noisiest, is fresh,
-        with an x_1 that follows for the most part from the next cleaner level. ts (B, K), text (B, L)."""
-        if (c := self.config.first_noise) == 1:
-            return x
-        x_1 = math.sqrt(1 - c**2) * self.flowed_to_noise(x[:, -2], ts[:, -2], text) + c * x[:, -1]
-        return torch.cat([x[:, :-1], torch.where(ts[:, -1:, None] == 1, x_1, x[:, -1])[:, None]], dim=1)
-
-    @torch.no_grad()
-    def couple(self, images, text, randomness):
-        """In what randomness() drew for a batch, makes the noise of pairs from t = 1 that of Eq. (36), in place: there
-        a level is its noise. images (B, C, H, W), text (B, L)."""
-        _, ts, noise = randomness
-        rows = ts[:, -1].topk(math.ceil(len(ts) / (self.config.steps[0] + 1))).indices  # one in T + 1; others stay
-        x = forward_trajectory(self.patchify(images[rows]), ts[rows], noise=noise[rows])
-        noise[rows] = torch.where(ts[rows, :, None, None] == 1, self.coupled(x, ts[rows], text[rows]), noise[rows])
-
-    def flowed_to_noise(self, x, s, text):
-        """Eq. (35): x_s (B, N, D) carried to t = 1 by the velocities of the model's own estimates, along which the
-        marginals of Eq. (1) flow; by the midpoint method, in two steps. s (B,), text (B, L)."""
-        T, h = torch.full((len(x),), self.config.steps[0], device=x.device), (1 - s) / 2
-        velocity = lambda x, t: self.predictor(x, t, t * s, T, text)[0]
-        for t in (s, s + h):
-            midpoint = x + h[:, None, None] / 2 * velocity(x, t)
-            x = x + h[:, None, None] * velocity(midpoint, t + h / 2)
-        return x
-
-    def predict(self, u, t, s, steps, text):
-        """Eq. (10): mean and log standard deviation of p(u_s | u_t = u), each (B, N, D), and with rank R > 0 directions
-        (B, R, N, D): what Gaussian takes. t, s, steps (B,), text (B, L).
-
-        "direct": the head emits both. "posterior", Eq. (25): it emits a velocity v, so an estimate x_0 = u - t v, and a
-        correction delta to the standard deviation C of the exact posterior q(x_s | x_t, x_0), which delta = 0 leaves.
+        x (B, T+1, N, D): a forward_trajectory. ts (B, T+1), text (B, L).
         """
-        mean, log_std, *directions = self.predictor(u, t, s, steps, text)
-        if self.config.parametrization == "posterior":
-            A, B, C = reverse_posterior(t, s)
-            if (c := self.config.first_noise) < 1:  # x_1 tells the noise of x_s, but for c of it
-                A, C = torch.where(t == 1, math.sqrt(1 - c**2) * s, A), torch.where(t == 1, c * s, C)
-            A, B, C = (a[:, None, None] for a in (A, B, C))
-            mean = A * u + B * (u - t[:, None, None] * mean)
-            # At the cleanest step C, some t_min, is many times smaller than the deviation of x_s given x_t, for data of
-            # variance 1 at most sqrt(C^2 + B^2). In units of the way between the two, delta is as large at every step.
-            log_std = C.log() + log_std * 0.5 * torch.log1p((B / C) ** 2)
-        return (mean, log_std, torch.stack(directions, dim=1)) if directions else (mean, log_std)
+        nll = self.trajectory_nll(x, ts, text)
+        return nll, nll.sum(dim=1) + forward_log_prob(x, ts)
+
+    def step_count(self, ts):
+        """T of whole trajectories with times ts (B, T+1), a number for each, (B,)."""
+        return torch.full((len(ts),), ts.shape[1] - 1, device=ts.device)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Training
+
+    def forward(self, images, text, levels=None):
+        """Eq. (16), the training loss in nats per dimension, a scalar: the mean of -log p(x_s | x_t).
+
+        images (B, channels, H, W), text (B, L). levels: (steps (B,), ts (B, K), x (B, K, N, D)), what draw_trajectories
+        or draw_pairs and noised() give; None: whole trajectories, drawn anew.
+        """
+        if levels is None:
+            steps, ts = self.draw_trajectories(len(images), device=images.device)
+            x = self.noised(self.patchify(images), text, ts)
+            levels = steps, ts, x
+        steps, ts, x = levels
+        pairs = ts.shape[1] == 2 and self.config.steps != (1,)
+        nll = self.transition_nll(x, ts, text, steps, ends_in_noise=not pairs)
+        return nll.mean() / x[0, 0].numel()
+
+    def noised(self, x0, text, ts, noise=None):
+        """Eqs. (1) and (2): x0 (B, N, D) at the times ts (B, K), (B, K, N, D), with noise of that shape or new one."""
+        return forward_trajectory(x0, ts, noise=noise)
+
+    def draw_trajectories(self, batch, max_t_min=0.05, generator=None, device=None):
+        """T and times of whole trajectories: steps (B,), one T for all; ts (B, T+1), t_0 uniform up to max_t_min."""
+        drawn = dict(generator=generator, device=device)
+        several = self.config.steps
+        T = several[0]
+        if len(several) > 1:
+            T = several[torch.randint(len(several), (1,), **drawn).item()]  # which waits for a GPU
+        t_min = max_t_min * (1 - torch.rand(batch, **drawn))  # never 0, where a posterior has no density
+        ts = self.config.time_grid(t_min, T)
+        return self.step_count(ts), ts
+
+    def draw_pairs(self, batch, max_t_min=0.05, generator=None, device=None):
+        """One step of each trajectory instead of all, with the same expected loss: steps T (B,) and ts (B, 2).
+
+        Each example has its own T, and of a batch as many as can be learn each of its steps.
+        """
+        drawn = dict(generator=generator, device=device)
+        several = torch.tensor(self.config.steps).to(device, non_blocking=True)
+        choice = torch.randint(len(several), (batch,), **drawn)
+        steps = several[choice]
+        t_min = max_t_min * (1 - torch.rand(batch, **drawn))
+        first = torch.randint(math.lcm(*self.config.steps), (1,), **drawn)
+        k = (first + torch.arange(batch, device=device)) % steps
+        shift = self.config.grid_shift
+        s = torch.where(k == 0, t_min, grid_time(k, steps, shift))
+        t = grid_time(k + 1, steps, shift)
+        return steps, torch.stack([s, t], dim=1)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Sampling
 
     @torch.no_grad()
-    def sample(self, text, ts, guidance=0.0, generator=None, restarts=0, noise=None, randn=None):
+    def sample(self, text, ts, guidance=0.0, generator=None, randn=None):
         """Eq. (19): a trajectory sampled in u-space, noisiest level first, all tokens in parallel.
 
-        text (B, L); ts (T+1,); guidance: w >= 0; restarts: of Eq. (34)'s steps, after which x_1 is not coupled(). Noise
-        comes from randn(*shape), (B, *shape), by default of `generator`; noise (B, T+1, N, D), if given: each level's
-        own, x_1 the last. Returns u (B, T+1, N, D), cleanest first.
+        text (B, L); ts (T+1,); guidance: w >= 0. Noise is randn(*shape), (B, *shape), by default of `generator`.
+        Returns u (B, T+1, N, D), cleanest level first.
         """
-        B, T, shape = len(text), len(ts) - 1, (self.config.num_tokens, self.config.token_dim)
-        kwargs = dict(generator=generator, dtype=next(self.parameters()).dtype, device=text.device)
-        randn = randn or (lambda *shape: torch.randn(B, *shape, **kwargs))
-        u = randn(T + 1, *shape) if noise is None else noise.clone()  # each level's noise, then the levels
-        along, steps, ts = randn(T, self.config.rank), torch.full((B,), T, device=text.device), ts.expand(B, -1)
+        T = len(ts) - 1
+        config = self.config
+        randn = randn or standard_normal(self, text, generator)
+        z = randn(T + 1, config.num_tokens, config.token_dim)
+        w = randn(T, config.rank)  # (ours) along the directions of a CorrelatedGaussian: none without rank
+        u = z[:, T]
+        levels = [u]
         for k in reversed(range(T)):
-            for again in range(1 + restarts * (k in taken_again(T))):
-                if again:
-                    x = self.transporter.inverse(u[:, k], ts[:, k], steps)
-                    x = forward_chain(x, ts[:, k:], randn(T - k, *shape))
-                    u[:, k + 1:] = self.transport(x[:, 1:], ts[:, k + 1:], steps, from_noise=True)[0]
-                step = u[:, k + 1], ts[:, k + 1], ts[:, k], steps
-                gaussian = Gaussian(*self.predict(*step, text))
-                if guidance:
-                    gaussian = gaussian.guided(Gaussian(*self.predict(*step, null_caption(text))), guidance)
-                z, w = (randn(*shape), randn(self.config.rank)) if again else (u[:, k], along[:, k])
-                u[:, k] = gaussian.sample(z, w)
-        return u
+            s, t = ts[k], ts[k + 1]
+            gaussian = self.step(u, t, s, T, text, guidance)
+            u = gaussian.sample(z[:, k], w[:, k])
+            levels.insert(0, u)
+        return torch.stack(levels, dim=1)
+
+    def step(self, u, t, s, T, text, guidance=0.0):
+        """The Gaussian of u_s given u_t = u (B, N, D), guided by Eq. (20); t and s: scalar tensors of the grid."""
+        batch = len(u)
+        steps = torch.full((batch,), T, device=u.device)
+        t, s = t.expand(batch), s.expand(batch)
+        gaussian = self.predict(u, t, s, steps, text)
+        if guidance:
+            unconditional = self.predict(u, t, s, steps, null_caption(text))
+            gaussian = gaussian.guided(unconditional, guidance)
+        return gaussian
 
     def invert(self, u, ts, method="", tol=1e-5, steps=0):
         """Levels u (B, K, N, D) to x-space, a batch, as Transporter.inverse. ts (K,) or (B, K); steps: T, or 0: K-1."""
-        B, levels = u.shape[:2]
-        steps = torch.full((B * levels,), steps or levels - 1, device=u.device)
-        x = self.transporter.inverse(u.flatten(0, 1), ts.expand(B, levels).flatten(), steps, method, tol)
-        return x.unflatten(0, (B, levels))
+        batch, K = u.shape[:2]
+        T = torch.full((batch * K,), steps or K - 1, device=u.device)
+        times = ts.expand(batch, K).flatten()
+        levels = u.flatten(0, 1)
+        x = self.transporter.inverse(levels, times, T, method, tol)
+        return x.unflatten(0, (batch, K))
 
-    @torch.no_grad()
-    def guided_score(self, x0, ts, text, guidance, noise):
-        """Eq. (32), nats (B,), to compare candidates x0 (B, N, D) for captions (B, L): the density that guidance stands
-        for, of the middle steps of R forward trajectories. ts (T+1,), T > 1; noise (R, T+1, N, D)."""
-        T, score = torch.full((len(x0),), len(ts) - 1, device=x0.device), 0.0
-        ts, x_1_is_last = ts[:max(3, len(ts) - 1)].expand(len(x0), -1), len(ts) == 3
-        for noise_of_one in noise[:, :ts.shape[1]]:
-            x = forward_trajectory(x0, ts, noise=noise_of_one.expand(len(x0), -1, -1, -1))
-            x = (self.coupled(x, ts, text) if x_1_is_last else x)[:, 1:]
-            u, logdet = self.transport(x, ts[:, 1:], T)
-            for weight, caption in [(1 + guidance, text), (-guidance, null_caption(text))][:2 if guidance else 1]:
-                score -= weight * self.transitions_in_u(u, logdet, ts[:, 1:], caption, T)[0].sum(dim=1)
-        return score / len(noise)
-
-    def score_denoise(self, x, ts, text, chunk=0):
-        """Eq. (21): E[x_0 | x_{t_0}, ..., x_{t_T}] under the model, (B, N, D), Tweedie's formula for the trajectory.
-
-        x (B, T+1, N, D), ts (B, T+1) or (T+1,), text (B, L); chunk: examples at once, 0 for what fits into some 4 GB.
-        """
-        return self.distillation_pair(x, ts, text, chunk)[1]
+    # -----------------------------------------------------------------------------------------------------------
+    # Score denoising
 
     @torch.enable_grad()
-    def distillation_pair(self, x, ts, text, chunk=0):
-        """Eq. (27): u_{t_0}, what the denoiser sees, and score_denoise, what it is to make of it, each (B, N, D)."""
-        pairs = []
-        chunk = chunk or self.config.examples_at_once(x.shape[1] - 1)
-        for x, ts, text in zip(x.detach().split(chunk), ts.expand(x.shape[:2]).split(chunk), text.split(chunk)):
-            x.requires_grad_()
-            steps = torch.full((len(x),), ts.shape[1] - 1, device=x.device)
-            K = x.shape[1] - (self.config.first_noise < 1 and x.shape[1] > 2)  # without a coupled first step, Eq. (36)
-            u, logdet = self.transport(x[:, :K], ts[:, :K], steps, from_noise=K == x.shape[1])
-            g, = torch.autograd.grad(self.transitions_in_u(u, logdet, ts[:, :K], text, steps)[0].sum(), x)
-            weights, t0 = trajectory_covariance(ts)[:, 0, :, None, None], ts[:, 0, None, None]
-            pairs.append((u[:, 0].detach(), (x[:, 0].detach() - (weights * g).sum(dim=1)) / (1 - t0)))
-        return [torch.cat(tensors) for tensors in zip(*pairs)]
+    def score_denoise(self, x, ts, text):
+        """Eq. (21): E[x_0 | x_{t_0}, ..., x_{t_T}] under the model, (B, N, D), Tweedie's formula for the trajectory.
+
+        x (B, T+1, N, D), ts (B, T+1) or (T+1,), text (B, L).
+        """
+        x = x.detach().requires_grad_()
+        ts = ts.expand(x.shape[:2])
+        nll = self.denoising_nll(x, ts, text)
+        (gradient,) = torch.autograd.grad(nll.sum(), x)
+        weights = trajectory_covariance(ts)[:, 0, :, None, None]
+        t0 = ts[:, 0, None, None]
+        noise = (weights * gradient).sum(dim=1)
+        return (x[:, 0].detach() - noise) / (1 - t0)
+
+    def denoising_nll(self, x, ts, text):
+        """The terms of -log p of trajectories whose gradient denoises: all steps, (B, T). The prior has weight 0."""
+        steps = self.step_count(ts)
+        return self.transition_nll(x, ts, text, steps, ends_in_noise=True)
+
+
+def standard_normal(model, text, generator):
+    """randn(*shape): standard normal numbers (B, *shape) for the captions text (B, L), of the model's precision."""
+    kind = dict(dtype=next(model.parameters()).dtype, device=text.device)
+
+    def randn(*shape):
+        return torch.randn(len(text), *shape, generator=generator, **kind)
+
+    return randn
 
 
 class Denoiser(ImageModel):
@@ -283,4 +310,5 @@ class Denoiser(ImageModel):
 
     def forward(self, u0, text):
         """u0 (B, N, D) at t_min, text (B, L). Returns x0 (B, N, D)."""
-        return full_precision(self.head, self.trunk(u0, text, u0.new_zeros(len(u0), 1)))  # of one noise level: no time
+        no_time = u0.new_zeros(len(u0), 1)  # there is one noise level
+        return full_precision(self.head, self.trunk(u0, text, no_time))

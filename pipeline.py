@@ -16,11 +16,14 @@ from typing import NamedTuple
 
 import torch
 
+from beyond import CoupledNTM, guided_log_density, restarted_steps, sample_with_restarts
 from data import get_tokenizer
-from flow import bits_per_dim, forward_trajectory, taken_again, time_grid
+from flow import forward_trajectory, time_grid
 from fm import EULER_STEPS, FlowMatching
-from model import NTM, Denoiser
+from model import Denoiser, bits_per_dim
+from networks import NETWORKS
 from plumbing import checkpoint
+from plumbing.memory import examples_at_once, score_denoise
 from plumbing.paths import at_home
 from plumbing.runtime import coarse_products, exact_products, find_device, note
 from plumbing.tokenizer import words
@@ -50,8 +53,8 @@ class TrainedModel:
     def __init__(self, out_dir=SHIPPED, device="", *sampling, **by_name):
         self.path = Path(at_home(out_dir)) / "ckpt.pt"
         self.device = find_device(device)
-        self.network, trained = checkpoint.load_network(self.path, {"ntm": NTM, "fm": FlowMatching}, self.device)
-        self.kind = trained["kind"]
+        self.network, trained = checkpoint.load_network(self.path, NETWORKS, self.device)
+        self.kind = "fm" if isinstance(self.network, FlowMatching) else "ntm"
         self.settings = trained["settings"]
         self.iteration = trained["iter"]
         self.tokenizer = get_tokenizer(self.settings["tokenizer"], trained.get("vocabulary"))
@@ -155,7 +158,7 @@ class TrainedModel:
 
     def batches(self, count):
         """The numbers 0 to count - 1 in ranges, each of as many images as fit into about 4 GB at once."""
-        most = self.network.config.examples_at_once(len(self.ts) - 1, gradients=False)
+        most = examples_at_once(self.network.config, len(self.ts) - 1, gradients=False)
         size = min(most, MOST_AT_ONCE)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -178,8 +181,9 @@ class TrainedModel:
     def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, levels=False, best_of=1, restarts=0):
         """Samples an image for each caption, all in one batch; image `number` is the same in whatever batch.
 
-        levels: carry the trajectory back to x-space even where only the score needs it. restarts: NTM.sample()'s.
-        best_of: candidates, of which that with the greatest guided_score is kept; the first is what there is without.
+        levels: carry the trajectory back to x-space even where only the score needs it. restarts: (ours) of
+        sample_with_restarts. best_of: (ours) candidates, of which that with the greatest guided_log_density is kept;
+        the first is the sample without.
         Returns images (B, C, H, W); the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), or None, None.
         """
         self.check_sampling(guidance, best_of, restarts)
@@ -215,17 +219,23 @@ class TrainedModel:
         """Clean tokens (B, N, D); the trajectory x (B, T+1, N, D), or None if not needed; and u, of an NTM."""
         network, ts = self.network, self.ts
         T = len(ts) - 1
-        stage = f"sampling in {T + restarts * len(taken_again(T))} steps"
+        stage = f"sampling in {T + restarts * len(restarted_steps(T))} steps"
 
         def randn(*shape):
             return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
 
         with coarse_products(self.device):
-            u = self.clock(stage, network.sample, text, ts, guidance, restarts=restarts, randn=randn)
+            if self.kind == "fm":
+                u = self.clock(stage, network.sample, text, ts, guidance, restarts=restarts, randn=randn)
+            elif restarts:
+                u = self.clock(stage, sample_with_restarts, network, text, ts, restarts, guidance, randn=randn)
+            else:
+                u = self.clock(stage, network.sample, text, ts, guidance, randn=randn)
         if self.kind == "fm":
             return u[:, 0], u, None
-        if restarts and (levels or self.denoise == "score"):  # they leave an x_1 that is fresh noise
-            u = network.coupled(u, ts.expand(len(u), -1), text)
+        x_1_is_read = levels or self.denoise == "score"
+        if restarts and x_1_is_read and isinstance(network, CoupledNTM):  # they leave an x_1 that is fresh noise
+            u = network.couple(u, ts.expand(len(u), -1), text)
         if self.denoise == "learned":
             return self.clock("learned denoising", self.denoiser, u[:, 0], text), None, u
         if self.denoise == "none" and not levels:  # the cleanest level is all there is to see
@@ -233,15 +243,17 @@ class TrainedModel:
         x = self.clock("inversion", network.invert, u, ts)
         if self.denoise == "none":
             return x[:, 0], x, u
-        return self.clock("score denoising", network.score_denoise, x, ts, text), x, u
+        return self.clock("score denoising", score_denoise, network, x, ts, text), x, u
 
     def likeliest(self, candidates, text, guidance, seed):
         """Of several results of draw(), for each image the one that the model finds likeliest, put together to one."""
         shape = (TRAJECTORIES, len(self.ts), *candidates[0][0].shape[1:])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        scores = [self.clock("choosing", self.network.guided_score, tokens, self.ts, text, guidance, noise)
-                  for tokens, _, _ in candidates]
-        best = torch.stack(scores).argmax(dim=0)
+        densities = []
+        for tokens, _, _ in candidates:
+            arguments = self.network, tokens, text, self.ts, guidance, noise
+            densities.append(self.clock("choosing", guided_log_density, *arguments))
+        best = torch.stack(densities).argmax(dim=0)
         images = torch.arange(len(text), device=self.device)
         chosen = []
         for of_all in zip(*candidates):  # the tokens, the trajectories in x-space, those in u-space

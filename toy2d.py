@@ -22,12 +22,13 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from configurator import configure
-from flow import forward_kernel, forward_trajectory, gaussian_nll, reverse_posterior, time_grid
+from flow import forward_kernel, forward_trajectory, reverse_posterior, time_grid
 from model import NTM, NTMConfig
 from plumbing.images import INK, PAPER, save_image
 from plumbing.layouts import make_folder
 from plumbing.optim import HIDDEN, make_optimizers, step, update_average
 from plumbing.runtime import one_line_errors
+from predictor import standard_normal_nll
 
 squares = 2  # a side of the checkerboard, of which the data are the dark squares; 4: many more pieces, and harder
 figure = "out/toy2d.png"
@@ -57,14 +58,19 @@ PLACES = (0, 0), (0.25, -0.25)  # two clean points x_0: the figure shows the ste
 
 def sample_data(count, generator):
     """Points in [-1, 1]^2 as two tokens of one number, (count, 2, 1)."""
-    column, half = (torch.randint(n, (count,), generator=generator) for n in (squares, squares // 2))
-    corner = torch.stack([column, column % 2 + 2 * half], dim=1)
-    return (2 * (corner + torch.rand(count, 2, generator=generator)) / squares - 1)[..., None]
+    column = torch.randint(squares, (count,), generator=generator)
+    half = torch.randint(squares // 2, (count,), generator=generator)
+    row = column % 2 + 2 * half
+    corner = torch.stack([column, row], dim=1)
+    within = torch.rand(count, 2, generator=generator)
+    return (2 * (corner + within) / squares - 1)[..., None]
 
 
 def inside(x):
     """Whether each of the points (..., 2) lies on a dark square."""
-    return (((x + 1) * squares / 2).floor().sum(dim=-1) % 2 == 0) & (x.abs() < 1).all(dim=-1)
+    square = ((x + 1) * squares / 2).floor()
+    dark = square.sum(dim=-1) % 2 == 0
+    return dark & (x.abs() < 1).all(dim=-1)
 
 
 def grid_inside(count):
@@ -91,8 +97,10 @@ def true_density(x_t, s, t, x0, axis):
     (n, 2), axis (P,). Round Gaussians factor into the two pixels, so the whole mixture is one matrix product."""
     A, B, C = reverse_posterior(t, s)
     z = (axis[:, None, None] - (A * x_t + B * x0)) / C
-    kernel = torch.exp(-0.5 * z**2) / (C * math.sqrt(2 * math.pi))  # (P, n, 2)
-    return (kernel[..., 1] * posterior_weights(x_t, t, x0)) @ kernel[..., 0].T
+    kernel = torch.exp(-0.5 * z**2) / (C * math.sqrt(2 * math.pi))
+    across, up = kernel.unbind(dim=2)  # (P, n) each
+    weights = posterior_weights(x_t, t, x0)
+    return (up * weights) @ across.T
 
 
 def best_gaussian_bound(ts, x0, generator):
@@ -100,13 +108,18 @@ def best_gaussian_bound(ts, x0, generator):
     covariance of the pixels given x_t, by points x0 (n, 2) for the data. No training of a Gaussian goes below it."""
     clean = sample_data(5 * num_samples, generator)
     x = forward_trajectory(clean, ts.expand(len(clean), -1), generator)[..., 0]
+    squares_of_x0 = (x0[:, :, None] * x0[:, None]).flatten(1)
     best = math.log(2 * math.pi * math.e)  # the prior's entropy; each step adds a difference of two entropies
-    for k, (s, t) in enumerate(zip(ts, ts[1:])):
+    for k in range(len(ts) - 1):
+        s, t = ts[k], ts[k + 1]
         _, B, C = reverse_posterior(t, s)
         weights = posterior_weights(x[:, k + 1], t, x0)
-        mean, products = weights @ x0, (weights @ (x0[:, :, None] * x0[:, None]).flatten(1)).view(-1, 2, 2)
-        covariance = C**2 * torch.eye(2) + B**2 * (products - mean[:, :, None] * mean[:, None])
-        best += (0.5 * covariance.logdet().mean() - 2 * forward_kernel(t, s)[1].log()).item()
+        mean = weights @ x0
+        products = (weights @ squares_of_x0).view(-1, 2, 2)
+        outer = mean[:, :, None] * mean[:, None]
+        covariance = C**2 * torch.eye(2) + B**2 * (products - outer)
+        _, beta = forward_kernel(t, s)
+        best += (0.5 * covariance.logdet().mean() - 2 * beta.log()).item()
     return best
 
 
@@ -117,38 +130,66 @@ def euler_estimate(x, times, x0):
     for t, later in zip(times, times[1:]):
         weights = posterior_weights(x, t, x0)
         mean = weights @ x0
-        change += (later - t) * (2 - (1 - t) / t**2 * (weights @ x0**2 - mean**2).sum(dim=1)) / t
+        variance = (weights @ x0**2 - mean**2).sum(dim=1)
+        divergence = 2 - (1 - t) / t**2 * variance  # of the velocity, times t
+        change += (later - t) * divergence / t
         x = x + (later - t) * (x - mean) / t
-    return gaussian_nll(x[:, None, :, None])[:, 0] - change
+    noise = x[:, None, :, None]
+    return standard_normal_nll(noise)[:, 0] - change
 
 
 def build(blocks):
     """An NTM of images of two pixels; with no blocks in the transporter, a diffusion model's Gaussian steps."""
     torch.manual_seed(seed)
-    return NTM(NTMConfig(image_size=(1, 2), channels=1, patch_size=1, vocab_size=2, text_len=1, width=width,
-                         depth=depth, heads=1, transporter_width=transporter_width, transporter_blocks=blocks,
-                         transporter_layers=1, transporter_heads=1, steps=steps, shift=shift, max_t_min=t_min))
+    config = NTMConfig(
+        image_size=(1, 2),
+        channels=1,
+        patch_size=1,
+        vocab_size=2,
+        text_len=1,
+        width=width,
+        depth=depth,
+        heads=1,
+        transporter_width=transporter_width,
+        transporter_blocks=blocks,
+        transporter_layers=1,
+        transporter_heads=1,
+        steps=steps,
+        shift=shift,
+    )
+    return NTM(config)
+
+
+def draw_steps(ts, generator):
+    """A batch of steps, one of each trajectory: x (B, 2, 2, 1) at times (B, 2)."""
+    # the cube, because there is far more to learn in the last steps
+    k = (steps * torch.rand(batch_size, 1, generator=generator) ** 3).long()
+    pair = ts[torch.cat([k, k + 1], dim=1)]
+    x = forward_trajectory(sample_data(batch_size, generator), pair, generator)
+    return x, pair
 
 
 def train(name, model, ts):
     """Maximum likelihood for `seconds` of this thread's processor time. Returns the averaged model and its updates."""
-    average, generator = copy.deepcopy(model).requires_grad_(False), torch.Generator().manual_seed(seed)
+    average = copy.deepcopy(model).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
     # Muon for the modulation as well: left to AdamW, as train.py leaves it, the bound ended 0.15 nats higher
     hidden = *HIDDEN, "modulation.1.weight"
     optimizers = make_optimizers(model, "muon", weight_decay, torch.device("cpu"), hidden=hidden)
-    text, T = CAPTION.expand(batch_size, 1), torch.full((batch_size,), steps)
-    start, i, done = time.thread_time(), 0, 0
+    text = CAPTION.expand(batch_size, 1)
+    T = torch.full((batch_size,), steps)
+    start = time.thread_time()
+    done = 0  # of the training, in [0, 1]
+    i = 0
     with tqdm(total=100, desc=name, bar_format="{l_bar}{bar}| {elapsed}", position=NAMES.index(name)) as bar:
         while done < 1:
-            # One step of each trajectory; the cube, because there is far more to learn in the last steps.
-            k = (steps * torch.rand(batch_size, 1, generator=generator) ** 3).long()
-            pair = ts[torch.cat([k, k + 1], dim=1)]
-            x = forward_trajectory(sample_data(batch_size, generator), pair, generator)
-            loss = model.transitions(x, pair, text, T)[0].mean()
+            x, pair = draw_steps(ts, generator)
+            loss = model.transition_nll(x, pair, text, T).mean()
             model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            step(optimizers, lr * min(1, (i + 1) / max(1, warmup_iters)) * (1 + math.cos(math.pi * done)) / 2)
+            warmup = min(1, (i + 1) / max(1, warmup_iters))
+            step(optimizers, lr * warmup * (1 + math.cos(math.pi * done)) / 2)
             update_average(average, model, ema, i)
             i += 1
             done = i / max_iters if max_iters > 0 else (time.thread_time() - start) / seconds
@@ -161,70 +202,103 @@ def bound(model, ts, count, generator):
     1 - t_min plus noise of standard deviation t_min, so its entropy is not quite theirs."""
     ts = ts.expand(count, -1)
     x = forward_trajectory(sample_data(count, generator), ts, generator)
-    return model.trajectory_bound(x, ts, CAPTION.expand(count, 1))[1]
+    _, nats = model.trajectory_bound(x, ts, CAPTION.expand(count, 1))
+    return nats
 
 
 def model_density(model, x_t, s, t, axis):
     """The model's exact p(x_s | x_t), Eq. (11), on axis x axis: (P, P), second pixel first. x_t (2,), axis (P,)."""
     x_s = torch.cartesian_prod(axis, axis).flip(1)[..., None]
     count = len(x_s)
-    nll = model.step_nll(x_s, x_t[:, None].expand(count, -1, -1), s.expand(count), t.expand(count),
-                         torch.full((count,), steps), CAPTION.expand(count, 1))
+    x_t = x_t[:, None].expand(count, -1, -1)
+    T = torch.full((count,), steps)
+    nll = model.step_nll(x_s, x_t, s.expand(count), t.expand(count), T, CAPTION.expand(count, 1))
     return torch.exp(-nll).view(len(axis), -1)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The figure
+
 GAP, GROUP_GAP, LABEL, TITLE, NOTE = 6, 16, 76, 32, 48  # pixels
-MAGMA = [(0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)]
+MAGMA = [  # from black over red to pale yellow
+    (0, 0, 4),
+    (59, 15, 112),
+    (140, 41, 129),
+    (222, 73, 104),
+    (254, 159, 109),
+    (252, 253, 191),
+]
 
 
 def colours(values):
     """(H, W) in [0, 1], clipped, to RGB of evenly rising lightness. The first row is at the bottom."""
     place = np.asarray(values).clip(0, 1)[::-1] * (len(MAGMA) - 1)
     channels = [np.interp(place, range(len(MAGMA)), channel) for channel in zip(*MAGMA)]
-    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+    pixels = np.stack(channels, axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def write(sheet, text, x, y, size=15):
+    font = ImageFont.load_default(size)
+    ImageDraw.Draw(sheet).text((x, y), text, fill=INK, font=font, anchor="mm", align="center")
 
 
 def make_figure(models, ts, clean, samples):
     """An RGB PIL.Image: a row for each step, p(x_s | x_t) for two x_t, the true one by data `clean` (n, 2) and those of
     the models; then `samples` of the data and of the models, each (points (count, 2, 1), a note underneath)."""
-    cell, wide = panel + GAP, 2 * panel + GAP  # a panel of samples is two columns wide
-    bottom = TITLE + steps * cell + TITLE
-    sheet = Image.new("RGB", (LABEL + 6 * cell + GROUP_GAP, bottom + wide + NOTE), PAPER)
-    pen = ImageDraw.Draw(sheet)
-
-    def write(text, x, y, size=15):
-        pen.text((x, y), text, fill=INK, font=ImageFont.load_default(size), anchor="mm", align="center")
-
-    write("circle: x_t", LABEL / 2, TITLE / 2, 13)
-    for row, k in enumerate(reversed(range(steps))):
-        s, t, y = ts[k], ts[k + 1], TITLE + row * cell
-        half = 1.1 * (1 + s.item())  # the panel shows [-half, half]^2
-        axis = half * ((2 * torch.arange(panel) + 1) / panel - 1)  # the pixels' centres
-        write(f"t = {t:.2f}\nto {s:.2f}", LABEL / 2, y + panel / 2)
-        for group, place in enumerate(PLACES):
-            x, x_t = LABEL + group * (3 * cell + GROUP_GAP), (1 - t) * torch.tensor(place)
-            across, up = ((x_t / half + 1) / 2 * panel).tolist()
-            densities = [true_density(x_t, s, t, clean, axis), *(model_density(m, x_t, s, t, axis) for m in models)]
-            for density, title in zip(densities, ("true p(x_s | x_t)", "Gaussian step", "NTM step")):
-                sheet.paste(colours(density / densities[0].max()), (x, y))  # one scale: the true density's
-                pen.circle((x + across, y + panel - up), 4, outline=(90, 230, 255), width=2)
-                if row == 0:
-                    write(title, x + panel / 2, TITLE / 2)
-                x += cell
-
-    x, limits = LABEL, (-1.1 * (1 + t_min), 1.1 * (1 + t_min))
+    cell = panel + GAP
+    below = TITLE + steps * cell + TITLE
+    sheet = Image.new("RGB", (LABEL + 6 * cell + GROUP_GAP, below + 2 * panel + GAP + NOTE), PAPER)
+    write(sheet, "circle: x_t", LABEL / 2, TITLE / 2, 13)
+    lefts = LABEL, LABEL + 3 * cell + GROUP_GAP
+    for left in lefts:
+        for column, title in enumerate(("true p(x_s | x_t)", "Gaussian step", "NTM step")):
+            write(sheet, title, left + column * cell + panel / 2, TITLE / 2)
+    for row in range(steps):
+        s, t = ts[steps - row - 1], ts[steps - row]
+        top = TITLE + row * cell
+        write(sheet, f"t = {t:.2f}\nto {s:.2f}", LABEL / 2, top + panel / 2)
+        for left, place in zip(lefts, PLACES):
+            draw_densities(sheet, left, top, models, s, t, place, clean)
+    left = LABEL
     for title, (points, note) in zip(("data", "samples, Gaussian steps", "samples, NTM"), samples):
-        counts, _, _ = np.histogram2d(points[:, 1, 0], points[:, 0, 0], bins=wide, range=(limits, limits))
-        sheet.paste(colours(counts), (x, bottom))
-        write(title, x + wide / 2, bottom - TITLE / 2)
-        write(note, x + wide / 2, bottom + wide + NOTE / 2)
-        x += 2 * cell + GROUP_GAP // 2
+        draw_samples(sheet, left, below, title, points, note)
+        left += 2 * cell + GROUP_GAP // 2
     return sheet
 
 
-@one_line_errors()
-def main(config):
-    """Returns the two averaged models and how many updates each took."""
+def draw_densities(sheet, left, top, models, s, t, place, clean):
+    """Puts p(x_s | x_t), where x_t = (1 - t) place, into a row of panels: the true one, then those of the models."""
+    half = 1.1 * (1 + s.item())  # a panel shows [-half, half]^2
+    axis = half * ((2 * torch.arange(panel) + 1) / panel - 1)  # the pixels' centres
+    x_t = (1 - t) * torch.tensor(place)
+    across, up = ((x_t / half + 1) / 2 * panel).tolist()
+    true = true_density(x_t, s, t, clean, axis)
+    densities = [true, *(model_density(model, x_t, s, t, axis) for model in models)]
+    for density in densities:
+        sheet.paste(colours(density / true.max()), (left, top))
+        circle = left + across, top + panel - up
+        ImageDraw.Draw(sheet).circle(circle, 4, outline=(90, 230, 255), width=2)
+        left += panel + GAP
+
+
+def draw_samples(sheet, left, top, title, points, note):
+    """Puts the histogram of points (count, 2, 1), two panels wide, between a title and a note."""
+    wide = 2 * panel + GAP
+    half = 1.1 * (1 + t_min)
+    x, y = points[..., 0].T
+    counts, _, _ = np.histogram2d(y, x, bins=wide, range=[(-half, half)] * 2)
+    sheet.paste(colours(counts), (left, top))
+    write(sheet, title, left + wide / 2, top - TITLE / 2)
+    write(sheet, note, left + wide / 2, top + wide + NOTE / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def check(config):
+    """Raises ValueError for settings that do not work."""
     if squares % 2:
         raise ValueError(f"squares is {squares}, but must be even")
     for name, least in {"t_min": 1e-4, "num_samples": 2, "transporter_blocks": 1}.items():
@@ -232,30 +306,51 @@ def main(config):
             raise ValueError(f"{name} is {config[name]}, but must be at least {least}")
     if Path(figure).is_dir():
         raise ValueError(f"{figure} is a folder: name a file in it")
+
+
+def measure(name, model, updates, ts, generator):
+    """Prints a model's bound and how many of its samples are on the support. Returns these samples, denoised
+    (num_samples, 2, 1), its bound and the proportion as text."""
+    text = CAPTION.expand(num_samples, 1)
+    nats = torch.cat([bound(model, ts, num_samples, generator) for _ in range(10)])
+    u = model.sample(text, ts, generator=generator)
+    x = model.invert(u, ts)
+    denoised = model.score_denoise(x, ts, text)
+    on_support = f"{proportion_inside(denoised):.1%}"
+    error = nats.std() / len(nats) ** 0.5
+    print(f"{name}: {updates} updates, bound {nats.mean():.3f} +- {error:.3f} nats. On the support: {on_support} of "
+          f"samples, {proportion_inside(x[:, 0]):.1%} at t = {t_min}")
+    return denoised, f"bound {nats.mean():.3f} nats", f"{on_support} on the support"
+
+
+@one_line_errors()
+def main(config):
+    """Returns the two averaged models and how many updates each took."""
+    check(config)
     make_folder(Path(figure).parent)  # better known now than after training
     torch.set_num_threads(1)  # of each model: tensors this small gain nothing from more
     ts = time_grid(steps, t_min, 2, shift)
+    untrained = [build(0), build(transporter_blocks)]
     with ThreadPoolExecutor() as pool:  # torch lets go of Python's lock, so threads are enough for two cores
-        models, updates = zip(*pool.map(train, NAMES, [build(0), build(transporter_blocks)], [ts, ts]))
+        trained = pool.map(train, NAMES, untrained, [ts, ts])
+        models, updates = zip(*trained)
 
     generator = torch.Generator().manual_seed(seed + 1)
     clean = sample_data(num_samples, generator)
     noisy = forward_trajectory(clean, ts[:1].expand(num_samples, 1), generator)[:, 0]
     best = best_gaussian_bound(ts, grid_inside(60), generator)
+    on_support = f"{proportion_inside(clean):.1%}"
     print(f"Checkerboard: entropy {ENTROPY:.3f} nats, best bound of any Gaussian steps {best:.2f}. "
-          f"On the support: {proportion_inside(clean):.1%}, {proportion_inside(noisy):.1%} at t = {t_min}")
+          f"On the support: {on_support}, {proportion_inside(noisy):.1%} at t = {t_min}")
     for K in (4, 8, 50):
-        nats = euler_estimate(noisy[:1000, :, 0], torch.linspace(t_min, 1, K + 1), clean[..., 0])
+        times = torch.linspace(t_min, 1, K + 1)
+        nats = euler_estimate(noisy[:1000, :, 0], times, clean[..., 0])
         print(f"Flow matching's estimate in {K} Euler steps, with the exact velocity: {nats.mean():.3f} nats, no bound")
-    samples = [(clean, f"entropy {ENTROPY:.3f} nats\n{proportion_inside(clean):.1%} on the support")]
-    for name, model, count, aside in zip(NAMES, models, updates, (f" (no Gaussian below {best:.2f})", "")):
-        nats = torch.cat([bound(model, ts, num_samples, generator) for _ in range(10)])
-        x = model.invert(model.sample(CAPTION.expand(num_samples, 1), ts, generator=generator), ts)
-        denoised = model.score_denoise(x, ts, CAPTION.expand(num_samples, 1))
-        print(f"{name}: {count} updates, bound {nats.mean():.3f} +- {nats.std() / len(nats)**0.5:.3f} nats. On the "
-              f"support: {proportion_inside(denoised):.1%} of samples, {proportion_inside(x[:, 0]):.1%} at t = {t_min}")
-        note = f"bound {nats.mean():.3f} nats{aside}\n{proportion_inside(denoised):.1%} on the support"
-        samples.append((denoised, note))
+    samples = [(clean, f"entropy {ENTROPY:.3f} nats\n{on_support} on the support")]
+    remarks = f" (no Gaussian below {best:.2f})", ""
+    for name, model, count, remark in zip(NAMES, models, updates, remarks):
+        denoised, bound_of_it, on_support = measure(name, model, count, ts, generator)
+        samples.append((denoised, f"{bound_of_it}{remark}\n{on_support}"))
     save_image(make_figure(models, ts, grid_inside(400), samples), figure)
     print(f"wrote {figure}")
     return models, updates

@@ -1,6 +1,6 @@
 """Trains a Normalizing Trajectory Model; without arguments, on handwritten digits, minutes on a CPU.
 
-    python train.py config/shapes.py --batch_size=32
+    python train.py config/shapes_scratch.py --batch_size=32
     torchrun --nproc_per_node=8 train.py config/t2i.py
     python train.py --out_dir=out/shapes --resume=yes                # goes on, with the settings of the checkpoint
     python train.py config/digits_fm.py                              # flow matching instead: the baseline
@@ -12,34 +12,46 @@ Leaves in out_dir: ckpt.pt, log.jsonl, log.png and, from every validation, sampl
 
 import copy
 import math
-from collections import Counter
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from beyond import CoupledNTM
 from configurator import configure
 from data import get_tokenizer, open_dataset
 from flow import forward_trajectory
-from fm import FlowMatching
-from model import NTM, NTMConfig
+from losses import TrainingLoss, aux_weight_at, draw_levels, losses_of_batch
+from model import NTM
 from plumbing import checkpoint
 from plumbing.images import contact_sheet
 from plumbing.latents import load_decoder
 from plumbing.loader import Batches, examine, validation_batches
 from plumbing.lock import lock_folder
 from plumbing.log import Progress
+from plumbing.memory import examples_at_once, in_chunks, score_denoise
 from plumbing.optim import learning_rate, make_optimizers, step, update_average
-from plumbing.runtime import (alike, all_sum, all_sums, autocast, coarse_products, exact_products, for_training,
-                              gathered, gradients_meet, in_bfloat16, job, leave_ranks, note, one_line_errors,
-                              start_ranks)
-from plumbing.settings import check_objective
-from plumbing.shards import find_shards, first_example
+from plumbing.runtime import (
+    accumulate,
+    alike,
+    all_sum,
+    all_sums,
+    autocast,
+    exact_products,
+    for_training,
+    gathered,
+    in_bfloat16,
+    job,
+    leave_ranks,
+    one_line_errors,
+    start_ranks,
+)
+from start import NETWORK, TRANSPORTER, build_model, find_start
 
 # ---- run
 out_dir = "out/digits"
-objective = "ntm"  # or "fm": flow matching, with the same network
+objective = "ntm"  # or "fm": flow matching, with the same network; or (ours) "tarflow": no predictor, with steps 1
 init_from = "scratch"  # or a ckpt.pt of flow matching or of an NTM; or sit:PATH, published weights
 resume = "no"  # "yes": continue out_dir/ckpt.pt, wherever it started from; "auto": if there is one
 seed = 0  # with the iteration, all of a run's randomness
@@ -65,7 +77,7 @@ caption_dropout = 0.1  # fraction of captions replaced by the null caption, whic
 # ---- model
 patch_size = 2
 width = 96  # of the predictor, as depth and heads
-depth = 4  # 0: no predictor, which with steps 1 and a deep transporter is TarFlow
+depth = 4
 heads = 4
 transporter_width = 64
 transporter_blocks = 3  # 0: no transporter, the plain Gaussian step of a diffusion model
@@ -74,12 +86,12 @@ transporter_heads = 2
 steps: int | tuple = 4  # T; a tuple of several makes one model for all of them
 shift: float | None = 0.5  # e^m of the time grid, low for toy pictures; None: from the number of tokens
 max_t_min = 0.05  # training has t_0 uniform below this
-rank = 0  # directions along which a step's Gaussian is correlated; 0, the paper's: none
+rank = 0  # (ours) directions along which a step's Gaussian is correlated; 0, the paper's: none
 pairs = True  # train on one random step of each trajectory instead of all T
-level_weight = 0.0  # p: a step that ends at noise level s counts s^p, which balances their gradients; 0, the paper's: 1
-first_noise = 1.0  # c: how much of x_1 is fresh noise; the rest follows from the next cleaner level
-closed_form = False  # a first stage, without a transporter: the expected loss, whose gradients have less noise
-velocity_weight = 0.0  # then, of flow matching's loss beside it, so that the means stay as good as flow matching's
+level_weight = 0.0  # (ours) p: a step that ends at noise level s counts s^p, which balances their gradients
+first_noise = 1.0  # (ours) the share of x_1 that is fresh noise; the rest follows from the next cleaner level
+closed_form = False  # (ours) the expected loss, whose gradients have less noise; needs transporter_blocks 0
+velocity_weight = 0.0  # (ours) weight of an added flow-matching loss; needs transporter_blocks 0
 aux_weight = 2.5  # weight of staying close to the flow-matching model it starts from; goes to 0 by a cosine
 
 # ---- optimisation
@@ -107,137 +119,226 @@ decoder = ""  # of latents, for the sheet: a program saved by torch.export, late
 chunk = 0  # examples that are validated or score-denoised at once; 0: what fits into about 4 GB
 wandb_log = False  # the log and the sheets to Weights & Biases as well
 
-NETWORKS = {"ntm": NTM, "fm": FlowMatching}
-RENAMED = {"resume": "--resume=yes", "auto": "--resume=auto"}  # what init_from could be in older versions
-NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
-TRANSPORTER = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads")
-
 # ---------------------------------------------------------------------------------------------------------------
-# What a run starts from
-
-
-def starting_point(name, device, heads=None):
-    """The trained network that init_from names, sit:PATH or the path of a checkpoint of flow matching or of an NTM;
-    what it decides about an NTM that starts from it, {setting: value}; and its vocabulary, if it holds one. heads: of
-    a SiT of another width than the published ones."""
-    if name.startswith("sit:"):
-        from plumbing.sit import load_sit
-        network = load_sit(name.removeprefix("sit:"), heads)
-        decided = {key: getattr(network, key) for key in NETWORK if hasattr(network, key)}
-        decided |= {"predictor": "sit", "tokenizer": f"classes:{network.classes}", "text_len": 1}
-        return network, decided | {"parametrization": "posterior"}, None
-    if not Path(name).exists():
-        raise ValueError(f"init_from {name!r} is neither 'scratch', sit:PATH nor a file: train the model there first; "
-                         "a run is continued by --resume=yes, or auto")
-    network, trained = checkpoint.load_network(name, NETWORKS, device)
-    decided, vocabulary = {key: trained["settings"][key] for key in NETWORK}, trained.get("vocabulary")
-    if trained["kind"] == "fm":
-        return network, decided | {"parametrization": "posterior", "predictor": "captions"}, vocabulary
-    kept = TRANSPORTER if network.config.transporter_blocks else ()  # what has no transporter may be given one
-    kept += ("first_noise",) if network.config.first_noise < 1 else ()
-    decided |= {key: getattr(network.config, key) for key in ("parametrization", "predictor", "rank", *kept)}
-    return network, decided | {"aux_weight": 0.0}, vocabulary  # there is no flow-matching model to stay close to
-
-
-def start(config, device):
-    """Settles the settings by what the run starts from: a trained network, a checkpoint that it continues, or nothing.
-
-    Returns network, contents of the checkpoint, and vocabulary, None for what there is not.
-    """
-    path, init_from = Path(config["out_dir"]) / "ckpt.pt", config["init_from"]
-    if init_from in RENAMED:
-        raise ValueError(f"init_from {init_from!r} is now a setting of its own: write {RENAMED[init_from]}")
-    resumed = checkpoint.find_start(config["resume"], path, *NETWORKS)
-    if resumed:
-        checkpoint.keep_settings(config, resumed)
-        origin = resumed["settings"].get("init_from", "scratch")
-        if origin in RENAMED:  # an older version forgot the start of what it resumed
-            origin = init_from
-        if "init_from" in config.given and origin != init_from:
-            note(f"{path} continues, which started from {origin}, not from {init_from}")
-        config["init_from"] = origin
-        config |= {name: resumed["model_config"][name] for name in ("parametrization", "predictor")}
-        return None, resumed, resumed.get("vocabulary")
-    if init_from == "scratch":
-        if config["dataset"] == "shards" and not {"image_size", "channels"} <= config.given:
-            size = "x".join(map(str, first_example(find_shards(config["data_dir"], "train")[0])[1]))
-            raise ValueError(f"shards need image_size and channels: their first example is {size} (channels, height, "
-                             "width), of which latents keep the size and images take any")
-        return None, None, None
-    if config["objective"] == "fm":
-        raise ValueError("only an NTM starts from another model: leave objective or init_from out")
-    heads = config["heads"] if "heads" in config.given else None
-    base, decided, vocabulary = starting_point(init_from, device, heads)
-    decided["rank"] = max(decided.get("rank", 0), config["rank"])  # directions may be added, not taken away
-    in_full = lambda value: (value, value) if type(value) is int else value  # an image size may be a square's side
-    for key in config.given & decided.keys():
-        if in_full(config[key]) != in_full(decided[key]):
-            raise ValueError(f"{key} is {config[key]!r}, but {init_from} decides it, {decided[key]!r}: leave it out")
-    config |= decided
-    return base, None, vocabulary
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Losses
-
-
-def training_losses(network, frozen, images, text, randomness, config, i):
-    """{name: number} of iteration i, of which "objective" is minimised if there is one, else "loss": -log p and what
-    stays close to `frozen`, or the error of the velocity, per dimension. "loss" has no level_weight or velocity_weight.
-
-    frozen: the flow-matching model that an NTM started from, whose means it is to stay close to, or None. Equations
-    (16), (22), (26), (30) and (31) of docs/method.md.
-    """
-    if not (frozen or config["level_weight"] or config["velocity_weight"]):
-        return {"loss": network(images, text, randomness)}
-    (steps, ts, noise), target = randomness, None
-    if frozen:
-        with torch.no_grad(), coarse_products(steps.device):
-            x = forward_trajectory(frozen.patchify(images), ts, noise=noise)
-            target = frozen.gaussians(x, ts, text, steps).mean
-    parts = network(images, text, randomness, target, parts=True)
-    weight = config["aux_weight"] * 0.5 * (1 + math.cos(math.pi * i / config["max_iters"])) if frozen else 0.0
-    aux = weight * parts["aux"] if frozen else 0.0
-    return {"objective": parts.pop("objective") + aux, "loss": parts["nll"] + aux, **parts,
-            "aux_weight": parts["nll"].new_full((), weight)}
+# Validation
 
 
 @torch.no_grad()
 def validate(ema, batches, ts, config):
-    """What to log about the averaged model on held-out data, nats per dimension: val_step_k, -log p of each step of a
-    trajectory, cleanest first, their mean val_loss, and val_bound, the upper bound on -log p(x_{t_min}), which unlike
-    the loss does not depend on the time grid ts (T+1,). Of flow matching val_loss, the velocity's squared error. All of
-    it is measured in float32, as by evaluate.py, whatever the run trains in."""
-    sums = torch.zeros(len(ts) + 1 if isinstance(ema, NTM) else 2, device=ts.device)  # over examples
+    """What to log about the averaged model on held-out data, {name: nats per dimension}.
+
+    val_step_k is -log p of each step of a trajectory, cleanest first, val_loss their mean; val_bound is the upper bound
+    on -log p(x_{t_min}), which unlike the loss does not depend on the time grid ts (T+1,). Of flow matching val_loss is
+    the velocity's squared error. All of it is measured in float32, as by evaluate.py, whatever the run trains in.
+    """
+    sums, count = 0.0, torch.zeros((), device=ts.device)
     for images, text, _, generator in batches:
         with exact_products(ts.device):
             if isinstance(ema, NTM):
-                times = ts.expand(len(images), -1)
-                x = forward_trajectory(ema.patchify(images), times, generator)
-                chunk = config["chunk"] or ema.config.examples_at_once(len(ts) - 1, gradients=False)
-                nll, bound = map(torch.cat, zip(*(ema.trajectory_bound(*part) for part in zip(
-                    x.split(chunk), times.split(chunk), text.split(chunk)))))
-                values = torch.cat([nll[:, :-1], bound[:, None]], dim=1) / images[0].numel()
+                values = likelihoods(ema, images, text, ts, generator, config["chunk"])
+                sums = sums + values.sum(dim=0)
             else:
-                values = ema(images, text, ema.randomness(len(images), ts.device, generator)).expand(len(images), 1)
-        sums += torch.cat([values, torch.ones_like(values[:, :1])], dim=1).sum(dim=0)
-    *means, _ = (all_sum(sums) / sums[-1]).tolist()
+                t = ema.draw_times(len(images), generator, ts.device)
+                noise = torch.randn(ema.patchify(images).shape, generator=generator, device=ts.device)
+                sums = sums + len(images) * ema(images, text, (t, noise))[None]
+        count += len(images)
+    if not torch.is_tensor(sums):  # a rank without a batch
+        sums = torch.zeros(len(ts) if isinstance(ema, NTM) else 1, device=ts.device)
+    means = (all_sum(sums) / all_sum(count)).tolist()
     if not isinstance(ema, NTM):
         return {"val_loss": means[0]}
-    *nll, bound = means
-    return {"val_loss": sum(nll) / len(nll), "val_bound": bound, **{f"val_step_{k}": v for k, v in enumerate(nll)}}
+    *steps, bound = means
+    values = {"val_loss": sum(steps) / len(steps), "val_bound": bound}
+    return values | {f"val_step_{k}": nll for k, nll in enumerate(steps)}
+
+
+def likelihoods(ema, images, text, ts, generator, chunk=0):
+    """-log p of each step of a trajectory of each image, and the bound, (B, T+1), nats per dimension."""
+    times = ts.expand(len(images), -1)
+    x = forward_trajectory(ema.patchify(images), times, generator)
+    chunk = chunk or examples_at_once(ema.config, len(ts) - 1, gradients=False)
+    nll, bound = in_chunks(ema.trajectory_bound, chunk, x, times, text)
+    return torch.cat([nll[:, :-1], bound[:, None]], dim=1) / images[0].numel()
 
 
 def sample_images(ema, text, ts, generator, chunk=0):
     """Samples for captions, always from the same noise; an NTM's are score-denoised, `chunk` of them at once."""
     if not isinstance(ema, NTM):
         return ema.unpatchify(ema.sample(text, generator=generator)[:, 0])
-    x = ema.invert(ema.sample(text, ts, generator=generator), ts)
-    return ema.unpatchify(ema.score_denoise(x, ts, text, chunk))
+    u = ema.sample(text, ts, generator=generator)
+    x = ema.invert(u, ts)
+    return ema.unpatchify(score_denoise(ema, x, ts, text, chunk))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The run
+
+
+def open_data(config, vocabulary):
+    """Training and validation set, and tokenizer."""
+    train_set = open_dataset(config, "train")
+    val_set = open_dataset(config, "val")
+    tokenizer = get_tokenizer(config["tokenizer"], vocabulary)
+    if config["dataset"] == "shards" and train_set.latent:  # for whoever decodes what the model samples
+        mean, scale = train_set.mean.flatten(), train_set.scale.flatten()
+        config["latents"] = {"mean": mean.tolist(), "scale": scale.tolist()}
+    return train_set, val_set, tokenizer
+
+
+class Run:
+    """What a run holds: model, its average, optimisers, data, and the log. ranks: device, rank and world."""
+
+    def __init__(self, config, ranks):
+        self.config = config
+        self.device, self.rank, self.world = ranks
+        self.path = Path(config["out_dir"]) / "ckpt.pt"
+        start = find_start(config, self.device)
+        self.kind = start.kind
+        train_set, self.val_set, self.tokenizer = open_data(config, start.vocabulary)
+        self.decode = load_decoder(config, self.device) if config["decoder"] else None
+        self.model, self.frozen = build_model(config, start, self.tokenizer.vocab_size, self.device)
+        self.ts = self.model.config.time_grid(config["t_min"]).to(self.device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizers = make_optimizers(
+            self.model,
+            config["optimizer"],
+            config["weight_decay"],
+            self.device,
+            in_bfloat16(config, self.device),
+            words_lr=config["words_lr"],
+        )
+        resumed = start.resumed or {}
+        if resumed:
+            fixed = "objective", "optimizer", "tokenizer"
+            checkpoint.resume(resumed, self.path, self.model, self.ema, self.optimizers, config, *fixed)
+        if resumed and self.frozen:
+            checkpoint.restore_frozen(resumed, self.path, self.frozen.predictor)
+        alike(*filter(None, [self.model, self.ema, self.frozen]))
+        self.first = resumed.get("iter", 0)
+        text_len = self.model.config.text_len
+        notes = examine(train_set, self.val_set, self.tokenizer, text_len, config["bad_captions"])
+        words = resumed.get("words", ())
+        self.batches = Batches(train_set, self.tokenizer, text_len, config, self.first, ranks, words)
+        self.progress = Progress(self.path, "log.jsonl", config, self.first, resumed.get("counts", {}), self.rank)
+        if self.rank == 0:
+            describe(self, len(train_set))
+            print(*notes, sep="\n", end="\n" if notes else "")
+
+    def save(self, i):
+        """Writes the checkpoint of iteration i."""
+        words = set().union(*gathered(self.batches.words))  # of all captions so far, for whoever writes prompts
+        if self.rank == 0:
+            contents = dict(
+                kind=self.kind,
+                model=self.model,
+                ema=self.ema,
+                optimizers=self.optimizers,
+                iter=i,
+                settings=self.config,
+                vocabulary=self.tokenizer.vocabulary,
+                words=sorted(words),
+                job=job(),
+                counts=self.progress.counts,
+            )
+            if self.frozen:
+                contents["frozen"] = self.frozen.predictor.state_dict()
+            checkpoint.save(self.path, **contents)
+        self.progress.saved(i)
+
+    def validate(self, i):
+        """Validates the averaged model of iteration i, and leaves samples for held-out captions."""
+        if self.rank == 0:
+            with self.progress.a_sheet(i):
+                self.show_samples(i)
+        config = self.config
+        batches = validation_batches(
+            *self.held_out(),
+            config["val_examples"],
+            self.device,
+            self.rank,
+            self.world,
+            bad_limit=config["bad_limit"],
+        )
+        self.progress.validated(i, validate(self.ema, batches, self.ts, config))
+
+    def show_samples(self, i):
+        """A sheet of samples for the first held-out captions."""
+        count = self.config["num_samples"]
+        batches = validation_batches(*self.held_out(), count, self.device, batch_size=count)
+        _, text, captions, generator = next(batches)
+        images = sample_images(self.ema, text, self.ts, generator, self.config["chunk"])
+        if self.decode:
+            images = self.decode(images)
+        sheet = contact_sheet(images, captions)
+        self.progress.show(i, sheet, self.path.parent / "samples" / f"{i:06d}.png")
+
+    def held_out(self):
+        return self.val_set, self.tokenizer, self.model.config.text_len
+
+
+def describe(run, examples):
+    """Says what is about to be trained, on what, and from where."""
+    config = run.config
+    sizes = {}
+    for name, part in run.model.named_children():
+        sizes[name] = sum(parameter.numel() for parameter in part.parameters()) / 1e6
+    parts = ", ".join(f"{name} {size:.2f}M" for name, size in sizes.items())
+    where = f"{run.world} x {run.device.type}"
+    print(f"{sum(sizes.values()):.2f}M parameters ({parts}); {examples:,} examples; on {where}")
+    if run.first:
+        print(f"continues {config['out_dir']} at iteration {run.first}")
+    elif config["init_from"] != "scratch":
+        decided = ", ".join(f"{key} {config[key]}" for key in (*NETWORK, *TRANSPORTER))
+        print(f"starts from {config['init_from']}: {decided}")
+
+
+def train(run):
+    """The training loop."""
+    config, device = run.config, run.device
+    model, ema, frozen = run.model, run.ema, run.frozen
+    batches, progress = run.batches, run.progress
+    loss = for_training(TrainingLoss(model, config), config, device)
+    noised = getattr(ema, "noised", None)  # an NTM's
+    if isinstance(ema, CoupledNTM):  # (ours) four passes of the network
+        noised = for_training(noised, config, device)
+
+    with batches.interrupt, batches, progress:
+        if progress.validation_missing():
+            run.validate(run.first)
+        for i in range(run.first, config["max_iters"]):
+            # The batch: images, captions, and the noise levels at which they are learned from.
+            images, text, generator = next(batches)
+            with autocast(config, device):
+                levels = draw_levels(model, noised, images, text, config, batches, generator)
+
+            # Forward and backward, in as many passes as memory needs; the ranks' gradients meet in the last one.
+            losses_of = partial(losses_of_batch, loss, frozen, aux_weight_at(i, config))
+            losses = accumulate(losses_of, loss, batches, config, device, images, text, *levels)
+
+            # Clip the gradient, and guard: every rank has the same numbers, so all of them skip an update or none does.
+            grad_norm = clip_grad_norm_(model.parameters(), config["grad_clip"]) / run.world
+            asked = {"asked": batches.must_end(), **progress.asks()}
+            totals = all_sums({**losses, "grad_norm": grad_norm, **asked, **batches.counts}, device)
+            finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
+
+            # Step, and average.
+            lr = learning_rate(config, i)
+            if finite:
+                step(run.optimizers, lr)
+                update_average(ema, model, config["ema"], i)
+            model.zero_grad(set_to_none=True)
+
+            # Log; save, before the validation, so that nothing that goes wrong there costs the weights; validate; stop.
+            done = i + 1
+            progress.record(done, {name: totals[name] for name in losses}, lr, totals, finite, batches.waited)
+            if progress.save_due(done, totals):
+                run.save(done)
+            progress.stop_if_hopeless(done, totals, batches.faults)
+            if progress.validation_due(done):
+                run.validate(done)
+            if progress.stopped(done, totals):
+                break
+        leave_ranks()
 
 
 def main(config):
@@ -245,130 +346,9 @@ def main(config):
         ranks = start_ranks(config["device"])
         lock = lock_folder(config["out_dir"])
     with lock:
-        train(config, ranks)
-
-
-def train(config, ranks):
-    device, rank, world = ranks
-    with one_line_errors():
-        base, resumed, vocabulary = start(config, device)
-        check_objective(config, NETWORKS)
-        train_set, val_set = (open_dataset(config, split) for split in ("train", "val"))
-        tokenizer = get_tokenizer(config["tokenizer"], vocabulary)
-        if config["dataset"] == "shards" and train_set.latent:  # for whoever decodes what the model samples
-            config["latents"] = {"mean": train_set.mean.flatten().tolist(), "scale": train_set.scale.flatten().tolist()}
-        decode = load_decoder(config, device) if config["decoder"] else None
-        model_config = NTMConfig(vocab_size=tokenizer.vocab_size, **{
-            name: config[name] for name in NTMConfig.__dataclass_fields__ if name in config})
-        ts = model_config.time_grid(config["t_min"]).to(device)
-        path = Path(config["out_dir"]) / "ckpt.pt"
-
-        torch.manual_seed(config["seed"])  # the same initial weights on every rank
-        model, frozen = NETWORKS[config["objective"]](model_config).to(device), None
-        if model_config.parametrization == "posterior" and config["aux_weight"]:
-            frozen = NTM(replace(model_config, transporter_blocks=0)).to(device).requires_grad_(False).eval()
-            if resumed and "frozen" not in resumed:
-                raise ValueError(f"{path} was trained with aux_weight 0: resume it with --aux_weight=0")
-        if isinstance(base, NTM):
-            model.go_on_from(base)
-        elif base:
-            base.hand_over(model.predictor)
-        if frozen:
-            frozen.predictor.load_state_dict(resumed["frozen"] if resumed else model.predictor.state_dict())
-        ema = copy.deepcopy(model).eval().requires_grad_(False)
-        optimizers = make_optimizers(model, config["optimizer"], config["weight_decay"], device,
-                                     in_bfloat16(config, device), words_lr=config["words_lr"])
-        if resumed:
-            checkpoint.resume(resumed, path, model, ema, optimizers, config, "objective", "optimizer", "tokenizer")
-        kept = resumed or {}
-        first, counts, words = kept.get("iter", 0), kept.get("counts", {}), kept.get("words", ())
-        alike(model, ema, *filter(None, [frozen]))
-        base = resumed = kept = None  # whose weights would stay in memory as long as the run
-        notes = examine(train_set, val_set, tokenizer, model_config.text_len, config["bad_captions"])
-        batches = Batches(train_set, tokenizer, model_config.text_len, config, first, ranks, words)
-        progress = Progress(path, "log.jsonl", config, first, counts, rank)
-
-    network = for_training(model, config, device)
-    couple = for_training(ema.couple, config, device) if model_config.first_noise < 1 else None
-    if rank == 0:
-        describe(model, config, train_set, f"{world} x {device.type}", first)
-        for line in notes:
-            print(line)
-
-    def save(i):
-        words = sorted(set().union(*gathered(batches.words)))  # of all captions so far, for whoever writes prompts
-        if rank == 0:
-            checkpoint.save(path, kind=config["objective"], model=model, ema=ema, optimizers=optimizers, iter=i,
-                            settings=config, vocabulary=tokenizer.vocabulary, words=words, job=job(),
-                            counts=progress.counts,
-                            **({"frozen": frozen.predictor.state_dict()} if frozen else {}))
-
-    def check(i):
-        """Validates the averaged model, and leaves samples for held-out captions."""
-        held_out = val_set, tokenizer, model_config.text_len
-        if rank == 0:
-            with progress.a_sheet(i):
-                count = config["num_samples"]
-                _, text, captions, generator = next(validation_batches(*held_out, count, device, batch_size=count))
-                images = sample_images(ema, text, ts, generator, config["chunk"])
-                sheet = contact_sheet(decode(images) if decode else images, captions)
-                progress.show(i, sheet, path.parent / "samples" / f"{i:06d}.png")
-        of_this_rank = validation_batches(*held_out, config["val_examples"], device, rank, world,
-                                          bad_limit=config["bad_limit"])
-        progress.validated(i, validate(ema, of_this_rank, ts, config))
-
-    with batches.interrupt, batches, progress:
-        if progress.validation_missing():
-            check(first)
-        for i in range(first, config["max_iters"]):
-            # The batch, and all that is random about it: sampled for the whole batch, of which a rank keeps its rows.
-            images, text, generator = next(batches)
-            randomness = model.randomness(config["batch_size"], device, generator, batches.rows, batches.randn)
-            if couple:
-                with autocast(config, device):
-                    couple(images, text, randomness)
-
-            # Forward and backward, in as many passes as memory needs; the ranks' gradients meet in the last one.
-            losses = Counter()
-            for k, (images, text, *randomness) in enumerate(batches.chunks(images, text, *randomness), 1):
-                with gradients_meet(network, k == batches.passes):
-                    with autocast(config, device):
-                        parts = training_losses(network, frozen, images, text, randomness, config, i)
-                    (parts.get("objective", parts["loss"]) / batches.passes).backward()
-                for name, part in parts.items():
-                    losses[name] += part.detach() / (batches.passes * world)
-
-            # Clip the gradient, and guard: every rank has the same numbers, so all of them skip an update or none does.
-            grad_norm = clip_grad_norm_(model.parameters(), config["grad_clip"]) / world
-            asked = {"asked": batches.must_end(), **progress.asks()}
-            totals = all_sums({**losses, "grad_norm": grad_norm, **asked, **batches.counts}, device)
-            losses = {name: totals[name] for name in losses}
-            finite = math.isfinite(losses["loss"]) and math.isfinite(totals["grad_norm"])
-
-            # Step, and average.
-            lr = learning_rate(config, i)
-            if finite:
-                step(optimizers, lr)
-                update_average(ema, model, config["ema"], i)
-            model.zero_grad(set_to_none=True)
-
-            # Log, save, validate; leave where an end was asked for.
-            totals["skipped"] = not finite
-            if progress.ends(i + 1, losses, lr, totals, batches, save, check):
-                break
-        leave_ranks()
-
-
-def describe(model, config, train_set, where, first):
-    """Says what is about to be trained, on what, and from where: iteration `first` of a run that continues."""
-    sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
-    parts = ", ".join(f"{name} {size:.2f}M" for name, size in sizes.items())
-    print(f"{sum(sizes.values()):.2f}M parameters ({parts}); {len(train_set):,} examples; on {where}")
-    if first:
-        print(f"continues {config['out_dir']} at iteration {first}")
-    elif config["init_from"] != "scratch":
-        decided = ", ".join(f"{key} {config[key]}" for key in (*NETWORK, *TRANSPORTER))
-        print(f"starts from {config['init_from']}: {decided}")
+        with one_line_errors():
+            run = Run(config, ranks)
+        train(run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# Flow matching on emoji, 64x64: a start for config/emoji64_tune.py, for a GPU. `python data.py emoji` makes the data.
+# Flow matching on emoji, 64x64: a start for config/emoji64.py, for a GPU. `python data.py emoji` makes the data.
 # Four minutes on an H200 that others shared (3,900 images a second); val_loss 0.058.
 objective = "fm"
 out_dir = "out/emoji64_fm"

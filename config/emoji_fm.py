@@ -1,4 +1,4 @@
-# Flow matching on emoji, 32x32: a start for config/emoji_tune.py. `python data.py emoji` makes the data.
+# Flow matching on emoji, 32x32: a start for config/emoji.py. `python data.py emoji` makes the data.
 # Two and a half hours on one core (64 to 70 images a second, --bfloat16=True): val_loss 0.110.
 objective = "fm"
 out_dir = "out/emoji_fm"

@@ -1,13 +1,17 @@
-# Fashion-MNIST, 14x14. Half an hour on one core (115 images a second); val_loss -0.188, val_bound -1.332.
+# An NTM of Fashion-MNIST from the flow-matching model of config/fashion_fm.py: correlated Gaussian steps, in closed form.
+# 10 minutes on one core with --bfloat16=True, 20 without; val_bound -1.357, with --steps=8 -1.438.
+init_from = "out/fashion_fm/ckpt.pt"
 out_dir = "out/fashion"
 dataset = "fashion"
-image_size = 14
-channels = 1
-text_len = 6
 
-width = 128
+transporter_blocks = 0
+rank = 24
+level_weight = 1.0
+closed_form = True
+aux_weight = 0.0
 
 lr = 4e-3
-max_iters = 3000
+batch_size = 32
+max_iters = 4500
 val_interval = 500
 val_examples = 500

@@ -1,4 +1,5 @@
-# TarFlow as a special case of NTM: one step from noise, deep blocks, and no predictor, on Fashion-MNIST, 14x14.
+# (ours) TarFlow as a special case of NTM: one step from noise, deep blocks, and no predictor, on Fashion-MNIST, 14x14.
+objective = "tarflow"
 # val_bound is the exact -log p(x at t_min), in nats per dimension. Captions, at most 2.3 nats of an image, it does not see.
 out_dir = "out/fashion_tarflow"
 dataset = "fashion"
@@ -7,7 +8,6 @@ channels = 1
 text_len = 6
 
 steps = 1
-depth = 0
 transporter_blocks = 4
 transporter_layers = 2
 transporter_width = 128

@@ -1,21 +1,25 @@
-# Your own captioned images, 32x32: flow matching, as the start of an NTM. docs/data.md goes through it step by step.
-objective = "fm"  # "ntm": train an NTM from scratch instead
-out_dir = "out/mine_fm"  # where checkpoints, the log and samples go
+# Your own captioned images: an NTM that starts from the flow-matching model of config/mine_fm.py, which decides about the
+# network, sizes and words. docs/data.md goes through it step by step.
+init_from = "out/mine_fm/ckpt.pt"
+out_dir = "out/mine"  # where checkpoints, the log and samples go
 dataset = "shards"  # stays
 data_dir = "out/data/mine"  # what `python data.py folder` made
-image_size = 32  # or (height, width): divisible by patch_size
-channels = 3  # 1: grey
-crop = "center"  # "random": other parts of images that are not square, new in each epoch
-flip = False  # True: mirror half of the images, if no caption says left or right
-tokenizer = "out/mine.tiktoken"  # what `python data.py vocab` made
-text_len = 16  # tokens of a caption: `python data.py shards` says how many captions fit
+crop = "center"  # as in config/mine_fm.py
+flip = False  # as in config/mine_fm.py
 
-patch_size = 4  # (image_size / patch_size)^2 tokens; four times as many cost more than four times as much
-width = 160  # larger for more data: with depth and heads, the size of the network
-depth = 5
+first_noise = 0.5  # 1: a first step from pure noise, of which the likelihood is a tighter bound
+transporter_blocks = 0
+rank = 24  # directions along which the numbers of an image vary together
+shift = 1.0  # 2 for images of 64x64 and more, which are decided at noisier levels
+level_weight = 0.5
+closed_form = True
+velocity_weight = 1.0
+aux_weight = 0.0
+
+lr = 2e-3
+words_lr = 25.0  # as in config/mine_fm.py
 batch_size = 64  # less if memory is short
-
-words_lr = 25.0  # 1: if the captions are of few words, each of them in many
-max_iters = 3500  # times batch_size: how many images it sees
-val_interval = 500  # iterations between validations, each with samples in out_dir/samples
+max_iters = 2000  # times batch_size: how many images it sees
+warmup_iters = 50
+val_interval = 400  # iterations between validations, each with samples in out_dir/samples
 val_examples = 200  # at most what is held out

@@ -1,4 +1,4 @@
-# Flow matching on coloured shapes, 32x32: a start for config/shapes32_tune.py, for a GPU.
+# Flow matching on coloured shapes, 32x32: a start for config/shapes32.py, for a GPU.
 # Two and a half minutes on an H200 that others shared (4,300 images a second); val_loss 0.023, in three seeds.
 objective = "fm"
 out_dir = "out/shapes32_fm"

@@ -1,4 +1,4 @@
-# Flow matching on coloured shapes, 16x16, with the network of config/shapes.py: a start for config/shapes_tune.py.
+# Flow matching on coloured shapes, 16x16, with the network of config/shapes_scratch.py: a start for config/shapes.py.
 # A quarter of an hour on one core (300 images a second, --bfloat16=True); val_loss 0.053.
 objective = "fm"
 out_dir = "out/shapes_fm"

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, read without running anything they contain.
 
-A checkpoint is a dict of tensors and plain values: `kind` ("ntm", "fm" or "denoiser"), `model_config` (the fields of
-NTMConfig), `settings` (those of the script that wrote it), `vocabulary`, `words` (of the training captions), `model`,
-`ema`, `optimizers` (a list), `iter`.
+A checkpoint is a dict of tensors and plain values: `kind` (as in networks.py, or "denoiser"), `model_config` (the
+fields of NTMConfig), `settings` (those of the script that wrote it), `vocabulary`, `words` (of the training captions),
+`model`, `ema`, `optimizers` (a list), `iter`.
 
     python -m plumbing.checkpoint out/shapes assets/shapes     what sampling needs of model and denoiser, in float16
 """
@@ -21,6 +21,8 @@ import torch
 
 from plumbing.runtime import gathered, job, one_line_errors, restarts
 
+KINDS = "ntm", "sit", "coupled", "coupled_sit", "tarflow", "fm", "denoiser"  # of networks that are sampled from
+WORDS = {"fm": "flow matching", "denoiser": "a denoiser", "judge": "a judge"}  # the other kinds are NTMs
 RESUME = "no", "yes", "auto"
 OF_A_SITTING = {"out_dir", "resume", "device"}  # settings that a resumed run does not take from its checkpoint
 
@@ -88,15 +90,15 @@ def load(path, *kinds):
     try:
         contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
-        script = {"denoiser": "distill.py", "judge": "python -m plumbing.judge"}.get(kinds[0], "train.py")
+        script = {"denoiser": "distill.py", "judge": "python -m evidence.judge"}.get(kinds[0], "train.py")
         raise ValueError(f"there is no checkpoint {path}: make it with {script}, or name another") from None
     except Exception as error:  # what reading garbage raises depends on the garbage
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read checkpoint {path}: it is truncated or not a checkpoint ({reason})") from error
     if not isinstance(contents, dict) or contents.get("kind") not in kinds:
         found = contents.get("kind") if isinstance(contents, dict) else type(contents).__name__
-        expected = " or ".join(map(repr, kinds))
-        raise ValueError(f"{path} is not a {expected} checkpoint of this repository (its kind is {found!r})")
+        expected = " or ".join(dict.fromkeys(WORDS.get(kind, "an NTM") for kind in kinds))
+        raise ValueError(f"{path} is no checkpoint of {expected} of this repository (its kind is {found!r})")
     return contents
 
 
@@ -113,12 +115,15 @@ def restore(module, state, path):
 
 def load_network(path, networks, device="cpu"):
     """The network that a checkpoint holds, with its averaged weights in evaluation mode, and what else the checkpoint
-    holds. networks: {kind: class with from_fields}, the kinds that it may be of."""
+    holds. networks: {kind: class with a config_class}, the kinds that it may be of."""
     contents = load(path, *networks)
-    try:
-        network = networks[contents["kind"]].from_fields(contents["model_config"]).to(device)
-    except ValueError as error:
-        raise ValueError(f"{path} was made by another version: {error}") from error
+    network_class = networks[contents["kind"]]
+    fields = contents["model_config"]
+    unknown = fields.keys() - network_class.config_class.__dataclass_fields__
+    if unknown:
+        raise ValueError(f"{path} was made by another version, with {', '.join(sorted(unknown))} in its model_config: "
+                         "use that one, or train anew")
+    network = network_class(network_class.config_class(**fields)).to(device)
     restore(network, contents["ema"], path)
     for weights in "model", "ema", "optimizers", "frozen":
         contents.pop(weights, None)
@@ -183,9 +188,27 @@ def resume(contents, path, model, ema, optimizers, config, *fixed):
         optimizer.load_state_dict(state)
 
 
+def restore_frozen(contents, path, predictor):
+    """Brings back the weights of the flow-matching model that a run started from. Raises ValueError without them."""
+    if "frozen" not in contents:
+        raise ValueError(f"{path} was trained with aux_weight 0: resume it with --aux_weight=0")
+    restore(predictor, contents["frozen"], path)
+
+
+def check_teacher(path, contents, iteration, sha256):
+    """Raises ValueError where a denoiser's checkpoint learned from another model than that of an iteration and hash."""
+    taught = contents.get("teacher", iteration)
+    if taught != iteration:
+        raise ValueError(f"{path} learns from iteration {taught}, but the model is at {iteration}: remove it, to "
+                         "distil anew")
+    if contents.get("teacher_sha256", sha256) != sha256:  # older ones have none
+        raise ValueError(f"{path} learns from another model than {path.with_name('ckpt.pt')}, which has the same "
+                         "iteration and other weights: remove it, to distil anew")
+
+
 def slim(path, out):
     """Writes what sampling needs of the checkpoint `path`, its averaged weights in float16, to `out`."""
-    contents = load(path, "ntm", "fm", "denoiser")
+    contents = load(path, *KINDS)
     names = "kind", "model_config", "iter", "vocabulary", "words", "teacher", "teacher_sha256"
     kept = {name: contents[name] for name in names if name in contents}
     paths = dict.fromkeys(("out_dir", "init_from", "data_dir", "decoder"), "")  # which are of no use elsewhere

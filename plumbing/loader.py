@@ -12,9 +12,8 @@ import torch
 from tqdm import tqdm
 
 from plumbing.images import dequantize
-from plumbing.rng import randn
+from plumbing.rng import randn, uniforms
 from plumbing.runtime import Interrupt, one_line_errors
-from plumbing.shapes import uniforms
 from plumbing.shards import ATTEMPTS, attempts
 from plumbing.tokenizer import MOST_WORDS, survey, words
 from plumbing.workers import ReadAhead

@@ -21,6 +21,7 @@ class Lock:
 
     def __init__(self, folder):
         self.path = Path(folder) / NAME
+        self.made_folder = not self.path.parent.exists()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a+", encoding="utf-8", errors="replace")
@@ -51,7 +52,8 @@ class Lock:
         with contextlib.suppress(OSError):
             if os.listdir(self.path.parent) == [NAME]:  # of a run that left nothing, a wrong setting for instance
                 self.path.unlink()
-                self.path.parent.rmdir()
+                if self.made_folder:
+                    self.path.parent.rmdir()
         with contextlib.suppress(OSError):
             self.file.close()
 

@@ -10,7 +10,8 @@ from collections import defaultdict
 from tqdm import tqdm
 
 from plumbing import checkpoint
-from plumbing.images import plot, save_image
+from plumbing.images import save_image
+from plumbing.plots import plot
 from plumbing.runtime import gathered, note
 
 CURVES = {"loss": "loss", "val_loss": "loss", "val_mse": "loss", "val_bound": "nats per dimension", "val_psnr": "dB"}
@@ -114,13 +115,14 @@ class Progress:
 
     def __init__(self, path, log_name, config, start, counts, rank):
         self.path, self.config, self.start = path, config, start
-        self.before = self.counts = {"skipped": 0, "unusable": 0, "cut": 0, **counts}
+        self.before = {"skipped": 0, "unusable": 0, "cut": 0, **counts}
+        self.counts = dict(self.before)
         self.skipped_in_a_row = 0
         self.log = Log(path.with_name(log_name), start, config) if rank == 0 else None
 
     def __enter__(self):
         self.since, self.logged, self.waited = time.perf_counter(), self.start, 0.0
-        self.saved = self.since
+        self.saved_at = self.since
         stop = self.config["max_iters"]
         self.bar = tqdm(total=stop, initial=self.start, disable=self.log is None, unit="it", dynamic_ncols=True)
         if self.log and self.start >= stop:
@@ -144,67 +146,86 @@ class Progress:
         if not self.log:
             return {"save_due": False, "log_failed": False}
         seconds = 60 * self.config["save_minutes"]
-        due = seconds > 0 and time.perf_counter() - self.saved >= seconds
+        due = seconds > 0 and time.perf_counter() - self.saved_at >= seconds
         return {"save_due": due, "log_failed": bool(self.log.fault)}
 
-    def ends(self, i, losses, lr, totals, batches, save, check):
-        """Does what is due after i iterations: counts and logs, as update(); save(i); check(i), a validation. Returns
-        whether the run was asked to end here. Raises SystemExit where too many updates or examples are unusable, or
-        the log cannot be written."""
-        self.update(i, losses, lr, totals, batches.waited)
-        if self.validation_due(i) or totals["asked"] or totals["save_due"] or totals["log_failed"] or self.spoilt:
-            save(i)  # before the validation, so that nothing that goes wrong there costs the weights
-            self.saved = time.perf_counter()
-            if self.log and self.validation_due(i) and self.config["keep"] > 1:
-                checkpoint.keep(self.path, i, self.config["keep"])
-        self.stop_if_spoilt(i, batches.faults)
-        if totals["log_failed"]:
-            self.stop_without_log(i)
-        if self.validation_due(i):
-            check(i)
-        if i == self.config["max_iters"]:
-            self.stop_without_log(i)
-        if early := totals["asked"] and i < self.config["max_iters"]:
-            if self.log:
-                self.bar.write(f"interrupted: {self.path} holds iteration {i}; continue with --resume=yes")
-        return early
+    def record(self, i, losses, lr, totals, finite, waited):
+        """Counts iteration i, and logs it at every log_interval and where a run ends or validates.
 
-    def update(self, i, losses, lr, totals, waited):
-        """Counts iteration i, and logs it at every log_interval and where a run ends or validates. totals, over all
-        ranks: "grad_norm"; whether this update was "skipped" and an end "asked" for; examples "unusable" and captions
-        "cut" since the start. waited: seconds for data so far. Raises SystemExit after too many skips in a row."""
-        self.counts = {"skipped": self.counts["skipped"] + totals["skipped"],
-                       **{name: self.before[name] + int(totals[name]) for name in ("unusable", "cut")}}
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if totals["skipped"] else 0
+        losses: {name: number} to log. totals, over all ranks: "grad_norm"; whether an end was "asked" for; examples
+        "unusable" and captions "cut" since the start. finite: whether it was an update, or was skipped. waited:
+        seconds for data so far.
+        """
+        self.counts["skipped"] += not finite
+        for name in ("unusable", "cut"):
+            self.counts[name] = self.before[name] + int(totals[name])
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.last = losses["loss"], totals["grad_norm"], lr
         unusable, seen = self.counts["unusable"], i * self.config["batch_size"]
         self.spoilt = unusable >= 10 and unusable > self.config["bad_limit"] * seen
         ends = totals["asked"] or self.spoilt or self.skipped_in_a_row == PATIENCE or self.validation_due(i)
         self.bar.update()
         if self.log and (ends or i % self.config["log_interval"] == 0):
-            now = time.perf_counter()
-            rate = (i - self.logged) * self.config["batch_size"] / (now - self.since)
-            wait = (waited - self.waited) / (now - self.since)
-            self.since, self.logged, self.waited = now, i, waited
-            self.bar.set_postfix(loss=f"{losses['loss']:.3f}", images_per_s=f"{rate:.0f}", data_wait=f"{wait:.0%}",
-                                 **{name: count for name, count in self.counts.items() if count})
-            self.log.write(iter=i, **losses, lr=lr, grad_norm=totals["grad_norm"],
-                           images_per_s=round(rate, 1), data_wait=round(wait, 3), **self.counts)
-        if self.skipped_in_a_row == PATIENCE:
-            raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {losses['loss']}, "
-                             f"gradient norm {totals['grad_norm']}); stopped at iteration {i}, none of it in "
-                             f"{self.path}: lower lr (now {lr:.1e}) or grad_clip, or lengthen warmup_iters")
+            self.write(i, losses, lr, totals["grad_norm"], waited)
 
-    def stop_if_spoilt(self, i, faults):
-        """Raises SystemExit where too many examples are unusable; faults: what was wrong with those of this rank."""
+    def write(self, i, losses, lr, grad_norm, waited):
+        """A line of the log, and of the bar, with the speed since the last one."""
+        now = time.perf_counter()
+        seconds = now - self.since
+        rate = (i - self.logged) * self.config["batch_size"] / seconds
+        wait = (waited - self.waited) / seconds
+        self.since, self.logged, self.waited = now, i, waited
+        shown = {name: count for name, count in self.counts.items() if count}
+        self.bar.set_postfix(loss=f"{losses['loss']:.3f}", images_per_s=f"{rate:.0f}", data_wait=f"{wait:.0%}", **shown)
+        speed = {"images_per_s": round(rate, 1), "data_wait": round(wait, 3)}
+        self.log.write(iter=i, **losses, lr=lr, grad_norm=grad_norm, **speed, **self.counts)
+
+    def save_due(self, i, totals):
+        """Whether a checkpoint is due after i iterations; totals: with what asks() says, over all ranks."""
+        if self.skipped_in_a_row == PATIENCE:  # its weights are no better than those of the one before
+            return False
+        asked = totals["asked"] or totals["save_due"] or totals["log_failed"]
+        return bool(self.validation_due(i) or asked or self.spoilt)
+
+    def saved(self, i):
+        """Notes that the checkpoint holds iteration i, and keeps it under its own name if it is one of those."""
+        self.saved_at = time.perf_counter()
+        if self.log and self.validation_due(i) and self.config["keep"] > 1:
+            checkpoint.keep(self.path, i, self.config["keep"])
+
+    def stop_if_hopeless(self, i, totals, faults):
+        """Raises SystemExit where too many updates or examples are unusable, or the log cannot be written.
+
+        faults: what was wrong with examples of this rank.
+        """
+        if self.skipped_in_a_row == PATIENCE:
+            loss, grad_norm, lr = self.last
+            raise SystemExit(f"loss or gradient was not finite {PATIENCE} times in a row (loss {loss}, gradient norm "
+                             f"{grad_norm}); stopped at iteration {i}, none of it in {self.path}: lower lr (now "
+                             f"{lr:.1e}) or grad_clip, or lengthen warmup_iters")
         if self.spoilt:
-            first = "; ".join([fault for some in gathered(faults[:10]) for fault in some][:10])
+            first = []
+            for of_a_rank in gathered(faults[:10]):
+                first += of_a_rank
             raise SystemExit(f"{self.counts['unusable']} of {i * self.config['batch_size']} examples are unusable, "
                              f"more than bad_limit {self.config['bad_limit']} allows; stopped at iteration {i}, which "
-                             f"{self.path} holds. The first are: {first}")
+                             f"{self.path} holds. The first are: {'; '.join(first[:10])}")
+        if totals["log_failed"]:
+            self.stop_without_log(i)
+
+    def stopped(self, i, totals):
+        """Whether the run was asked to end after i iterations, before its last; raises as stop_without_log."""
+        if i == self.config["max_iters"]:
+            self.stop_without_log(i)
+            return False
+        if totals["asked"] and self.log:
+            self.bar.write(f"interrupted: {self.path} holds iteration {i}; continue with --resume=yes")
+        return bool(totals["asked"])
 
     def stop_without_log(self, i):
         """Raises SystemExit, on all ranks, where the log could not be written; iteration i has been saved."""
-        if fault := gathered(self.log.fault if self.log else "")[0]:
+        fault, *_ = gathered(self.log.fault if self.log else "")
+        if fault:
             raise SystemExit(f"{fault}; {self.path} holds iteration {i}: make room, and continue with --resume=yes")
 
     def validated(self, i, values):

@@ -12,17 +12,20 @@ def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HI
     """A list: AdamW for all weights, or for name "muon" Muon for the Transformer layers' matrices and AdamW for the
     rest: at equal time it went much further on every data set here. bfloat16: Muon's products; hidden: the endings of
     its matrices' names; words_lr: of the words' embeddings, times lr. Raises ValueError for another name."""
-    rest = dict(model.named_parameters())
     if name not in ("adamw", "muon"):
         raise ValueError(f"optimizer {name!r} is unknown: choose 'adamw' or 'muon'")
-    optimizers = []
-    if name == "muon":
-        matrices = [rest.pop(key) for key in list(rest) if ".layers." in key and key.endswith(hidden)]
-        optimizers = [Muon(matrices, weight_decay, bfloat16)]
+    matrices, words, rest = [], [], []
+    for key, parameter in model.named_parameters():
+        if name == "muon" and ".layers." in key and key.endswith(hidden):
+            matrices.append(parameter)
+        elif key.endswith("embed.weight"):
+            words.append(parameter)
+        else:
+            rest.append(parameter)
+    groups = [{"params": rest}, {"params": words, "factor": words_lr}]
     fused = device.type in ("cuda", "cpu")
-    words = [rest.pop(key) for key in list(rest) if key.endswith("embed.weight")]
-    groups = [{"params": list(rest.values())}, {"params": words, "factor": words_lr}]
-    return optimizers + [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
+    return [Muon(matrices, weight_decay, bfloat16), adamw] if name == "muon" else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -40,20 +43,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum, shapes = group["lr"], group["momentum"], defaultdict(list)
+            by_shape = defaultdict(list)
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    shapes[matrix.shape].append(matrix)
-            for shape, matrices in shapes.items():
-                for matrix in matrices:
-                    if not self.state[matrix]:
-                        self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-                gradients, buffers = zip(*((m.grad, self.state[m]["momentum_buffer"]) for m in matrices))
-                torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-                updates = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))  # Nesterov's
-                updates = orthogonal(updates.to(self.dtype)).to(updates.dtype)
-                torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(matrices, updates.unbind(), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+                    by_shape[matrix.shape].append(matrix)
+            for matrices in by_shape.values():
+                self.update(matrices, group)
+
+    def update(self, matrices, group):
+        """One step of matrices of the same shape."""
+        lr, momentum = group["lr"], group["momentum"]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        gradients = [matrix.grad for matrix in matrices]
+        buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))  # Nesterov's
+        updates = orthogonal(updates.to(self.dtype)).to(updates.dtype)
+        longest = max(matrices[0].shape)
+        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(matrices, updates.unbind(), alpha=-lr * 0.2 * math.sqrt(longest))  # as large as AdamW's
 
 
 def orthogonal(matrices):
@@ -69,10 +79,12 @@ def orthogonal(matrices):
 
 def learning_rate(config, i):
     """Linear warm-up to lr, then a cosine to min_lr at max_iters."""
-    if i < config["warmup_iters"]:
-        return config["lr"] * (i + 1) / config["warmup_iters"]
-    progress = (i - config["warmup_iters"]) / max(1, config["max_iters"] - config["warmup_iters"])
-    return config["min_lr"] + (config["lr"] - config["min_lr"]) * 0.5 * (1 + math.cos(math.pi * progress))
+    highest, lowest = config["lr"], config["min_lr"]
+    warmup = config["warmup_iters"]
+    if i < warmup:
+        return highest * (i + 1) / warmup
+    progress = (i - warmup) / max(1, config["max_iters"] - warmup)
+    return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def step(optimizers, lr):
@@ -85,4 +97,5 @@ def step(optimizers, lr):
 @torch.no_grad()
 def update_average(ema, model, decay, i):
     """Eq. (18): exponential moving average of the weights; the first iterations are forgotten faster."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + i) / (10 + i)))
+    decay = min(decay, (1 + i) / (10 + i))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)

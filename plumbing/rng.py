@@ -1,10 +1,33 @@
-"""Random numbers of a whole batch, of which a rank keeps its rows, without the memory of the others'."""
+"""Random numbers: hashes that stand in for a generator, and a rank's rows of what is drawn for a whole batch."""
 
 import math
 
+import numpy as np
 import torch
 
 PIECE = 2**22  # numbers drawn at once, 16 MB; a multiple of the 16 that torch's normal numbers come in on a CPU
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's: 2^64 over the golden ratio
+
+
+def mix(z):
+    """The finalizer of splitmix64: uint64 -> uint64, in which every input bit affects every output bit."""
+    z = z ^ (z >> np.uint64(30))
+    z = z * np.uint64(0xBF58476D1CE4E5B9)
+    z = z ^ (z >> np.uint64(27))
+    z = z * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def uniforms(seed, indices, n):
+    """Numbers in [0, 1), float64 (B, n), that depend on (seed, indices[b], column) alone. Any integers will do."""
+    seed = np.array([seed % 2**64], dtype=np.uint64)
+    indices = np.asarray(indices, dtype=np.int64).astype(np.uint64)
+    columns = np.arange(1, n + 1, dtype=np.uint64)
+    start = mix(seed + GOLDEN)
+    streams = mix(start + indices * GOLDEN)
+    bits = mix(streams[:, None] + columns * GOLDEN)
+    mantissas = bits >> np.uint64(11)
+    return mantissas * 2.0**-53
 
 
 def drawn(draw, shape, rows, device=None, dtype=torch.float32):

@@ -85,9 +85,11 @@ def find_device(name=""):
 
 
 def start_ranks(device_name="", patience=timedelta(minutes=10)):
-    """Joins the other processes under torchrun or srun, if there are any. Returns device, rank, world size. patience: how
-    long a rank waits for another that is silent, before it ends with an error. Raises ValueError where the environment
-    does not say which process this is."""
+    """Joins the other processes under torchrun or srun, if there are any. Returns device, rank, world size.
+
+    patience: how long a rank waits for another that is silent, before it ends with an error. Raises ValueError where
+    the environment does not say which process this is.
+    """
     device = find_device(device_name)
     if not (found := ranks_of_environment()):
         return device, 0, 1
@@ -224,6 +226,26 @@ def gradients_meet(network, last):
 
 
 last_sum = []  # the handle of the last all_sum
+
+
+def accumulate(losses_of, network, batches, config, device, *tensors):
+    """Forward and backward of a batch, in as many passes as memory needs; the ranks' gradients meet in the last one.
+
+    losses_of(*tensors of a pass) -> {name: scalar}, of which "objective" is minimised if there is one, else "loss", and
+    the others are for the log: returned, without gradients, as the mean over the passes divided by the ranks. network:
+    what for_training made.
+    """
+    totals = {}
+    world = rank_and_world()[1]
+    for number, of_a_pass in enumerate(batches.chunks(*tensors), 1):
+        with gradients_meet(network, number == batches.passes):
+            with autocast(config, device):
+                losses = losses_of(*of_a_pass)
+            objective = losses.pop("objective", losses["loss"])
+            (objective / batches.passes).backward()
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0.0) + value.detach() / (batches.passes * world)
+    return totals
 
 
 def all_sum(tensor):

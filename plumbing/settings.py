@@ -2,24 +2,54 @@
 
 from plumbing.runtime import note
 
+OBJECTIVES = "ntm", "fm", "tarflow"
+# what only an NTM learns by, and the values at which it has no effect
 OF_NTM = {"rank": 0, "level_weight": 0, "first_noise": 1, "closed_form": False, "velocity_weight": 0, "aux_weight": 0}
-SIZES_OF_NTM = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads",
-                "steps", "shift", "max_t_min", "pairs", "t_min", "chunk")
+SIZES_OF_NTM = (
+    "transporter_width",
+    "transporter_blocks",
+    "transporter_layers",
+    "transporter_heads",
+    "steps",
+    "shift",
+    "max_t_min",
+    "pairs",
+    "t_min",
+    "chunk",
+)
 
 
-def check_objective(config, known):
-    """Raises ValueError for an objective that is none of the known, for an NTM without a weight, and for what only an
-    NTM learns by, given to flow matching. What sizes an NTM alone is noted, so that one config file does for both."""
+def check_settings(config, model_config):
+    """Raises ValueError for settings of a run that contradict one another; model_config: the NTMConfig they make."""
     objective = config["objective"]
-    if objective not in known:
-        raise ValueError(f"objective {objective!r} is unknown: choose 'ntm' or 'fm'")
-    if objective == "ntm" and not config["depth"] and not config["transporter_blocks"]:
-        raise ValueError("depth and transporter_blocks are both 0, which leaves nothing to train: set one of them")
     if objective == "fm":
-        given = [name for name in OF_NTM if name in config.given and config[name] != OF_NTM[name]]
-        if given:
-            wrong = ", ".join(f"{name} {config[name]}" for name in given)
-            raise ValueError(f"objective is 'fm', and {wrong} is for an NTM: leave it out")
-        unused = [name for name in SIZES_OF_NTM if name in config.given]
-        if unused:
-            note(f"flow matching does not use {', '.join(unused)}, which an NTM does")
+        check_flow_matching(config)
+        return
+    for T in model_config.steps:
+        try:
+            model_config.time_grid(config["max_t_min"], T)
+        except ValueError as error:
+            raise ValueError(f"max_t_min: {error}") from error
+    blocks = model_config.transporter_blocks
+    for name in ("closed_form", "velocity_weight"):
+        if config[name] and blocks:
+            raise ValueError(f"{name} is {config[name]}, which needs transporter_blocks 0, not {blocks}")
+    if config["first_noise"] < 1 and not config["pairs"]:
+        raise ValueError(f"first_noise is {config['first_noise']}, which needs pairs True, not {config['pairs']}")
+
+
+def check_objective(objective):
+    """Raises ValueError for an objective that is none of the known."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is unknown: choose 'ntm', 'fm' or 'tarflow'")
+
+
+def check_flow_matching(config):
+    """Raises ValueError for what only an NTM learns by; what sizes an NTM alone is noted: one file does for both."""
+    given = [name for name in OF_NTM if name in config.given and config[name] != OF_NTM[name]]
+    if given:
+        wrong = ", ".join(f"{name} {config[name]}" for name in given)
+        raise ValueError(f"objective is 'fm', and {wrong} is for an NTM: leave it out")
+    unused = [name for name in SIZES_OF_NTM if name in config.given]
+    if unused:
+        note(f"flow matching does not use {', '.join(unused)}, which an NTM does")

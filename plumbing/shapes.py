@@ -10,10 +10,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from plumbing.rng import uniforms
+
 SHAPES = ("circle", "square", "triangle")
-COLOURS = {"red": (230, 40, 30), "green": (60, 200, 60), "blue": (30, 60, 230),  # far apart, and so are their greys
-           "yellow": (250, 225, 50), "purple": (180, 60, 210), "cyan": (70, 225, 240)}
+COLOURS = {  # far apart, and so are their greys
+    "red": (230, 40, 30),
+    "green": (60, 200, 60),
+    "blue": (30, 60, 230),
+    "yellow": (250, 225, 50),
+    "purple": (180, 60, 210),
+    "cyan": (70, 225, 240),
+}
 GROUND = (16, 16, 24)
+THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")  # of the first object to the second
 KINDS = ("one", "several", "and", "relation")
@@ -39,22 +48,6 @@ class Scene(NamedTuple):
     radius: np.ndarray  # (B, 4) half the side of the bounding square
 
 
-def mix(z):
-    """The finalizer of splitmix64: uint64 -> uint64, in which every input bit affects every output bit."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def uniforms(seed, indices, n):
-    """Numbers in [0, 1), float64 (B, n), that depend on (seed, indices[b], column) alone. Any integers will do."""
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    start = mix(np.array([seed % 2**64], dtype=np.uint64) + golden)
-    stream = mix(start + np.asarray(indices, dtype=np.int64).astype(np.uint64) * golden)
-    bits = mix(stream[:, None] + np.arange(1, n + 1, dtype=np.uint64) * golden)
-    return (bits >> np.uint64(11)) * 2.0**-53
-
-
 def scenes(seed, indices):
     """Scenes number `indices` (B integers, which may be negative) of the endless sequence `seed`, as a Scene."""
     return compose(uniforms(seed, indices, DRAWS))
@@ -62,75 +55,126 @@ def scenes(seed, indices):
 
 def compose(u):
     """The Scene that B rows of uniform numbers, (B, DRAWS) in [0, 1), stand for."""
-    kind, relation = (u[:, 0] * len(KINDS)).astype(int), (u[:, 1] * len(RELATIONS)).astype(int)
-    count = np.select([kind == 0, kind == 1], [1, 2 + (u[:, 2] * len(NUMBERS)).astype(int)], 2)
-
-    # what: one of the 18 coloured shapes; "several" repeat it, the second of a pair is one of the other 17
-    things = len(SHAPES) * len(COLOURS)
-    first = (u[:, 3] * things).astype(int)
-    second = np.where(kind == 1, first, (first + 1 + (u[:, 4] * (things - 1)).astype(int)) % things)
-    colour, shape = np.divmod(np.stack([first, second, first, second], 1), len(SHAPES))
-
-    # where: one cut makes two halves, one after the other "along" an axis; three and four objects need halves cut
-    # again, "across" it. The relation determines the layout: which axis it is, and which half comes first.
+    kind = whole(u[:, 0], len(KINDS))
+    relation = whole(u[:, 1], len(RELATIONS))
+    several = 2 + whole(u[:, 2], len(NUMBERS))
+    count = np.select([kind == 0, kind == 1], [1, several], 2)
+    colour, shape = draw_things(kind, u[:, 3], u[:, 4])
     cuts = CUT[0] + (CUT[1] - CUT[0]) * u[:, 5:8]
-    half, quarter = np.arange(MAX_OBJECTS) % 2, np.arange(MAX_OBJECTS) // 2
-    alone, again = (count == 1)[:, None], count[:, None] > 2 + half
-    cut_again = cuts[:, 1 + half]
-    along_lo, along_hi = np.where(half == 0, 0, cuts[:, :1]), np.where((half == 0) & ~alone, cuts[:, :1], 1)
-    across_lo = np.where(again & (quarter == 1), cut_again, 0)
-    across_hi = np.where(again & (quarter == 0), cut_again, 1)
+    places = u[:, 8:].reshape(-1, 3, MAX_OBJECTS)
+    along, across, radius = place_objects(kind, count, cuts, *places.transpose(1, 0, 2))
 
-    size, place_along, place_across = u[:, 8:].reshape(-1, 3, MAX_OBJECTS).transpose(1, 0, 2)
-    largest = np.minimum(np.minimum(along_hi - along_lo, across_hi - across_lo) / 2 - MARGIN, LONE_RADIUS[1])
+    # the relation determines the layout: which axis is "along", and which of the first two objects comes first
+    backwards = relation[:, None] % 2 == 1
+    along = np.where(backwards, 1 - along, along)
+    sideways = relation[:, None] < 2
+    x = np.where(sideways, along, across)
+    y = np.where(sideways, across, along)
+    return Scene(kind, relation, count, shape, colour, x, y, radius)
+
+
+def whole(u, n):
+    """Uniform numbers in [0, 1) as integers from 0 to n - 1."""
+    return (u * n).astype(int)
+
+
+def draw_things(kind, u_first, u_second):
+    """Colour and shape of 4 objects, (B, 4) each: of "several" all are alike, and no other pair is. All (B,)."""
+    first = whole(u_first, len(THINGS))
+    other = (first + 1 + whole(u_second, len(THINGS) - 1)) % len(THINGS)
+    second = np.where(kind == 1, first, other)
+    return np.divmod(np.stack([first, second, first, second], 1), len(SHAPES))
+
+
+def place_objects(kind, count, cuts, size, place_along, place_across):
+    """Where objects are along an axis and across it, and their radii, each (B, 4). cuts: (B, 3); the rest: (B, 4).
+
+    One cut makes two halves, one after the other "along" the axis; three and four objects need halves cut once more,
+    "across" it.
+    """
+    half = np.arange(MAX_OBJECTS) % 2
+    is_second = np.arange(MAX_OBJECTS) // 2 == 1  # of the two in its half
+    alone = (count == 1)[:, None]
+    shares_half = count[:, None] > 2 + half
+    first_cut = cuts[:, :1]
+    second_cut = cuts[:, 1 + half]
+    along_lo = np.where(half == 0, 0, first_cut)
+    along_hi = np.where((half == 0) & ~alone, first_cut, 1)
+    across_lo = np.where(shares_half & is_second, second_cut, 0)
+    across_hi = np.where(shares_half & ~is_second, second_cut, 1)
+
+    length = along_hi - along_lo
+    breadth = across_hi - across_lo
+    largest = np.minimum(length, breadth) / 2 - MARGIN
+    largest = np.minimum(largest, LONE_RADIUS[1])
     smallest = np.where(alone, LONE_RADIUS[0], MIN_RADIUS)
     radius = smallest + (largest - smallest) * size
     room = radius + MARGIN
-    along = along_lo + room + (along_hi - along_lo - 2 * room) * place_along
-    across = across_lo + room + (across_hi - across_lo - 2 * room) * place_across
+    along = along_lo + room + (length - 2 * room) * place_along
+    across = across_lo + room + (breadth - 2 * room) * place_across
 
     # "left of" must not be mistaken for "above": two objects are at most half as far apart across as along
     apart = (along[:, 1] - along[:, 0]) * (place_across[:, 1] - 0.5)
     beside = np.clip(across[:, 0] + apart, room[:, 1], 1 - room[:, 1])
     across[:, 1] = np.where(kind == 3, beside, across[:, 1])
-
-    along = np.where(relation[:, None] % 2 == 0, along, 1 - along)
-    x, y = np.where(relation[:, None] < 2, (along, across), (across, along))
-    return Scene(kind, relation, count, shape, colour, x, y, radius)
+    return along, across, radius
 
 
 def captions(scene):
     """The captions of a Scene, a list of B strings."""
-    things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    first, second = (scene.colour * len(SHAPES) + scene.shape)[:, :2].T.tolist()
-    return [f"a {things[a]}" if kind == 0 else f"{NUMBERS[count]} {things[a]}s" if kind == 1 else
-            f"a {things[a]} {'and' if kind == 2 else RELATIONS[relation]} a {things[b]}"
-            for kind, relation, count, a, b in zip(*(column.tolist() for column in scene[:3]), first, second)]
+    numbers = scene.colour * len(SHAPES) + scene.shape
+    columns = [scene.kind, scene.relation, scene.count, *numbers[:, :2].T]
+    rows = np.stack(columns, 1).tolist()
+    return [caption(*row) for row in rows]
+
+
+def caption(kind, relation, count, first, second):
+    """The caption of one scene; first and second: numbers of THINGS."""
+    if KINDS[kind] == "one":
+        return f"a {THINGS[first]}"
+    if KINDS[kind] == "several":
+        return f"{NUMBERS[count]} {THINGS[first]}s"
+    link = "and" if KINDS[kind] == "and" else RELATIONS[relation]
+    return f"a {THINGS[first]} {link} a {THINGS[second]}"
+
+
+def distance(name, dx, dy, r):
+    """Signed distance to the outline of a shape of radius r, negative inside; dx >= 0 and dy from its centre."""
+    if name == "circle":
+        return np.sqrt(dx**2 + dy**2) - r
+    if name == "square":
+        return np.maximum(dx, np.abs(dy)) - r
+    side = (2 * dx - dy - r) / np.sqrt(np.float32(5))  # of a triangle: base 2r, height 2r, apex up
+    return np.maximum(dy - r, side)
 
 
 def coverage(shape, x, y, radius, image_size):
     """The fraction of each pixel that a shape covers, anti-aliased: float32 (..., image_size, image_size) in [0, 1].
     `shape` indexes SHAPES; x, y and radius are as in a Scene; the four broadcast to (...,)."""
-    shape, *places = np.broadcast_arrays(shape, *(np.asarray(a, dtype=np.float32) for a in (x, y, radius)))
+    places = [np.asarray(a, dtype=np.float32) for a in (x, y, radius)]
+    shape, *places = np.broadcast_arrays(shape, *places)
     pixel = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
-    distance = np.empty((*shape.shape, image_size, image_size), dtype=np.float32)
-    for k in range(len(SHAPES)):
-        these = shape == k
-        centre_x, centre_y, r = (a[these][:, None, None] for a in places)
-        dx, dy = np.abs(pixel - centre_x), pixel[:, None] - centre_y  # (n, 1, W) and (n, H, 1)
-        # signed distance to the outline, negative inside; coverage falls from one to zero across one pixel
-        distance[these] = (np.sqrt(dx**2 + dy**2) - r if k == 0 else np.maximum(dx, np.abs(dy)) - r if k == 1 else
-                           # base 2r, height 2r, apex up
-                           np.maximum(dy - r, (2 * dx - dy - r) / np.sqrt(np.float32(5))))
-    return np.clip(0.5 - distance * image_size, 0, 1)
+    cover = np.empty((*shape.shape, image_size, image_size), dtype=np.float32)
+    for k, name in enumerate(SHAPES):
+        chosen = shape == k
+        centre_x, centre_y, r = (place[chosen][:, None, None] for place in places)
+        dx = np.abs(pixel - centre_x)  # (n, 1, W)
+        dy = pixel[:, None] - centre_y  # (n, H, 1)
+        cover[chosen] = 0.5 - distance(name, dx, dy, r) * image_size  # from one to zero across one pixel
+    return np.clip(cover, 0, 1)
 
 
 def render(scene, image_size):
     """A Scene as images, uint8 (B, 3, image_size, image_size)."""
     most = scene.count.max(initial=0)
-    cover = coverage(*(column[:, :most] for column in (scene.shape, scene.x, scene.y, scene.radius)), image_size)
+    columns = scene.shape, scene.x, scene.y, scene.radius
+    columns = [column[:, :most] for column in columns]
+    cover = coverage(*columns, image_size)
     ground = np.array(GROUND, dtype=np.float32)
-    paint = np.array(list(COLOURS.values()), dtype=np.float32)[scene.colour[:, :most]] - ground
-    paint *= (np.arange(most) < scene.count[:, None])[:, :, None]
-    images = paint.transpose(0, 2, 1) @ cover.reshape(*cover.shape[:2], -1) + ground[:, None]
+    palette = np.array(list(COLOURS.values()), dtype=np.float32)
+    paint = palette[scene.colour[:, :most]] - ground
+    there = np.arange(most) < scene.count[:, None]
+    paint *= there[:, :, None]
+    pixels = cover.reshape(*cover.shape[:2], -1)
+    images = paint.transpose(0, 2, 1) @ pixels + ground[:, None]
     return (images + 0.5).astype(np.uint8).reshape(-1, 3, image_size, image_size)

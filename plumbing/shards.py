@@ -22,7 +22,7 @@ from PIL import ImageOps
 from plumbing.examples import IMAGES, Unusable, captions_of, decode_image, decode_latent, holds_latent, pick
 from plumbing.images import resize_and_crop, to_pixels
 from plumbing.index import files_in, find_shards, load_index, read_members
-from plumbing.shapes import uniforms
+from plumbing.rng import uniforms
 
 HELD_OUT = 100  # without a folder for validation, every 100th example is held out
 ATTEMPTS = 100  # unusable examples in a row before reading gives up

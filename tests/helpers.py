@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fm import FlowMatching
-from model import NTM, Denoiser
+from model import Denoiser
+from networks import NETWORKS
 from plumbing import checkpoint
 from plumbing.runtime import note
 from plumbing.shards import Shards, write_shard
 
-NETWORKS = {"ntm": NTM, "fm": FlowMatching, "denoiser": Denoiser}
+ALL = {**NETWORKS, "denoiser": Denoiser}
 ROOT = Path(__file__).parent.parent
 SHORT = ["--device=cpu", "--batch_size=8", "--max_iters=6", "--val_interval=3", "--val_examples=16", "--num_samples=4",
          "--log_interval=1", "--warmup_iters=2", "--optimizer=adamw", "--lr=2e-3"]
@@ -31,6 +31,21 @@ TRAIN = SHORT + SMALL + ["--transporter_width=16", "--transporter_blocks=2", "--
 DISTILL = SHORT + SMALL + ["--t_min=0.03"]  # the model's own pictures end at 0.02
 SAMPLE = ["--device=cpu", "--num_samples=5"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SCRIPT = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+from model import NTM
+
+forward, calls = NTM.forward, []
+
+def forward_with_trouble(*args):
+    calls.append(args)
+    {trouble}
+    return forward(*args)
+
+NTM.forward = forward_with_trouble
+runpy.run_path({script!r}, run_name="__main__")
+"""
 
 
 def run(script, *settings):
@@ -62,6 +77,13 @@ def interrupted_run(network, iteration, *command):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "forward", forward_and_signal)
         return run(*command)
+
+
+def script(folder, trouble):
+    """train.py with something happening in every forward pass; `calls` are the passes so far."""
+    path = folder / f"script_{len(list(folder.glob('script_*')))}.py"
+    path.write_text(SCRIPT.format(root=str(ROOT), script=str(ROOT / "train.py"), trouble=trouble))
+    return path
 
 
 def contents(path):
@@ -108,7 +130,7 @@ def start(*command):
 def load(out, kind):
     """The averaged network that a folder holds."""
     path = out / ("denoiser.pt" if kind == "denoiser" else "ckpt.pt")
-    return checkpoint.load_network(path, {kind: NETWORKS[kind]})[0]
+    return checkpoint.load_network(path, {kind: ALL[kind]})[0]
 
 
 def pixels(path):

@@ -1,5 +1,4 @@
 import gzip
-import struct
 import subprocess
 import sys
 import time
@@ -9,17 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import write_idx
 
 import data
 from plumbing import shapes
 from plumbing.images import (FONT_SIZE, GAP, ImageFont, contact_sheet, dequantize, thumbnail, to_pil, to_pixels, to_uint8,
                              wrap)
 from plumbing.tokenizer import ASSETS, make_vocabulary
-
-
-def write_idx(path, array):
-    payload = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
-    path.write_bytes(gzip.compress(payload) if path.suffix == ".gz" else payload)
 
 
 @pytest.fixture
@@ -43,6 +38,16 @@ def every_set(fashion, split="train", seed=0):
 
 def same(a, b):
     return torch.equal(a[0], b[0]) and a[1] == b[1]
+
+
+def test_only_the_shapes_load_their_renderer():
+    program = """import sys, data, plumbing.loader, plumbing.shards
+assert "plumbing.shapes" not in sys.modules
+data.get_dataset("digits", "val", 8, 1)[0]
+assert "plumbing.shapes" not in sys.modules
+data.get_dataset("shapes", "val", 8, 1)[0]
+assert "plumbing.shapes" in sys.modules"""
+    subprocess.run([sys.executable, "-c", program], cwd=Path(data.__file__).parent, check=True)
 
 
 # -----------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import data
-from plumbing import detector, shapes
-from plumbing.detector import TASKS, detect, follows, parse, task_prompts
+from evidence import detector
+from evidence.detector import TASKS, detect, follows, parse, task_prompts
+from plumbing import shapes
 from plumbing.images import to_pixels
 from plumbing.shapes import COLOURS, KINDS, NUMBERS, RELATIONS, SHAPES
 

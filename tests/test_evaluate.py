@@ -13,14 +13,16 @@ from torch.distributions import MultivariateNormal
 import evaluate
 import train
 from data import get_dataset, get_tokenizer
-from flow import forward_log_prob, forward_trajectory, reverse_posterior, time_grid
-from model import NTM, NTMConfig
+from evidence.detector import parse
+from evidence.judge import frechet_distance, nearest_labels
+from flow import forward_trajectory, reverse_posterior, time_grid
+from model import NTM, NTMConfig, forward_log_prob
 from pipeline import TrainedModel
-from plumbing import images, shapes
-from plumbing.detector import parse
+from plumbing import plots, shapes
 from plumbing.images import to_pixels
 from plumbing.loader import validation_batches
 from plumbing.shards import write_shard
+from predictor import Gaussian
 
 MEAN, STD = 0.4, 0.5  # of Gaussian data, every number on its own
 TINY = dict(image_size=(4, 6), channels=1, patch_size=2, vocab_size=20, text_len=3, width=16, depth=1, heads=2,
@@ -37,7 +39,7 @@ class ExactReverse(NTM):
         marginal = (1 - t)**2 * STD**2 + t**2  # variance of x_t
         x0 = MEAN + (1 - t) * STD**2 / marginal * (u - (1 - t) * MEAN)
         variance = C**2 + B**2 * STD**2 * t**2 / marginal
-        return A * u + B * x0, 0.5 * variance.log() * torch.ones_like(u)
+        return Gaussian(A * u + B * x0, 0.5 * variance.log() * torch.ones_like(u))
 
 
 def bound_of(model, t_min, count=2_000):
@@ -172,17 +174,17 @@ def test_caption_likelihoods_are_those_of_trajectories():
 def test_frechet_distance_of_gaussians():
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(50_000, 1, 1, 2, generator=generator)
-    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert evaluate.frechet_distance(a, 2 * a + 3) == pytest.approx(2 * 9 + 2 * 1, rel=0.02)  # |3|^2 + (2 - 1)^2 each
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, 2 * a + 3) == pytest.approx(2 * 9 + 2 * 1, rel=0.02)  # |3|^2 + (2 - 1)^2 each
     S = torch.tensor([[1.0, 0.6], [0.6, 0.5]])
     b = MultivariateNormal(torch.zeros(2), S).sample((50_000,))[:, None, None]
     root = torch.linalg.eigvals(S).real.sqrt().sum().item()  # against N(0, I): tr(I + S - 2 S^(1/2))
-    assert evaluate.frechet_distance(a, b) == pytest.approx(2 + 1.5 - 2 * root, abs=0.02)
+    assert frechet_distance(a, b) == pytest.approx(2 + 1.5 - 2 * root, abs=0.02)
 
 
 def test_nearest_labels():
     examples = torch.tensor([0.0, 1.0, 5.0])[:, None, None, None].expand(3, 1, 2, 2)
-    found = evaluate.nearest_labels(examples[[1, 2, 0]] + 0.3, examples, torch.tensor([7, 8, 9]))
+    found = nearest_labels(examples[[1, 2, 0]] + 0.3, examples, torch.tensor([7, 8, 9]))
     assert found.tolist() == [8, 9, 7]
 
 
@@ -191,7 +193,7 @@ def test_frechet_distance_of_few_images_of_many_pixels_is_that_of_their_covarian
     (mean_a, S_a), (mean_b, S_b) = ((x.mean(0), x.T.cov()) for x in (a.flatten(1), b.flatten(1)))
     root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()
     expected = (mean_a - mean_b).square().sum() + S_a.trace() + S_b.trace() - 2 * root
-    assert evaluate.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-4)
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_large_images_are_shrunk_before_their_distance_is_measured():
@@ -286,8 +288,8 @@ def quality_of(curve, passes, images_per_s, guidance=1.0, **measured):
 
 def test_quality_is_plotted_against_passes_and_seconds(monkeypatch):
     seen = {}
-    monkeypatch.setattr(images, "plot", lambda panels, x_label, log_x: seen.update(panels, log_x=log_x) or "image")
-    assert images.plot_quality([quality_of("NTM", 8, 10.0, overall={"mean": 0.9}),
+    monkeypatch.setattr(plots, "plot", lambda panels, x_label, log_x: seen.update(panels, log_x=log_x) or "image")
+    assert plots.plot_quality([quality_of("NTM", 8, 10.0, overall={"mean": 0.9}),
                                 quality_of("NTM", 4, 20.0, overall={"mean": 0.8}),
                                 quality_of("flow matching", 4, 40.0, overall={"mean": 0.3})]) == "image"
     assert seen == {
@@ -295,18 +297,18 @@ def test_quality_is_plotted_against_passes_and_seconds(monkeypatch):
         "overall score against seconds an image": {"NTM": [(0.05, 0.8), (0.1, 0.9)], "flow matching": [(0.025, 0.3)]},
         "log_x": True}
     seen.clear()
-    images.plot_quality([quality_of("NTM", passes, 5.0, frechet_distance=9 - passes) for passes in (8, 4)])
+    plots.plot_quality([quality_of("NTM", passes, 5.0, frechet_distance=9 - passes) for passes in (8, 4)])
     assert seen["Frechet distance against network passes"] == {"NTM": [(4, 5), (8, 1)]}
-    assert images.plot_quality([quality_of("NTM", 4, 9.0, w, frechet_distance=1 + w) for w in (2.0, 0.0)]) is None
-    assert images.plot_quality([quality_of("NTM", passes, 1.0) for passes in (4, 8)]) is None
+    assert plots.plot_quality([quality_of("NTM", 4, 9.0, w, frechet_distance=1 + w) for w in (2.0, 0.0)]) is None
+    assert plots.plot_quality([quality_of("NTM", passes, 1.0) for passes in (4, 8)]) is None
 
 
 def test_logarithmic_axes_have_round_ticks(monkeypatch):
     written = []
-    monkeypatch.setattr(images.ImageDraw.ImageDraw, "text", lambda self, place, text, **_: written.append(text))
-    images.plot({"": {"": [(0.013, 7.0), (0.3, 7.5)]}}, "", log_x=True)
+    monkeypatch.setattr(plots.ImageDraw.ImageDraw, "text", lambda self, place, text, **_: written.append(text))
+    plots.plot({"": {"": [(0.013, 7.0), (0.3, 7.5)]}}, "", log_x=True)
     assert {"0.02", "0.05", "0.1", "0.2"} <= set(written) and not {"0.01", "0.5", "0.013", "0.3"} & set(written)
-    images.plot({"": {"": [(1, 7.0), (50, 7.5), (3, 7.2)]}}, "", log_x=True)
+    plots.plot({"": {"": [(1, 7.0), (50, 7.5), (3, 7.2)]}}, "", log_x=True)
     assert {"1", "3", "50"} <= set(written)
 
 

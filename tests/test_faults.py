@@ -14,8 +14,8 @@ import time
 
 import pytest
 from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, TRAIN, assert_close_training, contents, fails, interrupted_run,
-                     on_ranks, read_log, read_log_without_speed, run, run_with_notes, same, same_training, start, torchrun,
-                     training_lines)
+                     on_ranks, read_log, read_log_without_speed, run, run_with_notes, same, same_training, script, start,
+                     torchrun, training_lines)
 from PIL import Image
 
 from model import NTM
@@ -121,30 +121,6 @@ def test_averaged_weights_are_alike_on_all_ranks_whatever_they_start_with(copied
     starts = [contents(tmp_path / f"start{rank}.pt") for rank in range(2)]
     assert same(*starts) and not same(*starts[0])  # after the first update
     assert same(*(contents(tmp_path / f"average{rank}.pt") for rank in range(2)))
-
-
-SCRIPT = """
-import os, runpy, signal, sys
-sys.path.insert(0, {root!r})
-from model import NTM
-
-forward, calls = NTM.forward, []
-
-def forward_with_trouble(*args):
-    calls.append(args)
-    {trouble}
-    return forward(*args)
-
-NTM.forward = forward_with_trouble
-runpy.run_path({script!r}, run_name="__main__")
-"""
-
-
-def script(folder, trouble):
-    """train.py with something happening in every forward pass; `calls` are the passes so far."""
-    path = folder / f"script_{len(list(folder.glob('script_*')))}.py"
-    path.write_text(SCRIPT.format(root=str(ROOT), script=str(ROOT / "train.py"), trouble=trouble))
-    return path
 
 
 def stopping(folder, iterations):
@@ -488,6 +464,13 @@ def test_a_mistake_leaves_no_folder(tmp_path):
     assert "no checkpoint" in fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'run'}", "--resume=yes")
     assert "no checkpoint" in fails("distill.py", *DISTILL, f"--out_dir={tmp_path / 'run'}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_leaves_a_folder_that_was_there(tmp_path):
+    """Somebody else made it, and is about to write there."""
+    (tmp_path / "run").mkdir()
+    assert "no checkpoint" in fails("train.py", *TRAIN, f"--out_dir={tmp_path / 'run'}", "--resume=yes")
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"] and list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_locked_is_used_with_a_note(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """Flow matching, and an NTM that starts from it: at first it is the Gaussian reverse step, to rounding."""
+import copy
 import math
 import re
 import shutil
@@ -9,15 +10,17 @@ from conftest import randomize
 from helpers import (DISTILL, SAMPLE, SHORT, SMALL, TRAIN, assert_close_training, contents, fails, interrupted_run,
                      load, on_ranks, pixels, read_log, read_log_without_speed, run, run_with_notes, same,
                      same_training, training_lines)
+from tiny import TINY as SMALLEST
+from tiny import levels_of, noise_of
 
 from plumbing import checkpoint
 from flow import forward_trajectory, time_grid
 from fm import FlowMatching
+from losses import TrainingLoss, losses_of_batch
 from model import NTM, NTMConfig
 from predictor import null_caption
 
-TINY = dict(image_size=(4, 6), channels=1, patch_size=2, vocab_size=20, text_len=3, width=16, depth=2, heads=2,
-            transporter_width=8, transporter_blocks=2, transporter_layers=1, transporter_heads=2)
+TINY = SMALLEST | dict(vocab_size=20, shift=None)
 TEXT = torch.tensor([[2, 3, 0], [4, 0, 0], [1, 0, 0]])
 
 
@@ -49,28 +52,30 @@ def test_loss_is_the_error_of_the_velocity(network):
     torch.testing.assert_close(loss, torch.cat(errors).square().mean())
 
 
-def test_velocity_weight_adds_the_loss_of_flow_matching(network):
-    """That of the network an NTM starts from, at the times of the grid and with the noise that each level holds."""
-    images = torch.rand(3, 1, 4, 6).double()
-    config = dict(TINY, transporter_blocks=0, parametrization="posterior", closed_form=True)
-    for settings in dict(), dict(level_weight=0.5), dict(pairs=True):
-        plain, weighted = (NTM(NTMConfig(**config, **settings, velocity_weight=w)).double() for w in (0.0, 3.0))
-        network.hand_over(plain.predictor)
-        weighted.load_state_dict(plain.state_dict())
-        steps, ts, noise = plain.randomness(3)
-        ts = ts.double()
-        x0, x = plain.patchify(images), forward_trajectory(plain.patchify(images), ts, noise=noise.double())
-        losses = [network(images, TEXT, (t, (x_t - (1 - t[:, None, None]) * x0) / t[:, None, None]))
-                  for t, x_t in zip(ts[:, 1:].T, x[:, 1:].transpose(0, 1))]
-        parts = weighted(images, TEXT, (steps, ts, noise.double()), parts=True)
-        before = plain(images, TEXT, (steps, ts, noise.double()), parts=True)
-        torch.testing.assert_close(parts["objective"] - before["objective"], 3 * torch.stack(losses).mean())
-        assert losses[0] > 0.1 and parts["nll"] == before["nll"]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_draws_times_and_noise_anew(network, dtype):
+    network, images = network.to(dtype), torch.rand(3, 1, 4, 6, dtype=dtype)
+    one, other = network(images, TEXT), network(images, TEXT)
+    assert one != other and one.dtype == dtype and one.shape == ()
+
+
+def test_a_velocity_starts_at_zero():
+    """Where the loss is that of the data's and the noise's mean."""
+    assert (FlowMatching(NTMConfig(**TINY)).velocity(torch.randn(3, 6, 4), torch.rand(3), TEXT) == 0).all()
+
+
+def test_a_velocity_is_float32_under_bfloat16(network):
+    network, x, t = network.float(), torch.randn(3, 6, 4), torch.rand(3)
+    exact = network.velocity(x, t, TEXT)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = network.velocity(x, t, TEXT)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, atol=0.1, rtol=0.1)
 
 
 def test_times_are_logit_normal():
-    t, noise = FlowMatching(NTMConfig(**TINY)).randomness(20_000, generator=torch.Generator().manual_seed(0))
-    assert noise.shape == (20_000, 6, 4)
+    t = FlowMatching(NTMConfig(**TINY)).draw_times(20_000, generator=torch.Generator().manual_seed(0))
+    assert t.shape == (20_000,)
     logits = t.logit()
     assert logits.mean() == pytest.approx(0, abs=0.03) and logits.std() == pytest.approx(1, abs=0.03)
 
@@ -148,7 +153,7 @@ def ancestral(network, x, t, s):
 def test_at_first_the_ntm_is_the_gaussian_reverse_step(network, model, steps):
     ts = time_grid(steps, 0.02, 6, shift=1.0).double()
     noise = torch.randn(3, steps + 1, 6, 4).double()
-    u = model.sample(TEXT, ts, noise=noise)
+    u = model.sample(TEXT, ts, randn=noise_of(noise))
     x = noise[:, steps]
     for k in reversed(range(steps)):
         t, s = ts[k + 1].item(), ts[k].item()
@@ -183,20 +188,25 @@ def test_likelihood_of_the_start_is_that_of_the_gaussians(network, model):
 
 def test_what_starts_at_zero_learns(model):
     images = torch.rand(3, 1, 4, 6).double()
-    model(images, TEXT, [a.double() if a.is_floating_point() else a for a in model.randomness(3)]).backward()
+    model(images, TEXT, levels_of(model, images, TEXT, *model.draw_trajectories(3))).backward()
     heads, times = model.predictor.head.weight.grad, model.predictor.trunk.time.mlp[0].weight.grad
     assert heads[4:].abs().min() > 0  # the scale
     assert times[:, 64:].abs().sum(dim=0).min() > 0  # s and 1/T
 
 
 def test_target_adds_the_distance_of_the_means(model):
-    images, draws = torch.rand(3, 1, 4, 6), model.float().randomness(3, generator=torch.Generator().manual_seed(0))
-    steps, ts, noise = draws
-    x = forward_trajectory(model.patchify(images), ts, noise=noise)
+    images = torch.rand(3, 1, 4, 6)
+    levels = levels_of(model.float(), images, TEXT, *model.draw_trajectories(3))
+    steps, ts, x = levels
     means = model.gaussians(x, ts, TEXT, steps).mean  # the transporter is the identity: u = x
-    parts = model(images, TEXT, draws, means + 0.5, parts=True)
-    assert parts["objective"] == parts["nll"] == model(images, TEXT, draws)
+    settings = dict(closed_form=False, level_weight=0.0, velocity_weight=0.0, pairs=False)
+    parts = TrainingLoss(model, settings)(images, TEXT, levels, means + 0.5)
+    assert parts["objective"] == parts["nll"]
+    torch.testing.assert_close(parts["nll"], model(images, TEXT, levels))
     assert parts["aux"].item() == pytest.approx(0.25, rel=1e-5)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    losses = losses_of_batch(TrainingLoss(model, settings), frozen, 3.0, images, TEXT, *levels)
+    assert losses["aux"] == 0 and losses["loss"] == losses["objective"] == parts["nll"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -239,7 +249,7 @@ def test_flow_matching_learns_and_draws(base, tmp_path):
 def test_flow_matching_resumes_bit_for_bit(tmp_path):
     settings = [*TRAIN, "--objective=fm"]
     run("train.py", *settings, f"--out_dir={tmp_path / 'whole'}")
-    interrupted_run(FlowMatching, 3, "train.py", *settings, f"--out_dir={tmp_path / 'parts'}")
+    interrupted_run(TrainingLoss, 3, "train.py", *settings, f"--out_dir={tmp_path / 'parts'}")
     assert contents(tmp_path / "parts" / "ckpt.pt")["iter"] == 3
     run("train.py", *settings, f"--out_dir={tmp_path / 'parts'}", "--resume=yes")
     assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
@@ -254,9 +264,9 @@ def test_a_preemptible_fine_tuning_run_is_one_command_that_is_sent_again(base, t
     command = ["train.py", *(setting for setting in TRAIN if not setting.startswith(of_the_start)), str(config)]
     run(*command, f"--out_dir={tmp_path / 'whole'}")
     command += [f"--out_dir={tmp_path / 'parts'}", "--resume=auto"]
-    _, printed = interrupted_run(NTM, 2, *command)
+    _, printed = interrupted_run(TrainingLoss, 2, *command)
     assert f"starts from {base / 'ckpt.pt'}: " in printed
-    _, printed = interrupted_run(NTM, 2, *command)
+    _, printed = interrupted_run(TrainingLoss, 2, *command)
     assert "starts from" not in printed and "at iteration 2" in printed
     run(*command)
     parts, whole = (tmp_path / name for name in ("parts", "whole"))
@@ -276,9 +286,6 @@ def test_a_run_that_continues_says_where_it_started_if_that_is_not_what_is_asked
     assert notes == [f"{tmp_path / 'ckpt.pt'} continues, which started from {base / 'ckpt.pt'}, not from {other}"]
     held = contents(tmp_path / "ckpt.pt")
     assert held["iter"] == 3 and held["settings"]["init_from"] == str(base / "ckpt.pt")
-    torch.save(held | {"settings": held["settings"] | {"init_from": "resume"}}, tmp_path / "ckpt.pt")  # an older one
-    _, _, notes = run_with_notes("train.py", *tune, "--max_iters=4", "--resume=yes")
-    assert notes == [] and contents(tmp_path / "ckpt.pt")["settings"]["init_from"] == str(base / "ckpt.pt")
 
 
 def test_fine_tuning_logs_both_losses_and_anneals(tune, tmp_path):
@@ -306,7 +313,7 @@ def test_fine_tuning_starts_with_the_averaged_weights(tune, base, tmp_path):
 def test_fine_tuning_resumes_bit_for_bit_without_its_base(tune, base, tmp_path):
     """The frozen copy is in the checkpoint: the file one started from may be gone."""
     run("train.py", *tune, f"--out_dir={tmp_path / 'whole'}")
-    interrupted_run(NTM, 3, "train.py", *tune, f"--out_dir={tmp_path / 'parts'}")
+    interrupted_run(TrainingLoss, 3, "train.py", *tune, f"--out_dir={tmp_path / 'parts'}")
     run("train.py", *TRAIN, f"--out_dir={tmp_path / 'parts'}", "--resume=yes")
     assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
     assert same(*(contents(tmp_path / run / "ckpt.pt")["frozen"] for run in ("parts", "whole")))
@@ -353,7 +360,7 @@ def test_an_ntm_goes_on_from_another_on_other_terms(trained, tmp_path):
     assert goes_on["model_config"] == base["model_config"] | {"shift": 2.0}
     run("train.py", *settings, f"--out_dir={tmp_path / 'whole'}")
     assert "aux" not in training_lines(tmp_path / "whole" / "log.jsonl")[0]
-    interrupted_run(NTM, 3, "train.py", *settings, f"--out_dir={tmp_path / 'parts'}")
+    interrupted_run(TrainingLoss, 3, "train.py", *settings, f"--out_dir={tmp_path / 'parts'}")
     run("train.py", *TRAIN, "--shift=2", f"--out_dir={tmp_path / 'parts'}", "--resume=yes")
     assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
 
@@ -392,7 +399,7 @@ def test_one_model_for_several_step_counts(tmp_path):
     run("train.py", str(tmp_path / "several.py"), *TRAIN, f"--out_dir={tmp_path}", "--max_iters=30")
     model = load(tmp_path, "ntm")
     assert model.config.steps == (4, 8, 16)
-    drawn = {int(model.randomness(2, generator=torch.Generator().manual_seed(i))[0][0]) for i in range(50)}
+    drawn = {int(model.draw_trajectories(2, generator=torch.Generator().manual_seed(i))[0][0]) for i in range(50)}
     assert drawn == {4, 8, 16}
     for steps in (4, 8, 16):
         _, printed = run("sample.py", *SAMPLE, f"--out_dir={tmp_path}", f"--steps={steps}", "--denoise=none")
@@ -404,7 +411,7 @@ def test_one_model_for_several_step_counts(tmp_path):
 
 
 @pytest.mark.parametrize("settings, parts", [
-    (["--objective=gan"], ["'gan'", "'ntm' or 'fm'"]),
+    (["--objective=gan"], ["'gan'", "'ntm', 'fm' or 'tarflow'"]),
     (["--init_from=nowhere.pt"], ["'nowhere.pt'", "'scratch'", "sit:PATH", "--resume=yes"]),
     (["--init_from=resume"], ["init_from 'resume'", "write --resume=yes"]),  # as it was written once
     (["--init_from=auto"], ["init_from 'auto'", "write --resume=auto"]),
@@ -447,15 +454,17 @@ def test_what_flow_matching_does_not_use_is_noted(tmp_path):
 
 
 def test_an_ntm_of_nothing_is_refused(tmp_path):
-    line = fails("train.py", *TRAIN, "--depth=0", "--transporter_blocks=0", f"--out_dir={tmp_path}")
-    assert line == "depth and transporter_blocks are both 0, which leaves nothing to train: set one of them"
-    assert "depth is 0" in fails("train.py", *TRAIN, "--depth=0", "--objective=fm", f"--out_dir={tmp_path}")
+    for objective in "ntm", "fm":
+        line = fails("train.py", *TRAIN, "--depth=0", f"--objective={objective}", f"--out_dir={tmp_path}")
+        assert line == "depth is 0, but must be at least 1"
+    line = fails("train.py", *TRAIN, "--objective=tarflow", "--transporter_blocks=0", f"--out_dir={tmp_path}")
+    assert line == "transporter_blocks is 0, which leaves a TarFlow nothing to train: choose at least 1"
 
 
 def test_wrong_kind_of_checkpoint_is_named(base, tmp_path):
-    assert "is not a 'ntm' checkpoint" in fails("distill.py", *DISTILL, f"--out_dir={base}")
+    assert "is no checkpoint of an NTM of" in fails("distill.py", *DISTILL, f"--out_dir={base}")
     line = fails("train.py", *TRAIN, "--objective=fm", f"--init_from={base / 'ckpt.pt'}", f"--out_dir={tmp_path}")
     assert "only an NTM starts from" in line
     checkpoint.save(tmp_path / "x.pt", kind="denoiser")
     line = fails("train.py", *TRAIN, f"--init_from={tmp_path / 'x.pt'}", f"--out_dir={tmp_path}")
-    assert "is not a 'ntm' or 'fm' checkpoint" in line
+    assert "is no checkpoint of flow matching or an NTM of" in line

@@ -1,45 +1,71 @@
 """What a GPU will need. Without one: graphs that are whole and compiled once, and no wait for the device in an update;
 with one, `pytest -m cuda` runs the scripts on it in bfloat16, compiled."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DISTILL, NETWORKS, SAMPLE, TRAIN, contents, run, torchrun, training_lines
-from test_memory import of_config
+from helpers import DISTILL, SAMPLE, TRAIN, contents, run, torchrun, training_lines
+from tiny import Encoder, of_config
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
-import train
+from beyond import CoupledConfig, CoupledNTM
+from fm import FlowMatching
+from losses import TrainingLoss, draw_levels, losses_of_batch
 from model import NTM, NTMConfig
+from plumbing import rng
 from plumbing.optim import make_optimizers, step, update_average
 from plumbing.runtime import autocast
 
 TINY = dict(image_size=4, width=16, depth=1, heads=2, transporter_width=8, transporter_blocks=1)
-WAYS = {"pairs": dict(pairs=True), "trajectories": {}, "several T": dict(pairs=True, steps=(2, 4)),
-        "flow matching": {}, "directions": dict(pairs=True, rank=2, level_weight=0.5),
-        "closed form": dict(pairs=True, transporter_blocks=0, rank=2, closed_form=True, level_weight=1.0,
-                            velocity_weight=1.0, parametrization="posterior")}
-WAYS["coupled"] = WAYS["closed form"] | dict(first_noise=0.5)
+NO_TRANSPORTER = dict(transporter_blocks=0, rank=2, parametrization="posterior")
+WAYS = {
+    "pairs": {}, "trajectories": {}, "several T": dict(steps=(2, 4)), "flow matching": {}, "directions": dict(rank=2),
+    "closed form": NO_TRANSPORTER, "coupled": NO_TRANSPORTER | dict(first_noise=0.5),
+    "near its start": dict(parametrization="posterior"),
+}
+PLAIN = dict(max_t_min=0.05, closed_form=False, level_weight=0.0, velocity_weight=0.0, aux_weight=0.0)
+# the settings of train.py that a way stands for, beside those of its network
+TRAINED = {
+    "pairs": dict(pairs=True), "trajectories": dict(pairs=False), "several T": dict(pairs=True),
+    "flow matching": dict(pairs=False), "directions": dict(pairs=True, level_weight=0.5),
+    "closed form": dict(pairs=True, closed_form=True, level_weight=1.0, velocity_weight=1.0),
+    "near its start": dict(pairs=True, aux_weight=2.5),
+}
+TRAINED["coupled"] = TRAINED["closed form"]
+
+
+def make_network(way, size):
+    if way == "flow matching":
+        return FlowMatching(NTMConfig(**size))
+    if way == "coupled":
+        return CoupledNTM(CoupledConfig(**size | WAYS[way]))
+    return NTM(NTMConfig(**size | WAYS[way]))
 
 
 def an_update(way, device, size=TINY, batch=8):
     """A function that makes one update as train.py does, with Muon, and returns the gradient's norm."""
-    kind, config = NETWORKS["fm" if way == "flow matching" else "ntm"], NTMConfig(**size | WAYS[way])
     with device:
-        model, average = kind(config), kind(config).requires_grad_(False)
+        model = make_network(way, size)
+        average = make_network(way, size).requires_grad_(False)
+    config = model.config
     optimizers = make_optimizers(model, "muon", 1e-4, device, bfloat16=True)
-    settings = {"bfloat16": True, "aux_weight": 0.0, "max_iters": 9, **vars(model.config)}
-    images = torch.zeros(batch, model.config.channels, *model.config.image_size, device=device)
-    text = torch.ones(batch, model.config.text_len, dtype=torch.long, device=device)
+    images = torch.zeros(batch, config.channels, *config.image_size, device=device)
+    text = torch.ones(batch, config.text_len, dtype=torch.long, device=device)
+    settings = PLAIN | TRAINED[way] | dict(batch_size=batch, bfloat16=True)
+    loss = TrainingLoss(model, settings)
+    noised = getattr(average, "noised", None)
+    frozen = average if settings["aux_weight"] else None
+    generator = torch.Generator(device)
+    batches = SimpleNamespace(rows=slice(None), randn=rng.randn)
 
     def update(i):
-        randomness = model.randomness(batch, device)
-        if model.config.first_noise < 1:
-            average.couple(images, text, randomness)
         with autocast(settings, device):
-            parts = train.training_losses(model, None, images, text, randomness, settings, i)
-        parts.get("objective", parts["loss"]).backward()
+            levels = draw_levels(model, noised, images, text, settings, batches, generator)
+            losses = losses_of_batch(loss, frozen, settings["aux_weight"], images, text, *levels)
+        losses["objective"].backward()
         norm = clip_grad_norm_(model.parameters(), 1.0)
         step(optimizers, 1e-3)
         update_average(average, model, 0.999, i)
@@ -85,8 +111,8 @@ def test_a_graph_is_whole_and_compiled_once(tmp_path, monkeypatch, way):
     objective = "fm" if way == "flow matching" else "ntm"
     torch._dynamo.reset()
     counters.clear()
-    run("train.py", *TRAIN, *(f"--{name}={value}" for name, value in {"pairs": False, **WAYS[way]}.items()
-                              if name != "parametrization"),
+    settings = {name: value for name, value in {**WAYS[way], **TRAINED[way]}.items() if name != "parametrization"}
+    run("train.py", *TRAIN, *(f"--{name}={value}" for name, value in settings.items()),
         *start, f"--objective={objective}", "--compile=True", "--max_iters=5", "--val_interval=100", "--val_examples=2",
         "--num_samples=1", f"--out_dir={tmp_path}")
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1 + (way == "coupled")
@@ -165,7 +191,6 @@ class TestCuda:
         assert (u - x).abs().max() > 0.01 and 1 < max(model.transporter.sweeps) < model.config.num_tokens
 
     def test_encode(self, tmp_path):
-        from test_prepare import Encoder
         from plumbing.latents import load_exported
         batch = torch.export.Dim("batch", min=1, max=63)
         program = torch.export.export(Encoder(), (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: batch},))

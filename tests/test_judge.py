@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import SMALL, fails, png, run
 
-from plumbing import checkpoint, judge
+from evidence import judge
+from plumbing import checkpoint
 from plumbing.shards import Shards, write_shards
 
 COLOURS = {"red": (230, 40, 30), "green": (60, 200, 60), "blue": (30, 60, 230)}
@@ -88,10 +89,10 @@ def test_what_a_judge_cannot_use_is_named(shards, trained, tmp_path):
     settings = [*SMALL, "--dataset=shards", f"--data_dir={shards}", "--image_size=16", "--patch_size=8", "--channels=3"]
     run("train.py", *settings, "--objective=fm", "--max_iters=1", f"--out_dir={tmp_path}")
     line = fails("evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", f"--judge={tmp_path / 'none.pt'}", "--steps=2")
-    assert "none.pt: make it with python -m plumbing.judge" in line
+    assert "none.pt: make it with python -m evidence.judge" in line
     line = fails("evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", f"--judge={tmp_path / 'ckpt.pt'}", "--steps=2",
                  "--num_samples=4")
-    assert "is not a 'judge' checkpoint" in line
+    assert "is no checkpoint of a judge of" in line
 
 
 def test_training_moves_images_and_keeps_their_labels():

@@ -1,15 +1,18 @@
 """What batches are made of: captions that can be read, and random numbers that do not depend on the other ranks."""
 import functools
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
-import test_train
 import torch
+import toy
 from helpers import DISTILL, TRAIN, contents, fails, png, read_log, run, training_lines
-from test_train import DATA, SETTINGS, TINY, Items, Numbers, fit
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy import DATA, SETTINGS, TINY, Items, Numbers, fit
 
+from beyond import CoupledConfig, CoupledNTM
 from fm import FlowMatching
+from losses import draw_levels
 from model import NTM
 from plumbing import rng
 from plumbing.images import dequantize
@@ -71,7 +74,7 @@ def test_a_refused_caption_among_the_held_out_is_replaced_and_named(capsys):
 
 
 def test_a_run_heeds_bad_limit_for_captions(tmp_path, monkeypatch):
-    monkeypatch.setattr(test_train, "Numbers", Classes)
+    monkeypatch.setattr(toy, "Numbers", Classes)
     _, path = fit(tmp_path / "few", max_iters=30, bad_limit=0.1)
     assert read_log(path.with_name("log.jsonl"))[-2]["unusable"] == 10  # a twelfth of 120
     with pytest.raises(SystemExit, match=r"10 of 1\d\d examples are unusable, more than bad_limit 0.05.*caption '3'"):
@@ -117,7 +120,26 @@ def test_held_out_captions_that_are_no_classes_end_a_run_above_bad_limit(tmp_pat
 # Noise, of which each rank has its rows
 # ---------------------------------------------------------------------------------------------------------------
 
-COUPLED = {"first_noise": 0.3, "parametrization": "posterior", "transporter_blocks": 0, "pairs": True}
+# of a network, and the settings of train.py for it
+FM = FlowMatching(TINY), {"pairs": False}
+TRAJECTORIES = NTM(TINY), {"pairs": False}
+PAIRS = NTM(TINY), {"pairs": True}
+SEVERAL_T = NTM(replace(TINY, steps=(2, 4))), {"pairs": True}
+COUPLED = CoupledNTM(CoupledConfig(**asdict(TINY) | {"first_noise": 0.3, "parametrization": "posterior",
+                                                     "transporter_blocks": 0})), {"pairs": True}
+
+
+def drawn_by(network, settings, rows, batch=8):
+    """The levels that a rank with these rows of the whole batch learns from."""
+    config = network.config
+    text = torch.ones(batch, config.text_len, dtype=torch.long)
+    images = torch.linspace(-1, 1, batch)[:, None, None, None].expand(batch, config.channels, *config.image_size)
+    generator = torch.Generator().manual_seed(5)
+    batches = SimpleNamespace(rows=rows, randn=functools.partial(rng.randn, rows=rows))
+    config = {"batch_size": batch, "max_t_min": 0.05} | settings
+    noised = getattr(network, "noised", None)
+    levels = draw_levels(network, noised, images[rows], text[rows], config, batches, generator)
+    return *levels, torch.rand(8, generator=generator)  # and what comes after it
 
 
 @pytest.mark.parametrize("piece", [16, 48, 2**22])
@@ -136,17 +158,22 @@ def test_noise_of_some_rows_is_that_of_the_whole_batch(monkeypatch, piece, shape
         assert torch.equal(torch.rand(3, generator=again), after)
 
 
-@pytest.mark.parametrize("settings", [{}, {"pairs": True}, {"pairs": True, "steps": (2, 4)}, COUPLED])
-def test_a_rank_draws_the_same_randomness_as_all_of_them(settings):
-    for model in (NTM(replace(TINY, **settings)), FlowMatching(TINY)):
-        whole = model.randomness(8, "cpu", torch.Generator().manual_seed(5))
-        parts = [model.randomness(8, "cpu", torch.Generator().manual_seed(5), slice(i, i + 2),
-                                  functools.partial(rng.randn, rows=slice(i, i + 2))) for i in range(0, 8, 2)]
-        for together, apart in zip(whole, zip(*parts)):
-            assert torch.equal(together, torch.cat(apart))
+@pytest.mark.parametrize("way", [FM, TRAJECTORIES, PAIRS, SEVERAL_T, COUPLED],
+                         ids=["fm", "trajectories", "pairs", "several T", "coupled"])
+def test_a_rank_draws_the_same_randomness_as_all_of_them(way):
+    *whole, after = drawn_by(*way, rows=slice(None))
+    parts = []
+    for first in range(0, 8, 2):
+        *part, after_part = drawn_by(*way, rows=slice(first, first + 2))
+        parts.append(part)
+        assert torch.equal(after_part, after)
+    assert len(whole[-1].unique(dim=0)) == 8  # no two examples have the same noise
+    for together, apart in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(apart))
 
 
-def test_a_rank_has_no_memory_of_the_others_noise():
+@pytest.mark.parametrize("way", [FM, PAIRS], ids=["fm", "pairs"])
+def test_a_rank_has_no_memory_of_the_others_noise(way):
     """32 images of 256x256 pixels on one of eight ranks: 6 MB of noise of pixels, and 12 MB of a pair's, at a time."""
     largest = []
 
@@ -156,8 +183,9 @@ def test_a_rank_has_no_memory_of_the_others_noise():
             largest.append(made.untyped_storage().nbytes() if isinstance(made, torch.Tensor) else 0)
             return made
 
-    model = FlowMatching(replace(TINY, image_size=256, channels=3, patch_size=16))
+    of_tiny, settings = way
+    network = type(of_tiny)(replace(TINY, image_size=256, channels=3, patch_size=16))
     with Largest():
-        model.randomness(32, "cpu", torch.Generator(), slice(4, 8), functools.partial(rng.randn, rows=slice(4, 8)))
+        drawn_by(network, settings, slice(4, 8), batch=32)
         dequantize(torch.zeros(4, 3, 256, 256), torch.Generator(), 32, slice(4, 8))
     assert max(largest) < 2**24 + 100  # bytes, of the 25 MB that all have

@@ -3,30 +3,22 @@ import gc
 import re
 import runpy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomize
-from helpers import DISTILL, TRAIN, load, run
+from helpers import DISTILL, ROOT, TRAIN, load, run
+from tiny import make_model, make_trajectory, of_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distill
 import flow
 import train
-from flow import forward_trajectory
 from model import NTM, Denoiser, NTMConfig
+from plumbing.memory import examples_at_once, in_chunks
 
-ROOT = Path(__file__).parent.parent
 LIMIT = 4e9  # bytes, beside the weights
-
-
-def of_config(name):
-    """The NTMConfig of a file in config/, of GPT-2's vocabulary."""
-    settings = {"shift": 0.5, **runpy.run_path(str(ROOT / "config" / f"{name}.py"))}
-    return NTMConfig(vocab_size=50259, **{key: settings[key] for key in NTMConfig.__dataclass_fields__
-                                          if key in settings})
 
 
 class Kept:
@@ -66,7 +58,7 @@ def test_score_denoising_fits_beside_the_weights():
     with FakeTensorMode():
         model = NTM(of_config("t2i")).requires_grad_(False)
         ts = model.config.time_grid(0.02)
-        count = model.config.examples_at_once(4) + 1
+        count = examples_at_once(model.config, 4) + 1
         images, text = torch.zeros(count, 4, 32, 32), torch.ones(count, 77, dtype=torch.long)
         model.invert = lambda u, ts: u  # token by token, without a gradient: it would take minutes here
         with Kept(model) as sheet:
@@ -82,11 +74,11 @@ def test_what_training_keeps_is_what_its_config_says(monkeypatch, name, of_weigh
     logits."""
     monkeypatch.setattr(flow, "attend", lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal))
     with FakeTensorMode():
-        model, peaks = NTM(replace(of_config(name), pairs=True)), []
+        model, peaks = NTM(of_config(name)), []
         for batch in 1, 2:
-            randomness = torch.full((batch,), 4), torch.full((batch, 2), 0.3), torch.zeros(batch, 2, 256, 16)
+            levels = torch.full((batch,), 4), torch.full((batch, 2), 0.3), torch.zeros(batch, 2, 256, 16)
             with Kept(model) as kept, torch.autocast("cpu", dtype=torch.bfloat16):
-                model(torch.zeros(batch, 4, 32, 32), torch.ones(batch, 77, dtype=torch.long), randomness)
+                model(torch.zeros(batch, 4, 32, 32), torch.ones(batch, 77, dtype=torch.long), levels)
             peaks.append(kept.peak / 1e9)
     assert peaks[1] - peaks[0] == pytest.approx(of_an_image, rel=0.01)
     assert 2 * peaks[0] - peaks[1] == pytest.approx(of_weights, rel=0.02)
@@ -121,7 +113,7 @@ def test_what_an_example_takes_is_estimated_well():
     with FakeTensorMode():
         for config, T in ((of_config("t2i_small"), 8), (NTMConfig(transporter_blocks=0, width=256), 4),
                           (NTMConfig(image_size=16, depth=1), 16)):
-            count, model = config.examples_at_once(T), NTM(config).requires_grad_(False)
+            count, model = examples_at_once(config, T), NTM(config).requires_grad_(False)
             x, text = torch.zeros(1, T + 1, config.num_tokens, config.token_dim), torch.ones(1, config.text_len).long()
             with Kept(model) as kept:
                 model.score_denoise(x, config.time_grid(0.02, T), text)
@@ -131,7 +123,7 @@ def test_what_an_example_takes_is_estimated_well():
 def test_validation_passes_as_many_examples_at_once_as_fit(monkeypatch):
     """At the size of t2i a layer of 100 trajectories would take 17 GB."""
     config, seen = of_config("t2i"), []
-    assert 10 < config.examples_at_once(4, gradients=False) < 30
+    assert 10 < examples_at_once(config, 4, gradients=False) < 30
     model = randomize(NTM(NTMConfig()))
     bound = model.trajectory_bound
     monkeypatch.setattr(model, "trajectory_bound", lambda x, *args: seen.append(len(x)) or bound(x, *args))
@@ -140,27 +132,62 @@ def test_validation_passes_as_many_examples_at_once_as_fit(monkeypatch):
     batches = [(*batch, torch.Generator().manual_seed(0))]
     parts = train.validate(model, batches, ts, settings)
     assert seen == [3, 3, 1]
-    monkeypatch.setattr(NTMConfig, "examples_at_once", lambda self, steps, gradients=True: 5)
+    monkeypatch.setattr(train, "examples_at_once", lambda config, steps, gradients=True: 5)
     whole = train.validate(model, [(*batch, torch.Generator().manual_seed(0))], ts, settings | {"chunk": 0})
     assert seen[3:] == [5, 2] and parts == pytest.approx(whole, rel=1e-5)
 
 
+def test_trajectories_that_fit():
+    """4 GB / (13 x 4 bytes x units); of one layer at a time without gradients."""
+    config = NTMConfig(image_size=32, patch_size=2, text_len=77, width=1024, depth=24, transporter_width=512,
+                       transporter_blocks=4, transporter_layers=2, shift=1.0)
+    units = 4 * 24 * (77 + 256) * 1024 + 5 * 8 * 256 * 512
+    assert examples_at_once(config, 4) == int(4e9 / 52 / units) == 2
+    of_one_layer = 4 * (77 + 256) * 1024 + 5 * 256 * 512
+    assert examples_at_once(config, 4, gradients=False) == int(4e9 / 52 / of_one_layer) == 38
+    assert examples_at_once(config, 1000) == 1  # never none
+
+
+@pytest.mark.parametrize("chunk, sizes", [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5])])
+def test_a_function_gets_its_batch_in_parts(chunk, sizes):
+    a, b, seen = torch.randn(5, 3), torch.arange(5), []
+
+    def both(a, b):
+        seen.append(len(a))
+        return a * b[:, None], -b
+
+    product, negative = in_chunks(both, chunk, a, b)
+    assert seen == sizes
+    assert torch.equal(product, a * b[:, None]) and torch.equal(negative, -b)
+    assert torch.equal(in_chunks(lambda a: 2 * a, chunk, a), 2 * a)
+
+
+def test_tensors_of_different_lengths_are_no_batch():
+    with pytest.raises(ValueError):
+        in_chunks(lambda a, b: a, 2, torch.zeros(5), torch.zeros(2))
+
+
 def test_parts_make_the_same_scores():
-    model = randomize(NTM(NTMConfig(text_len=2))).double()
-    ts = model.config.time_grid(0.02).double().repeat(5, 1) + torch.linspace(0, 0.01, 5)[:, None] * torch.eye(5)[0]
-    x, text = forward_trajectory(torch.rand(5, 16, 4).double(), ts), torch.arange(10).reshape(5, 2)
-    u0, denoised = model.distillation_pair(x, ts, text, chunk=2)
-    torch.testing.assert_close(denoised, model.score_denoise(x, ts, text, chunk=5))
-    torch.testing.assert_close(u0, model.transporter(x[:, 0], ts[:, 0], torch.full((5,), 4))[0])
+    model = make_model(scale=0.5)
+    x, ts, text = make_trajectory(model, batch=5)
+    steps = torch.full((5,), 3)
+
+    def pair(x, ts, text, steps):
+        return model.transport(x[:, :1], ts[:, :1], steps)[0][:, 0], model.score_denoise(x, ts, text)
+
+    u0, denoised = in_chunks(pair, 2, x, ts, text, steps)
+    torch.testing.assert_close(denoised, model.score_denoise(x, ts, text))
+    torch.testing.assert_close(u0, model.transporter(x[:, 0], ts[:, 0], steps)[0])
 
 
-def test_a_lesson_transports_every_level_but_noise_once(monkeypatch):
+def test_a_lesson_transports_every_level_but_noise_and_the_cleanest_once_more(monkeypatch):
+    """Once for the denoiser's input, and for the target those that have a gradient."""
     model, levels = randomize(NTM(NTMConfig())), []
     forward = model.transporter.forward
     monkeypatch.setattr(model.transporter, "forward", lambda x, *args: levels.append(len(x)) or forward(x, *args))
     distill.lesson(model, torch.rand(3, 1, 8, 8), torch.ones(3, 8).long(), model.config.time_grid(0.02),
                    torch.randn(3, 5, 16, 4))
-    assert levels == [3 * 4]
+    assert levels == [3, 3 * 4]
 
 
 class Stop(Exception):

@@ -1,54 +1,25 @@
 """The likelihood is one, and sampling, guidance and score denoising are what the densities say they must be."""
 import math
+import subprocess
+import sys
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
 from conftest import covariance, randomize
+from helpers import ENVIRONMENT, ROOT
+from tiny import (MEAN, TINY, VARIANCE, changed, exact_model, levels_mean_and_covariance, levels_of, make_images,
+                  make_model, make_text, make_trajectory, noise_of)
 from torch.autograd.functional import jacobian
 from torch.distributions import MultivariateNormal, Normal
 from torch.func import functional_call
 
-from flow import forward_kernel, forward_log_prob, forward_trajectory, reverse_posterior, time_grid
-from fm import FlowMatching
-from model import NTM, Denoiser, NTMConfig
-from plumbing.tokenizer import get_tokenizer
-from predictor import Gaussian, null_caption
-
-# 2 x 3 patches: 6 tokens of 4 numbers; a grid without shift, k/T
-TINY = dict(image_size=(4, 6), channels=1, patch_size=2, vocab_size=9, text_len=3, width=16, depth=2, heads=2,
-            shift=1.0, transporter_width=16, transporter_blocks=2, transporter_layers=1, transporter_heads=2)
+from flow import forward_trajectory, reverse_posterior, time_grid
+from model import NTM, Denoiser, NTMConfig, bits_per_dim, forward_log_prob
 
 
-def guide(conditional, unconditional, weight):
-    """Of two diagonal Gaussians, (mean, log_std) each."""
-    return Gaussian(*conditional).guided(Gaussian(*unconditional), weight)[:2]
-
-
-def make_model(scale=1.0, dtype=torch.float64, **config):
-    return randomize(NTM(NTMConfig(**TINY | config)), scale).to(dtype)
-
-
-def make_images(batch):
-    return torch.rand(batch, 1, 4, 6) * 2 - 1
-
-
-def make_text(batch):
-    return torch.randint(2, TINY["vocab_size"], (batch, TINY["text_len"]))
-
-
-def make_trajectory(model, batch=3, steps=3):
-    """x (B, T+1, N, D), ts (B, T+1) and text; no two examples have the same times."""
-    dtype = model.predictor.head.weight.dtype
-    ts = time_grid(steps, torch.linspace(0.01, 0.05, batch, dtype=dtype), model.config.num_tokens, shift=1.0)
-    x0 = torch.rand(batch, model.config.num_tokens, model.config.token_dim, dtype=dtype) * 2 - 1
-    return forward_trajectory(x0, ts), ts, make_text(batch)
-
-
-def changed(before, after):
-    """The (row, column)s that hold any number which is not the same to the last bit."""
-    return {tuple(place) for place in (before != after).flatten(2).any(2).nonzero().tolist()}
+def draw(model, batch, pairs, **settings):
+    return model.draw_pairs(batch, **settings) if pairs else model.draw_trajectories(batch, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -161,35 +132,52 @@ def test_prediction_has_no_mask():
 # Training
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, (2, 4)])
 @pytest.mark.parametrize("pairs", [False, True])
-def test_loss_is_the_mean_nll_per_dimension_per_step(pairs):
-    model = make_model(pairs=pairs)
-    images, text, (steps, ts, noise) = make_images(3).double(), make_text(3), model.randomness(3)
-    ts, noise = ts.double(), noise.double()
-    loss = model(images, text, (steps, ts, noise))
+def test_loss_is_the_mean_nll_per_dimension_per_step(pairs, steps):
+    model, images, text = make_model(steps=steps), make_images(5).double(), make_text(5)
+    levels = steps, ts, x = levels_of(model, images, text, *draw(model, 5, pairs))
+    loss = model(images, text, levels)
     assert loss.shape == () and loss.dtype == torch.float64
-    x = forward_trajectory(model.patchify(images), ts, noise=noise)
     nll = [model.step_nll(x[:, k], x[:, k + 1], ts[:, k], ts[:, k + 1], steps, text) for k in range(ts.shape[1] - 1)]
-    assert len(nll) == (1 if pairs else 4)
+    assert len(nll) == (1 if pairs else steps[0])
     torch.testing.assert_close(loss, sum(nll).mean() / len(nll) / 24)
-    assert model(images, text, (steps, ts, noise)) == loss  # no randomness but the draws
+    assert model(images, text, levels) == loss  # no randomness but the draws
+
+
+def test_by_default_the_loss_is_of_whole_trajectories_drawn_anew(monkeypatch):
+    model, images, text, seen = make_model(), make_images(3).double(), make_text(3), []
+    transition_nll = model.transition_nll
+
+    def recorded(x, ts, text, steps, ends_in_noise):
+        seen.append((x, ts, steps, ends_in_noise))
+        return transition_nll(x, ts, text, steps, ends_in_noise)
+
+    monkeypatch.setattr(model, "transition_nll", recorded)
     assert model(images, text) != model(images, text)
+    for x, ts, steps, ends_in_noise in seen:
+        assert x.shape == (3, 5, 6, 4) and ts.shape == (3, 5) and steps.tolist() == [4, 4, 4] and ends_in_noise
+        assert (ts[:, 0] < 0.05).all() and (ts[:, -1] == 1).all()
+        noise = x - (1 - ts[..., None, None]) * model.patchify(images)[:, None]
+        assert noise[:, 0].abs().max() < 0.5 and noise[:, -1].std() > 0.7
 
 
 @torch.no_grad()
 def test_pairs_and_trajectories_have_the_same_expectation():
     model, images, text = make_model(scale=0.5, dtype=torch.float32), make_images(128), make_text(128)
 
-    def mean_and_standard_error(passes):
-        losses = torch.stack([model(images, text) for _ in range(passes)])
+    def mean_and_standard_error(passes, pairs):
+        losses = []
+        for _ in range(passes):
+            steps, ts = draw(model, 128, pairs)
+            losses.append(model(images, text, levels_of(model, images, text, steps, ts)))
+        losses = torch.stack(losses)
         return losses.mean(), losses.std() / passes**0.5
 
-    whole, whole_error = mean_and_standard_error(40)
-    _, ts, noise = model.randomness(128)
-    x = forward_trajectory(model.patchify(images), ts, noise=noise)
+    whole, whole_error = mean_and_standard_error(40, pairs=False)
+    _, ts, x = levels_of(model, images, text, *model.draw_trajectories(128))
     steps = model.trajectory_nll(x, ts, text)[:, :4].mean(0) / 24
-    model.config.pairs = True
-    pair, pair_error = mean_and_standard_error(160)
+    pair, pair_error = mean_and_standard_error(160, pairs=True)
     error = (whole_error**2 + pair_error**2).sqrt()
     assert (whole - pair).abs() < 4 * error
     assert steps.std() > 10 * error  # the four steps differ by so much that drawing them unevenly would show
@@ -197,12 +185,12 @@ def test_pairs_and_trajectories_have_the_same_expectation():
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_draws_cover_step_counts_times_and_levels(pairs):
-    model = make_model(steps=(4, 8), pairs=pairs, max_t_min=0.03)
+    model = make_model(steps=(4, 8))
     seen, mixed = Counter(), 0
     for _ in range(40):
-        steps, ts, noise = model.randomness(16)
+        steps, ts = draw(model, 16, pairs, max_t_min=0.03)
         T = steps[:, None]
-        assert ts.shape == (16, 2 if pairs else T[0] + 1) and noise.shape == (*ts.shape, 6, 4)
+        assert steps.shape == (16,) and ts.shape == (16, 2 if pairs else T[0] + 1)
         mixed += (steps != steps[0]).any().item()
         k = (ts * T).round()  # the unshifted grid is k/T, but for its start
         assert (k.diff() == 1).all()
@@ -215,36 +203,78 @@ def test_draws_cover_step_counts_times_and_levels(pairs):
         assert all(abs(count - 320 / T) < 4 * (320 / T) ** 0.5 for (T, _), count in seen.items())
 
 
-def test_start_of_a_trajectory_is_uniform_below_max_t_min():
+@pytest.mark.parametrize("shift", [None, 0.3, 3.0])
+def test_pairs_are_neighbours_of_the_models_own_grid(shift):
+    model = make_model(steps=(2, 3), shift=shift)
+    steps, ts = model.draw_pairs(60)
+    assert ts[:, 1].max() == 1  # exactly: the transporter tells pure noise by it
+    for T in (2, 3):
+        grid = time_grid(T, 0.0, 6, shift)
+        later = ts[steps == T][:, 1]
+        place = (later[:, None] - grid).abs().argmin(dim=1)
+        assert set(place.tolist()) == set(range(1, T + 1))
+        torch.testing.assert_close(later, grid[place])
+        cleaner = grid[place - 1]
+        torch.testing.assert_close(ts[steps == T][place > 1, 0], cleaner[place > 1])
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_start_of_a_trajectory_is_uniform_below_max_t_min(pairs):
     """Its quantiles; of 4,000 numbers one has a standard error of at most 0.5 / sqrt(4,000) = 0.008."""
-    _, ts, _ = make_model(max_t_min=0.04).randomness(4_000)
-    found = torch.quantile(ts[:, 0] / 0.04, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    model = make_model()
+    _, ts = draw(model, 16_000 if pairs else 4_000, pairs, max_t_min=0.04)
+    t_min = ts[:, 0][ts[:, 0] < 0.2]
+    assert len(t_min) == 4_000
+    found = torch.quantile(t_min / 0.04, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
     torch.testing.assert_close(found, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), atol=0.04, rtol=0)
-    assert (ts[:, 0] > 0).all()  # a posterior has no density at 0
+    assert (t_min > 0).all()  # a posterior has no density at 0
+    _, ts = draw(model, 4_000, pairs)
+    assert 0.04 < ts[:, 0][ts[:, 0] < 0.2].max() <= 0.05  # by default
 
 
 def test_a_batch_has_as_many_of_each_step():
-    model, firsts = make_model(pairs=True), Counter()
+    model, firsts = make_model(), Counter()
     for _ in range(200):
-        _, ts, _ = model.randomness(16)
+        _, ts = model.draw_pairs(16)
         k = (ts[:, 1] * 4).round() - 1
         assert k.unique(return_counts=True)[1].tolist() == [4, 4, 4, 4]
         firsts[k[0].item()] += 1  # of each example any
     assert len(firsts) == 4 and min(firsts.values()) > 25  # 50 expected, with a standard deviation of 6
 
 
-def test_draws_are_reproducible_from_their_generator():
-    model = make_model(steps=(4, 8), pairs=True)
-    one, same, other = (model.randomness(3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+def test_of_several_step_counts_an_example_has_any_step():
+    """The first of a batch as well as the others, all steps of a T alike."""
+    model, firsts = make_model(steps=(2, 3)), Counter()
+    for _ in range(600):
+        steps, ts = model.draw_pairs(2)
+        T = steps[0].item()
+        firsts[T, round(ts[0, 1].item() * T)] += 1  # the unshifted grid is k/T
+    assert firsts.keys() == {(2, 1), (2, 2), (3, 1), (3, 2), (3, 3)}
+    assert all(abs(count - 300 / T) < 4 * (300 / T) ** 0.5 for (T, _), count in firsts.items())
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_draws_are_reproducible_from_their_generator(pairs):
+    model = make_model(steps=(4, 8))
+    one, same, other = (draw(model, 3, pairs, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 5))
     assert all(torch.equal(a, b) for a, b in zip(one, same))
-    assert not torch.equal(one[1], other[1]) and not torch.equal(one[2], other[2])
+    assert not torch.equal(one[1], other[1])
+
+
+def test_noise_of_levels_is_given_or_drawn_anew():
+    model, x0, ts = make_model(), torch.randn(2, 6, 4), torch.tensor([[0.1, 0.5, 1.0]] * 2)
+    noise = torch.randn(2, 3, 6, 4)
+    assert torch.equal(model.noised(x0, None, ts, noise), forward_trajectory(x0, ts, noise=noise))
+    one, other = model.noised(x0, None, ts), model.noised(x0, None, ts)
+    assert one.shape == (2, 3, 6, 4) and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("parametrization", ["direct", "posterior"])
 @pytest.mark.parametrize("pairs", [False, True])
 def test_gradient_reaches_every_parameter(parametrization, pairs):
-    model = make_model(dtype=torch.float32, parametrization=parametrization, pairs=pairs, steps=(2, 3))
-    model(make_images(8), make_text(8)).backward()
+    model = make_model(dtype=torch.float32, parametrization=parametrization, steps=(2, 3))
+    images, text = make_images(8), make_text(8)
+    model(images, text, levels_of(model, images, text, *draw(model, 8, pairs))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all() and (parameter.grad != 0).any(), name
 
@@ -252,15 +282,16 @@ def test_gradient_reaches_every_parameter(parametrization, pairs):
 def test_gradient_is_the_slope_of_the_loss():
     """Nothing is cut off: not u_t, through which a step's Gaussian depends on the transporter."""
     model = make_model(scale=0.7)
-    images, text, draws = make_images(3).double(), make_text(3), model.randomness(3)
-    model(images, text, draws).backward()
+    images, text = make_images(3).double(), make_text(3)
+    levels = levels_of(model, images, text, *model.draw_trajectories(3))
+    model(images, text, levels).backward()
     for network in "transporter", "predictor":
         parameters = {name: p for name, p in model.named_parameters() if name.startswith(network)}
         direction = {name: torch.randn_like(p) for name, p in parameters.items()}
 
         def loss(h):
             moved = {name: p + h * direction[name] for name, p in parameters.items()}
-            return functional_call(model, moved, (images, text, draws))
+            return functional_call(model, moved, (images, text, levels))
 
         slope = sum((p.grad * direction[name]).sum() for name, p in parameters.items())
         torch.testing.assert_close((loss(1e-6) - loss(-1e-6)) / 2e-6, slope, rtol=1e-5, atol=0)
@@ -268,10 +299,10 @@ def test_gradient_is_the_slope_of_the_loss():
 
 def test_loss_is_float32_under_bfloat16():
     model, images, text = make_model(scale=0.5, dtype=torch.float32), make_images(16), make_text(16)
-    draws = model.randomness(16)
-    exact = model(images, text, draws)
+    levels = levels_of(model, images, text, *model.draw_trajectories(16))
+    exact = model(images, text, levels)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = model(images, text, draws)
+        rough = model(images, text, levels)
         gaussian = model.predict(torch.randn(2, 6, 4), *torch.rand(3, 2), text[:2])
     assert all(a.dtype == torch.float32 for a in (rough, *gaussian))
     assert rough != exact  # the layers did run in bfloat16
@@ -301,31 +332,6 @@ def test_training_lowers_the_loss_and_leaves_the_transporter_invertible():
 # Guidance and sampling
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 4.0])
-def test_guided_gaussian_is_the_normalised_product_of_powers(weight):
-    mean_c, log_std_c = torch.tensor([[0.3, -1.0, 0.0], [-0.4, -1.2, 0.0]]).double()
-    mean_u, log_std_u = torch.tensor([[-0.5, 0.2, 1.0], [-0.1, 0.3, 0.0]]).double()  # the last as wide as its partner
-    mean, log_std = guide((mean_c, log_std_c), (mean_u, log_std_u), weight)
-    x = torch.linspace(-20, 20, 40_001, dtype=torch.float64)[:, None]
-    log_density = ((1 + weight) * Normal(mean_c, log_std_c.exp()).log_prob(x)
-                   - weight * Normal(mean_u, log_std_u.exp()).log_prob(x))
-    p = log_density.softmax(0)
-    torch.testing.assert_close(mean, (p * x).sum(0))
-    torch.testing.assert_close(log_std.exp(), (p * (x - mean)**2).sum(0).sqrt())
-
-
-@pytest.mark.parametrize("weight", [0.5, 4.0])
-def test_guidance_keeps_the_spread_where_the_caption_widens_it(weight):
-    mean, log_std = guide((torch.tensor(0.3), torch.tensor(-0.2)), (torch.tensor(-0.5), torch.tensor(-0.9)), weight)
-    torch.testing.assert_close(mean, torch.tensor(0.3 + weight * 0.8))
-    torch.testing.assert_close(log_std, torch.tensor(-0.2))
-
-
-def test_no_guidance_is_the_conditional_itself():
-    conditional, unconditional = torch.randn(2, 2, 3, 6, 4)
-    assert torch.equal(torch.stack(guide(conditional, unconditional, 0.0)), conditional)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 def test_sampling_is_ancestral(guidance):
@@ -334,10 +340,11 @@ def test_sampling_is_ancestral(guidance):
     u = [noise[:, 3]]
     for t, s, z in zip([1.0, 0.6, 0.3], [0.6, 0.3, 0.02], noise.unbind(1)[2::-1]):
         step = torch.tensor([t, t]).double(), torch.tensor([s, s]).double(), torch.tensor([3, 3])
-        mean, log_std = guide(model.predict(u[0], *step, text), model.predict(u[0], *step, null), guidance)
+        mean, log_std = model.predict(u[0], *step, text).guided(model.predict(u[0], *step, null), guidance)
         u.insert(0, mean + log_std.exp() * z)
     before = noise.clone()
-    torch.testing.assert_close(model.sample(text, ts, guidance, noise=noise), torch.stack(u, 1), rtol=1e-12, atol=1e-12)
+    found = model.sample(text, ts, guidance, randn=noise_of(noise))
+    torch.testing.assert_close(found, torch.stack(u, 1), rtol=1e-12, atol=1e-12)
     assert torch.equal(noise, before)
 
 
@@ -354,16 +361,11 @@ def test_sampling_depends_on_its_generator_caption_and_guidance():
         (b, k) for b in range(2) for k in range(4)}  # all but the noise at t = 1
 
 
-def test_null_caption_is_the_id_1_and_padding():
-    text = torch.tensor([[5, 6, 7], [8, 0, 0]])
-    assert null_caption(text).tolist() == [[1, 0, 0], [1, 0, 0]] and text[0, 0] == 5
-    assert torch.equal(null_caption(text), get_tokenizer().encode(["", " "], 3))  # what training drops captions to
-
-
 def test_guidance_does_nothing_to_the_null_caption():
     model, null, noise = make_model(scale=0.5), torch.tensor([[1, 0, 0]]), torch.randn(1, 5, 6, 4).double()
     ts = time_grid(4, 0.02, 6, 1.0).double()
-    torch.testing.assert_close(model.sample(null, ts, 3.0, noise=noise), model.sample(null, ts, noise=noise))
+    guided, plain = (model.sample(null, ts, guidance, randn=noise_of(noise)) for guidance in (3.0, 0.0))
+    torch.testing.assert_close(guided, plain)
 
 
 @pytest.mark.parametrize("method", ["cache", "jacobi"])
@@ -382,48 +384,72 @@ def test_invert_returns_every_level_to_where_it_came_from(method, dtype, atol):
     torch.testing.assert_close(model.invert(u[:1], ts[0], method), x[:1], atol=atol, rtol=0)  # one grid for all
 
 
+def test_a_part_of_a_trajectory_is_inverted_at_its_own_step_count():
+    model, u, ts = make_model(), torch.randn(2, 5, 6, 4).double(), time_grid(4, 0.02, 6, 1.0).double()
+    whole = model.invert(u, ts)
+    torch.testing.assert_close(model.invert(u[:, :1], ts[:1], steps=4), whole[:, :1])
+    torch.testing.assert_close(model.invert(u[:, 1:3], ts[1:3], steps=4), whole[:, 1:3])
+    assert (model.invert(u[:, 1:3], ts[1:3]) - whole[:, 1:3]).abs().max() > 0.01  # as of one step
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# Where everything is known: x_0 ~ N(m, v) for every number by itself, and its exact reverse as the predictor
-
-MEAN, VARIANCE = torch.tensor([[[0.3], [-0.7]], [[0.05], [1.5]]]).double()  # each (N, D), of two tokens of one number
+# Where everything is known, tiny.exact_model, and the transporter at pure noise
 
 
-def exact_reverse(x_t, t, s, steps, text):
-    """Mean and log-std of x_s given x_t: both are Gaussian, with covariance alpha Var(x_s)."""
-    t, s = t[:, None, None], s[:, None, None]
-    variance_s, variance_t = ((1 - a)**2 * VARIANCE + a**2 for a in (s, t))
-    shared = (1 - t) / (1 - s) * variance_s
-    mean = (1 - s) * MEAN + shared / variance_t * (x_t - (1 - t) * MEAN)
-    return mean, 0.5 * torch.log(variance_s - shared**2 / variance_t)
-
-
-def exact_model():
-    model = NTM(NTMConfig(**TINY | dict(image_size=(1, 2), patch_size=1))).double()  # its transporter is the identity
-    model.predict = exact_reverse
-    return model
-
-
-def levels_mean_and_covariance(ts):
-    """Of (x_{t_0}, ..., x_{t_T}), for each token: (N, T+1) and (N, T+1, T+1)."""
-    a = 1 - ts
-    return MEAN * a, VARIANCE[:, :, None] * a[:, None] * a + covariance(ts)
-
-
-def test_pure_noise_is_left_out_of_the_transporter_without_a_difference(monkeypatch):
+@pytest.mark.parametrize("steps, pairs", [(4, False), (1, False), (1, True)])
+def test_pure_noise_is_left_out_of_the_transporter_without_a_difference(monkeypatch, steps, pairs):
     """Of whole trajectories, and of the only step there is: in training, likelihood, and back-propagation to x."""
-    for settings in dict(pairs=False), dict(steps=1, pairs=True):
-        model, levels = make_model(**settings), []
-        text, randomness = make_text(3), model.randomness(3)
-        T, ts, noise = randomness
-        x = forward_trajectory(torch.randn(3, *noise.shape[2:]).double(), ts, noise=noise).requires_grad_()
-        found = [model.transitions(x, ts, text, T, from_noise)[0] for from_noise in (True, False)]
-        torch.testing.assert_close(*found, rtol=1e-12, atol=0)
-        torch.testing.assert_close(*(torch.autograd.grad(nll.sum(), x)[0] for nll in found), rtol=1e-9, atol=1e-9)
-        forward = model.transporter.forward
-        monkeypatch.setattr(model.transporter, "forward", lambda x, *args: levels.append(len(x)) or forward(x, *args))
-        model(make_images(3).double(), text, randomness)
-        model.trajectory_nll(x, ts, text)
-        assert levels == [3 * (ts.shape[1] - 1)] * 2
+    model, images, text, passed = make_model(steps=steps), make_images(3).double(), make_text(3), []
+    levels = T, ts, x = levels_of(model, images, text, *draw(model, 3, pairs))
+    x.requires_grad_()
+    found = [model.transition_nll(x, ts, text, T, ends_in_noise) for ends_in_noise in (True, False)]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(nll.sum(), x)[0] for nll in found), rtol=1e-9, atol=1e-9)
+    (u, logdet), (_, all_logdets) = (model.transport(x, ts, T, ends_in_noise) for ends_in_noise in (True, False))
+    assert torch.equal(u[:, -1], x[:, -1]) and (logdet[:, -1] == 0).all()
+    torch.testing.assert_close(logdet, all_logdets, rtol=1e-12, atol=0)
+    forward = model.transporter.forward
+    monkeypatch.setattr(model.transporter, "forward", lambda x, *args: passed.append(len(x)) or forward(x, *args))
+    model(images, text, levels)
+    model.trajectory_nll(x, ts, text)
+    model.score_denoise(x, ts, text)
+    assert passed == [3 * (ts.shape[1] - 1)] * 3
+
+
+def test_pairs_pass_the_transporter_whole(monkeypatch):
+    """For among them are steps that do not start from pure noise."""
+    model, images, text, passed = make_model(), make_images(8).double(), make_text(8), []
+    levels = levels_of(model, images, text, *model.draw_pairs(8))
+    forward = model.transporter.forward
+    monkeypatch.setattr(model.transporter, "forward", lambda x, *args: passed.append(len(x)) or forward(x, *args))
+    model(images, text, levels)
+    assert passed == [2 * 8]
+
+
+def test_forward_log_prob_is_the_joint_normal_over_the_marginal():
+    """q(x_{t_1:T} | x_{t_0}) = q(x_{t_0:T} | x_0) / q(x_{t_0} | x_0), whatever x_0 is, for the chain is Markov."""
+    ts = time_grid(4, torch.tensor([0.01, 0.05]).double(), 256)
+    x = torch.randn(2, 5, 4, 3).double()
+    for b in range(2):
+        for x0 in (-0.8, 0.0, 1.3):
+            mean, levels = (1 - ts[b]) * x0, x[b].permute(1, 2, 0)
+            joint = MultivariateNormal(mean, covariance(ts[b])).log_prob(levels).sum()
+            first = Normal(mean[0], ts[b, 0]).log_prob(levels[..., 0]).sum()
+            torch.testing.assert_close(forward_log_prob(x, ts)[b], joint - first)
+
+
+def test_the_bound_is_nll_and_log_q():
+    model = make_model()
+    x, ts, text = make_trajectory(model, steps=4)
+    nll, bound = model.trajectory_bound(x, ts, text)
+    torch.testing.assert_close(nll, model.trajectory_nll(x, ts, text))
+    torch.testing.assert_close(bound, nll.sum(dim=1) + forward_log_prob(x, ts))
+
+
+def test_bits_per_dimension():
+    """A density of 2^7 on a bin as wide as 2^-7 has it all: no bits. One of 1/2 on all of [-1, 1] leaves 8."""
+    assert bits_per_dim(-7 * math.log(2) * 30, 30) == pytest.approx(0)
+    assert bits_per_dim(math.log(2) * 30, 30) == pytest.approx(8)
 
 
 def test_exact_reverse_gives_the_exact_likelihood():
@@ -440,51 +466,18 @@ def test_exact_reverse_gives_the_exact_likelihood():
         torch.testing.assert_close(bound[b], -marginal, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("t_min, restarts", [(0.0, 0), (0.04, 0), (0.04, 1), (0.04, 2)])
-def test_exact_reverse_samples_the_exact_trajectories(t_min, restarts):
-    """And a step that is taken again, from noise added anew, leaves them as they are, all levels together."""
-    ts, drawn = time_grid(4, torch.tensor(t_min).double(), 2, 1.0), 0
-    draws = 5 + restarts * (2 + 1)  # the levels' noise; of the second step that of the levels above, and its own
-
-    def randn(*shape):
-        nonlocal drawn
-        if shape[-1] == 0:
-            return torch.zeros(draws + 1, *shape).double()  # there are no directions
-        noise = torch.zeros(draws + 1, *shape).double()
-        count = shape[0] if len(shape) == 3 else 1
-        # sampling is affine in the noise: example k has unit noise in draw k only, the last none
-        noise.view(draws + 1, count, -1)[torch.arange(drawn, drawn + count), torch.arange(count)] = 1
-        drawn += count
-        return noise
-
-    x = exact_model().sample(make_text(draws + 1), ts, restarts=restarts, randn=randn)[..., 0]
-    assert drawn == draws
-    mean, factor = x[draws].T, (x[:draws] - x[draws]).permute(2, 1, 0)
+@pytest.mark.parametrize("t_min", [0.0, 0.04])
+def test_exact_reverse_samples_the_exact_trajectories(t_min):
+    ts = time_grid(4, torch.tensor(t_min).double(), 2, 1.0)
+    # sampling is affine in the noise: example k has unit noise at level k only, the last none
+    noise = torch.zeros(6, 5, 2, 1).double()
+    for k in range(5):
+        noise[k, k] = 1
+    x = exact_model().sample(make_text(6), ts, randn=noise_of(noise))[..., 0]
+    mean, factor = x[5].T, (x[:5] - x[5]).permute(2, 1, 0)
     expected_mean, expected_cov = levels_mean_and_covariance(ts)
     torch.testing.assert_close(mean, expected_mean)
     torch.testing.assert_close(factor @ factor.mT, expected_cov)
-
-
-@torch.no_grad()
-def test_a_restart_adds_the_noise_in_x_space():
-    model, text = make_model(scale=0.5), make_text(2)
-    ts, drawn = torch.tensor([0.02, 0.3, 0.6, 1.0]).double(), []
-    first = torch.randn(2, 4, 6, 4).double()
-
-    def randn(*shape):
-        drawn.append(torch.randn(2, *shape).double())
-        return drawn[-1]
-
-    once, again = (model.sample(text, ts, 1.0, restarts=n, noise=first, randn=randn) for n in (0, 1))
-    before, after = model.invert(once, ts), model.invert(again, ts)
-    assert (before - once).abs().max() > 0.1  # the transporter is no identity
-    noise = next(draw for draw in drawn if draw.shape[1:] == (2, 6, 4))
-    x = before[:, 1]
-    for k in (2, 3):
-        alpha, beta = forward_kernel(ts[k], ts[k - 1])
-        x = alpha * x + beta * noise[:, k - 2]
-        torch.testing.assert_close(after[:, k], x)
-    assert (after[:, 1] - before[:, 1]).abs().max() > 0.1
 
 
 def test_score_denoising_is_the_posterior_mean_from_every_level():
@@ -516,18 +509,6 @@ def test_score_denoising_is_tweedies_formula_at_the_trajectorys_own_step_count()
     for b in range(3):
         expected = (x[b, 0] - torch.einsum("k,knd->nd", covariance(ts[b])[0], g[b])) / (1 - ts[b, 0])
         torch.testing.assert_close(model.score_denoise(x[b:b + 1], ts[b], text[b:b + 1])[0], expected.detach())
-    u0, target = model.distillation_pair(x, ts, text)
-    torch.testing.assert_close(u0, model.transporter(x[:, 0], ts[:, 0], three)[0].detach())
-    torch.testing.assert_close(target[2], expected.detach())
-
-
-def test_score_denoising_in_parts_that_fit(monkeypatch):
-    model = make_model(scale=0.5)
-    x, ts, text = make_trajectory(model, batch=5, steps=3)
-    whole, asked = model.score_denoise(x, ts, text, chunk=5), []
-    monkeypatch.setattr(NTMConfig, "examples_at_once", lambda *args, **kwargs: asked.append((args[1:], kwargs)) or 2)
-    torch.testing.assert_close(model.score_denoise(x, ts, text), whole)
-    assert asked == [((3,), {})]  # for trajectories of three steps
 
 
 def test_score_denoising_returns_clean_data():
@@ -594,28 +575,40 @@ def test_image_size_is_a_side_or_height_and_width():
     assert NTMConfig(channels=3, patch_size=2).token_dim == 12
 
 
-@pytest.mark.parametrize("setting, named", [(dict(image_size=(4, 7)), "4x7"), (dict(parametrization="flow"), "flow"),
-                                            (dict(max_t_min=0.25), "0.25"), (dict(steps=(4, 20)), "20 steps"),
-                                            (dict(max_t_min=-0.1), "-0.1")])
+@pytest.mark.parametrize("setting, named", [(dict(image_size=(4, 7)), "4x7"), (dict(parametrization="flow"), "flow")])
 def test_impossible_settings_are_named(setting, named):
     with pytest.raises(ValueError, match=named):
         NTMConfig(**TINY | setting)
+
+
+@pytest.mark.parametrize("t_min, steps, named", [(0.25, 0, "t_min is 0.25, but the grid of 4 steps"),
+                                                 (0.05, 20, "t_min is 0.05, but the grid of 20 steps"),
+                                                 (-0.1, 0, "t_min is -0.1")])
+def test_a_grid_that_cannot_start_there_is_named(t_min, steps, named):
+    with pytest.raises(ValueError, match=named):
+        NTMConfig(**TINY).time_grid(t_min, steps)
+
+
+def test_the_configs_grid():
+    """Of its tokens and its shift, and of the first of its steps unless others are asked for."""
+    config = NTMConfig(**TINY | dict(steps=(3, 5)))
+    torch.testing.assert_close(config.time_grid(0.02), torch.tensor([0.02, 1 / 3, 2 / 3, 1]))
+    torch.testing.assert_close(config.time_grid(0.02, 5), torch.tensor([0.02, 0.2, 0.4, 0.6, 0.8, 1]))
+    by_tokens = NTMConfig(**TINY | dict(shift=None))
+    torch.testing.assert_close(by_tokens.time_grid(0.02), time_grid(4, 0.02, 6))
+    assert config.grid_shift == 1 and by_tokens.grid_shift == pytest.approx(math.exp(0.5 + 0.65 * (6 - 256) / 3840))
+
+
+def test_no_density_at_zero_is_named():
+    with pytest.raises(ValueError, match="t_min is 0, .* choose t_min > 0"):
+        NTMConfig(**TINY | dict(parametrization="posterior")).time_grid(0)
+    assert NTMConfig(**TINY).time_grid(0.0)[0] == 0  # a direct model has one
 
 
 @pytest.mark.parametrize("setting", [dict(heads=3), dict(transporter_heads=3)])
 def test_heads_must_divide_the_width(setting):
     with pytest.raises(ValueError, match="16 .* 3 heads"):
         NTM(NTMConfig(**TINY | setting))
-
-
-def test_trajectories_that_fit():
-    """4 GB / (13 x 4 bytes x units); of one layer at a time without gradients."""
-    config = NTMConfig(image_size=32, patch_size=2, text_len=77, width=1024, depth=24, transporter_width=512,
-                       transporter_blocks=4, transporter_layers=2, shift=1.0)
-    units = 4 * 24 * (77 + 256) * 1024 + 5 * 8 * 256 * 512
-    assert config.examples_at_once(4) == int(4e9 / 52 / units) == 2
-    assert config.examples_at_once(4, gradients=False) == int(4e9 / 52 / (4 * (77 + 256) * 1024 + 5 * 256 * 512)) == 38
-    assert config.examples_at_once(1000) == 1  # never none
 
 
 def test_size_of_the_default_model():
@@ -631,7 +624,7 @@ def test_size_of_the_default_model():
     assert count == {"predictor": predictor, "transporter": 3 * block + (128 + 1 + 64 + 1) * 64}
     assert predictor == 1_296_008 and model.predictor.trunk.layers[0].attention.heads == 4
     assert model.transporter.blocks[0].layers[0].attention.heads == 2
-    assert model.config.max_t_min == 0.05 and model.config.steps == (4,)
+    assert model.config.steps == (4,)
 
 
 def test_words_start_as_large_as_patches_and_a_flows_positions_small():
@@ -655,53 +648,49 @@ def test_denoiser_maps_tokens_to_tokens_and_reads_the_caption():
     torch.testing.assert_close(denoiser(u0[1:], text[1:]), x0[1:])
 
 
-@pytest.mark.parametrize("setting", ["width", "patch_size", "transporter_layers", "steps"])
+def test_a_denoiser_starts_at_zero_and_is_told_no_time():
+    denoiser, seen = Denoiser(NTMConfig(**TINY)), []
+    denoiser.trunk.register_forward_pre_hook(lambda trunk, inputs: seen.append(inputs[2]))
+    assert (denoiser(torch.randn(2, 6, 4), make_text(2)) == 0).all()
+    assert torch.equal(seen[0], torch.zeros(2, 1))
+
+
+def test_a_denoisers_image_is_float32_under_bfloat16():
+    denoiser, u0, text = randomize(Denoiser(NTMConfig(**TINY))), torch.randn(2, 6, 4), make_text(2)
+    exact = denoiser(u0, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = denoiser(u0, text)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("setting", ["width", "patch_size", "transporter_layers", "steps", "depth", "image_size"])
 def test_a_size_below_one_is_named(setting):
     with pytest.raises(ValueError, match=f"{setting} is 0, but must be at least 1"):
         NTMConfig(**{setting: 0})
 
 
-@pytest.mark.parametrize("network", [Denoiser, FlowMatching])
-def test_only_a_predictor_can_be_left_out(network):
-    with pytest.raises(ValueError, match="depth is 0, but must be at least 1"):
-        network(NTMConfig(depth=0))
-
-
-@pytest.mark.parametrize("weight", [1.0, 3e7, 1e9, 1e12])
-def test_guidance_keeps_its_digits_in_float32(weight):
-    """Of sigma_c a little below sigma_u, where 1 + w - w r loses all digits to cancellation."""
-    generator = torch.Generator().manual_seed(0)
-    mean_c, mean_u, log_std_u = torch.randn(3, 1000, generator=generator)
-    log_std_c = log_std_u - 10 ** (-4 * torch.rand(1000, generator=generator) - 1)
-    pairs = (mean_c, log_std_c), (mean_u, log_std_u)
-    mean, log_std = guide(*pairs, weight)
-    (c, log_c), (u, log_u) = ((a.double(), b.double()) for a, b in pairs)
-    precision_c, precision_u = torch.exp(-2 * log_c), torch.exp(-2 * log_u)
-    precision = (1 + weight) * precision_c - weight * precision_u  # of p_c^(1+w) / p_u^w
-    expected = ((1 + weight) * precision_c * c - weight * precision_u * u) / precision
-    torch.testing.assert_close(log_std, (-0.5 * precision.log()).float(), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(mean, expected.float(), rtol=1e-2, atol=1e-2)
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# No predictor
+# The paper alone
 
 
-def test_one_step_without_a_predictor_is_a_flow_of_the_image_alone():
-    """The bound is the exact -log p(x_{t_0}): a standard normal's, by autograd's full Jacobian."""
-    config = NTMConfig(image_size=4, width=8, heads=2, depth=0, steps=1, transporter_width=8, transporter_heads=2)
-    model = randomize(NTM(config), 0.5).double()
-    ts, x0 = torch.tensor([[0.02, 1.0]] * 2).double(), torch.rand(2, 4, 4).double()
-    x, one = forward_trajectory(x0, ts), torch.ones(1, dtype=torch.long)
-    _, bound = model.trajectory_bound(x, ts, torch.ones(2, 8, dtype=torch.long))
-    for b in range(2):
-        def flow(a):
-            return model.transporter(a[None], ts[:1, 0], one)[0].flatten()
-        J = jacobian(flow, x[b, 0]).view(16, 16)
-        log_p = Normal(0, 1).log_prob(flow(x[b, 0])).sum() + torch.linalg.slogdet(J)[1]
-        torch.testing.assert_close(bound[b], -log_p, rtol=1e-8, atol=1e-8)
-    u = model.sample(torch.ones(3, 8, dtype=torch.long), ts[0], generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model.transport(model.invert(u, ts[0]), ts[:1].expand(3, -1), one.expand(3))[0], u)
-    for wrong in dict(rank=2), dict(parametrization="posterior"):
-        with pytest.raises(ValueError, match="depth is 0"):
-            replace(config, **wrong)
+def test_the_paper_knows_nothing_of_what_is_added():
+    """But for the seam: a model of rank > 0 has a CorrelatedGaussian."""
+    program = """
+import sys
+for name in "flow", "predictor", "model":
+    __import__(name)
+    print(*sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, check=True, text=True,
+                         capture_output=True)
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"plumbing"}
+    loaded = [set(line.split()) & ours for line in ran.stdout.splitlines()]
+    assert loaded == [{"flow"}, {"flow", "predictor"}, {"flow", "predictor", "correlated", "model"}]
+
+
+def test_a_size_of_several_numbers_is_checked_in_each():
+    assert NTMConfig(steps=[4, 8]).steps == (4, 8) and NTMConfig(steps=3).steps == (3,)
+    for wrong in dict(steps=(4, 0)), dict(image_size=(8, -8)):
+        with pytest.raises(ValueError, match="but must be at least 1"):
+            NTMConfig(**wrong)

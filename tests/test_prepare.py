@@ -17,14 +17,15 @@ import torch
 from helpers import (DISTILL, ROOT, SAMPLE, SHORT, SMALL, command, contents, fails, file_of, latent_shard, npy,
                      on_ranks, pixels, png, run, run_with_notes, torchrun)
 from PIL import Image
+from tiny import Encoder
 from torch import nn
 
 import data
-import plumbing.emoji
+import evidence.emoji
+from evidence.judge import frechet_distance
 from pipeline import load
 from plumbing import checkpoint, images, latents
 from plumbing.images import to_uint8
-from plumbing.judge import frechet_distance
 from plumbing.latents import measure_latents
 from plumbing.shards import Shards, captions_of, write_shard, write_shards
 
@@ -61,7 +62,7 @@ def packages(tmp_path_factory):
     files["openmoji"]["data/openmoji.json"] = table.encode()
     paths = []
     for style in STYLES:
-        name = plumbing.emoji.PACKAGES[style][0].rpartition("@")[0]
+        name = evidence.emoji.PACKAGES[style][0].rpartition("@")[0]
         files[style] |= {"package.json": json.dumps({"name": name}).encode(), f"img/{style}/sheets/64.png": b""}
         paths.append(folder / f"{style}.tgz")
         with tarfile.open(paths[-1], "w:gz") as tar:
@@ -74,7 +75,7 @@ def packages(tmp_path_factory):
 
 def prepared(packages, out, monkeypatch, *arguments):
     """What the command prints, and the examples, a list of (KEY.json with its key and split, pixels (64, 64, 3))."""
-    monkeypatch.setattr(plumbing.emoji, "rasterize", lambda svgs: {code: png((0, 0, 9)) for code in svgs})
+    monkeypatch.setattr(evidence.emoji, "rasterize", lambda svgs: {code: png((0, 0, 9)) for code in svgs})
     printed, found = command("emoji", *(f"--source={path}" for path in packages), f"--out={out}", *arguments), []
     for path in sorted(out.rglob("*.tar")):
         with tarfile.open(path) as tar:
@@ -144,11 +145,11 @@ def test_styles_of_emoji_can_be_left_out(packages, tmp_path, monkeypatch):
     ("keycap: 5", "the key 5", ""), ("Japanese “bargain” button", "a japanese bargain button", ""),
 ])
 def test_names_of_emoji(annotation, name, having):
-    assert plumbing.emoji.described(annotation) == (name, having)
+    assert evidence.emoji.described(annotation) == (name, having)
 
 
 def test_mirror_images_of_emoji():
-    words = plumbing.emoji.read_words([
+    words = evidence.emoji.read_words([
         emoji("A", "red apple"), emoji("B", "left-facing fist", "people-body"), emoji("C", "flag: Chad", "flags"),
         emoji("D", "hundred points", "smileys-emotion")])
     assert [about["mirror"] for _, about in words.values()] == [True, False, False, False]
@@ -177,13 +178,13 @@ def test_svg_is_drawn_by_npm_or_openmoji_left_out(tmp_path, monkeypatch):
             for path in Path(cwd).glob("*.svg"):
                 path.with_suffix(".png").write_bytes(path.read_bytes()[::-1])
     monkeypatch.setattr(subprocess, "run", npm)
-    assert plumbing.emoji.rasterize({"1f34e": b"abc"}) == {"1f34e": b"cba"}
+    assert evidence.emoji.rasterize({"1f34e": b"abc"}) == {"1f34e": b"cba"}
 
     def no_npm(*args, **kwargs):
         raise FileNotFoundError("npm")
     monkeypatch.setattr(subprocess, "run", no_npm)
     with pytest.raises(OSError, match="leave it out, --styles=google,twitter,fluent"):
-        plumbing.emoji.rasterize({"1f34e": b"abc"})
+        evidence.emoji.rasterize({"1f34e": b"abc"})
 
 
 def test_sources_that_are_no_packages_are_named(packages, tmp_path, monkeypatch):
@@ -204,14 +205,6 @@ def test_sources_that_are_no_packages_are_named(packages, tmp_path, monkeypatch)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Latents by an autoencoder
-
-
-class Encoder(nn.Module):
-    """Means of 4x4 pixels, by channel and of all, shifted and stretched."""
-
-    def forward(self, images):
-        means = nn.functional.avg_pool2d(images, 4)
-        return torch.cat([3 * means + 1, means.mean(dim=1, keepdim=True)], dim=1)
 
 
 class Decoder(nn.Module):

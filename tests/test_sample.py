@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, SAMPLE, TRAIN, contents, fails, on_ranks, pixels, run, run_with_notes, torchrun
-from test_model import make_model, make_text
 
 import pipeline
 import sample
-from flow import forward_trajectory
 from pipeline import TrainedModel, load
-from plumbing import checkpoint, shapes
+from plumbing import checkpoint, memory, shapes
 from plumbing.layouts import read_prompts
 from plumbing.runtime import coarse_products
 from plumbing.tokenizer import words
-from predictor import null_caption
 
 
 def noted(out, *settings):
@@ -236,37 +233,23 @@ def test_only_steps_are_coarse(trained, monkeypatch):
                          "score_denoise": "highest"}
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.5])
-@pytest.mark.parametrize("T, steps", [(4, [1, 2]), (3, [1]), (2, [1])])
-def test_guided_score_is_of_the_middle_steps(guidance, T, steps):
-    """(1 + w) log p(x | y) - w log p(x), by trajectory_nll, a trajectory at a time. Of two steps it is the first."""
-    model = make_model(steps=T)
-    x0, ts, text = torch.randn(3, 6, 4).double(), model.config.time_grid(0.02).double(), make_text(3)
-    noise = torch.randn(2, T + 1, 6, 4).double()
-    expected = 0
-    for drawn in noise:
-        x, times = forward_trajectory(x0, ts.expand(3, -1), noise=drawn.expand(3, -1, -1, -1)), ts.expand(3, -1)
-        given, alone = (-model.trajectory_nll(x, times, caption)[:, steps].sum(dim=1)
-                        for caption in (text, null_caption(text)))
-        expected = expected + ((1 + guidance) * given - guidance * alone) / 2
-    torch.testing.assert_close(model.guided_score(x0, ts, text, guidance, noise), expected)
-
-
 @pytest.mark.parametrize("denoise", ["learned", "none"])
 def test_the_best_of_three_is_the_one_that_the_model_finds_likeliest(trained, denoise, monkeypatch):
-    model, captions = load(trained, device="cpu", denoise=denoise), ["the digit one", "the digit two", "the digit three"]
-    candidates, scores, draw, guided_score = [], [], model.draw, model.network.guided_score
+    model, numbers = load(trained, device="cpu", denoise=denoise), range(4, 10)
+    captions = ["the digit one", "the digit two", "the digit three"] * 2
+    candidates, densities, draw, density = [], [], model.draw, pipeline.guided_log_density
     monkeypatch.setattr(model, "draw", lambda *args: candidates.append(draw(*args)) or candidates[-1])
-    monkeypatch.setattr(model.network, "guided_score", lambda *args: scores.append(guided_score(*args)) or scores[-1])
-    images, x, nll = model.sample_trajectories(captions, [4, 5, 6], 1.0, seed=2, levels=denoise == "none", best_of=3)
+    monkeypatch.setattr(pipeline, "guided_log_density",
+                        lambda *args: densities.append(density(*args)) or densities[-1])
+    images, x, nll = model.sample_trajectories(captions, numbers, 1.0, seed=2, levels=denoise == "none", best_of=3)
     assert len(candidates) == 3 and "choosing" in model.seconds
-    best = torch.stack(scores).argmax(dim=0).tolist()
+    best = torch.stack(densities).argmax(dim=0).tolist()
     assert len(set(best)) > 1  # or this shows nothing
     for i, m in enumerate(best):
         torch.testing.assert_close(images[i], model.network.unpatchify(candidates[m][0])[i])
     if denoise == "none":
-        assert torch.equal(x, torch.stack([candidates[m][1][i] for i, m in enumerate(best)])) and nll.shape == (3,)
-    first, *_ = model.sample_trajectories(captions, [4, 5, 6], 1.0, seed=2)
+        assert torch.equal(x, torch.stack([candidates[m][1][i] for i, m in enumerate(best)])) and nll.shape == (6,)
+    first, *_ = model.sample_trajectories(captions, numbers, 1.0, seed=2)
     torch.testing.assert_close(first, model.network.unpatchify(candidates[0][0]))
     alone, *_ = model.sample_trajectories(captions[1:2], [5], 1.0, seed=2, best_of=3)
     torch.testing.assert_close(alone[0], images[1], atol=1e-4, rtol=1e-4)
@@ -283,9 +266,9 @@ def test_best_of_from_the_scripts(copied):
 def test_only_the_level_that_is_needed_is_inverted(copied, monkeypatch):
     """The cleanest; of a trajectory to show all but noise, which the transporter leaves as it is."""
     model, lengths = load(copied, device="cpu", denoise="none"), []
-    inverse = model.network.transporter.blocks[0].inverse
-    monkeypatch.setattr(model.network.transporter.blocks[0], "inverse",
-                        lambda u, *args: lengths.append(len(u)) or inverse(u, *args))
+    block = model.network.transporter.blocks[0]
+    inverse = block.inverse_by_scan
+    monkeypatch.setattr(block, "inverse_by_scan", lambda u, *args: lengths.append(len(u)) or inverse(u, *args))
     (alone, nothing, _), (whole, x, _) = (model.sample_trajectories(["the digit one"] * 3, range(3), levels=levels)
                                           for levels in (False, True))
     assert lengths == [3, 12] and nothing is None
@@ -455,7 +438,7 @@ def test_a_run_that_fails_leaves_the_images_of_the_one_before(copied):
     held = contents(copied / "ckpt.pt")
     held["ema"]["predictor.head.bias"][0] = float("inf")
     torch.save(held, copied / "ckpt.pt")
-    assert "not finite" in fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--num_samples=2")
+    assert "not finite" in fails("sample.py", *SAMPLE, f"--out_dir={copied}", "--num_samples=2", "--denoise=none")
     assert names(copied / "images") == of_sheet(5)
 
 
@@ -506,10 +489,14 @@ def test_any_number_of_captions_is_sampled_in_batches_that_fit(trained, monkeypa
     model, captions = load(trained, device="cpu", denoise=denoise), ["the digit one", "the digit two"] * 6
     whole, sizes, network = model.sample(captions, seed=3, best_of=best_of), [], model.network
     assert len({tuple(image.flatten().tolist()) for image in whole}) == 12
-    for name in ("sample", "invert", "score_denoise", "trajectory_nll", "guided_score"):
+    for name in ("sample", "invert", "score_denoise", "trajectory_nll"):
         monkeypatch.setattr(network, name, lambda batch, *args, function=getattr(network, name), **kwargs:
                             sizes.append(len(batch)) or function(batch, *args, **kwargs))
-    monkeypatch.setattr(type(network.config), "examples_at_once", lambda self, steps, gradients=True: 5)
+    density = pipeline.guided_log_density
+    monkeypatch.setattr(pipeline, "guided_log_density",
+                        lambda network, batch, *args: sizes.append(len(batch)) or density(network, batch, *args))
+    for module in (pipeline, memory):
+        monkeypatch.setattr(module, "examples_at_once", lambda config, steps, gradients=True: 5)
     torch.testing.assert_close(model.sample(captions, seed=3, best_of=best_of), whole, atol=1e-4, rtol=1e-4)
     assert set(sizes) == {5, 2}
 
@@ -519,7 +506,7 @@ def test_any_number_of_images_has_its_likelihood_in_batches_that_fit(trained, mo
     images, sizes = torch.rand(12, 1, 8, 8) * 2 - 1, []
     whole, bound = model.log_likelihood(images, captions, seed=4), model.network.trajectory_bound
     monkeypatch.setattr(model.network, "trajectory_bound", lambda x, *args: sizes.append(len(x)) or bound(x, *args))
-    monkeypatch.setattr(type(model.network.config), "examples_at_once", lambda self, steps, gradients=True: 5)
+    monkeypatch.setattr(pipeline, "examples_at_once", lambda config, steps, gradients=True: 5)
     for found, expected in zip(model.log_likelihood(images, captions, seed=4), whole, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
     assert set(sizes) == {5, 2} and len(sizes) == 3 * 8  # eight trajectories
@@ -528,8 +515,8 @@ def test_any_number_of_images_has_its_likelihood_in_batches_that_fit(trained, mo
 def test_the_size_of_a_batch_is_what_4_gb_hold(trained, monkeypatch):
     """Whatever captions there are: no more than the estimate that validation goes by, and never none."""
     model, asked = load(trained, device="cpu"), []
-    monkeypatch.setattr(type(model.network.config), "examples_at_once",
-                        lambda self, steps, gradients=True: asked.append((steps, gradients)) or 3)
-    assert [len(numbers) for numbers in model.batches(8)] == [3, 3, 2] and asked == [(4, False)]
+    monkeypatch.setattr(pipeline, "examples_at_once",
+                        lambda config, steps, gradients=True: asked.append((config, steps, gradients)) or 3)
+    assert [len(numbers) for numbers in model.batches(8)] == [3, 3, 2] and asked == [(model.network.config, 4, False)]
     monkeypatch.undo()
     assert max(len(numbers) for numbers in model.batches(10**6)) == pipeline.MOST_AT_ONCE  # digits are small

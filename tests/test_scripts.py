@@ -16,19 +16,21 @@ import torch
 from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, SMALL, TRAIN, contents, fails, latent_shard,
                      load, pixels, png, read_log, read_log_without_speed, run, same, same_training, start,
                      training_lines)
-from test_data import write_idx
 from PIL import Image, ImageSequence
+from tiny import write_idx
 from torch.distributions import Normal
 
 import distill
 from pipeline import TrainedModel
 from pipeline import load as load_model
 from plumbing import checkpoint
+from predictor import Gaussian
 from plumbing.images import GAP
 from data import DIGITS, get_dataset, get_tokenizer
-from plumbing.detector import follows, task_prompts
-from plumbing.emoji import PACKAGES
+from evidence.detector import follows, task_prompts
+from evidence.emoji import PACKAGES
 from flow import forward_trajectory, time_grid
+from losses import TrainingLoss
 from model import NTM, NTMConfig
 from plumbing.loader import validation_batches
 from plumbing.shards import write_shard
@@ -121,10 +123,10 @@ def test_compiled_training_is_training(tmp_path, monkeypatch):
         run("train.py", *settings, f"--compile={name}", f"--out_dir={tmp_path / name}")
         losses.append([line["loss"] for line in training_lines(tmp_path / name / "log.jsonl")])
     torch._dynamo.reset()
-    assert compiled == [NTM] and len(set(losses[0])) == 3
+    assert compiled == [TrainingLoss] and len(set(losses[0])) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert contents(tmp_path / "True" / "ckpt.pt")["model"].keys() == NTM.from_fields(
-        contents(tmp_path / "True" / "ckpt.pt")["model_config"]).state_dict().keys()  # no name of what compiled it
+    assert contents(tmp_path / "True" / "ckpt.pt")["model"].keys() == NTM(NTMConfig(
+        **contents(tmp_path / "True" / "ckpt.pt")["model_config"])).state_dict().keys()  # no name of what compiled it
 
 
 class OfCaptions(NTM):
@@ -135,7 +137,7 @@ class OfCaptions(NTM):
         variance_s, variance_t = ((1 - a)**2 * 0.09 + a**2 for a in (s, t))
         shared = (1 - t) / (1 - s) * variance_s  # the covariance of x_s and x_t
         log_std = 0.5 * torch.log(variance_s - shared**2 / variance_t)
-        return (1 - s) * m + shared / variance_t * (u - (1 - t) * m), log_std.expand_as(u)
+        return Gaussian((1 - s) * m + shared / variance_t * (u - (1 - t) * m), log_std.expand_as(u))
 
 
 def test_what_the_denoiser_learns_from():
@@ -278,7 +280,7 @@ def by_hand(out, captions, denoise, guidance=1.0):
     ts, text = time_grid(4, 0.03 if denoise == "learned" else 0.02, 16), get_tokenizer().encode(captions, 4)
     noise = torch.stack([torch.randn(5, 16, 4, generator=torch.Generator().manual_seed(i))
                          for i in range(len(captions))])
-    u = model.sample(text, ts, guidance, noise=noise)
+    u = model.sample(text, ts, guidance, randn=lambda *shape: noise if shape[0] == 5 else torch.zeros(len(text), *shape))
     x = model.invert(u, ts)
     tokens = {"learned": denoiser(u[:, 0], text), "score": model.score_denoise(x, ts, text), "none": x[:, 0]}[denoise]
     images = ((model.unpatchify(tokens) + 1) * 128).clamp(0, 255).long().permute(0, 2, 3, 1).numpy()
@@ -713,20 +715,18 @@ def test_config_runs(tmp_path, config):
             write_shard(tmp_path / split / "0.tar", [(str(i), {"png": png(), "txt": b"a red apple"}) for i in range(2)])
     if config.startswith("t2i"):
         small += ["--tokenizer=captions", "--bad_captions=1", "--max_iters=2"]  # GPT-2's vocabulary is not on every machine
-    if config == "mine.py":
+    if config == "mine_fm.py" or config == "mine.py":
         small += ["--tokenizer=captions"]
     if config == "sit.py":
         torch.save(contents(ROOT / "tests" / "sit_tiny.pt")["state_dict"], tmp_path / "sit.pt")
         small = [setting for setting in small if setting not in SMALL] + ["--heads=4", f"--init_from=sit:{tmp_path / 'sit.pt'}"]
-    if config.endswith(("_tune.py", "_first.py", "_more.py")):
-        run("train.py", str(ROOT / "config" / f"{config.rsplit('_', 1)[0]}_fm.py"), *small, f"--out_dir={tmp_path / 'fm'}")
+    text = (ROOT / "config" / config).read_text()
+    if "closed_form = True" in text:
+        small = [setting for setting in small if "transporter_blocks" not in setting]
+    if "_fm/ckpt.pt" in text:
+        start = re.search(r"out/(\w+_fm)/ckpt\.pt", text)[1]
+        run("train.py", str(ROOT / "config" / f"{start}.py"), *small, f"--out_dir={tmp_path / 'fm'}")
         small += [f"--init_from={tmp_path / 'fm' / 'ckpt.pt'}"]
-        if "closed_form = True" in (ROOT / "config" / config).read_text():
-            small = [setting for setting in small if "transporter_blocks" not in setting]
-    if config.endswith("_more.py"):
-        plain = [setting for setting in small if "transporter_blocks" not in setting]
-        run("train.py", str(ROOT / "config" / "shapes_tune.py"), *plain, "--first_noise=1", f"--out_dir={tmp_path / 'plain'}")
-        small[-1] = f"--init_from={tmp_path / 'plain' / 'ckpt.pt'}"
     run("train.py", str(ROOT / "config" / config), *small)
     assert contents(tmp_path / "ckpt.pt")["settings"]["dataset"] in (config.split("_")[0].removesuffix(".py").removesuffix("32"), "shards")
     iterations = 2 if config.startswith("t2i") else 1
@@ -865,7 +865,7 @@ def test_sample_without_a_model_takes_the_shipped_one(tmp_path):
 @pytest.mark.parametrize("name", ["emoji", "shapes"])
 def test_a_shipped_denoiser_knows_its_model(name):
     folder = ROOT / "assets" / name
-    assert contents(folder / "denoiser.pt")["teacher_sha256"] == checkpoint.fingerprint(load(folder, "ntm"))
+    assert contents(folder / "denoiser.pt")["teacher_sha256"] == checkpoint.fingerprint(load(folder, "coupled"))
 
 
 def test_images_of_a_shipped_model_go_into_a_folder_of_its_own_outside_assets(tmp_path, monkeypatch):

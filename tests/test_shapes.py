@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from plumbing import shapes
+from plumbing import rng, shapes
 from plumbing.shapes import COLOURS, GROUND, KINDS, MARGIN, MIN_RADIUS, NUMBERS, RELATIONS, SHAPES
 
 THING = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
@@ -74,15 +74,15 @@ def read_pixels(images):
 def test_hash_is_splitmix64():
     golden = 0x9E3779B97F4A7C15
     states = np.array([golden, (1234567 + golden) % 2**64], dtype=np.uint64)
-    assert shapes.mix(states).tolist() == [0xE220A8397B1DCDAF, 6457827717110365317]
+    assert rng.mix(states).tolist() == [0xE220A8397B1DCDAF, 6457827717110365317]
 
 
 def test_uniforms_are_uniform_and_uncorrelated():
-    u = shapes.uniforms(3, range(50_000), 6)
+    u = rng.uniforms(3, range(50_000), 6)
     assert 0 <= u.min() and u.max() < 1
     counts = np.stack([np.histogram(column, 20, (0, 1))[0] for column in u.T])
     assert ((counts - 2500) ** 2 / 2500).sum(1).max() < 50  # chi-squared, 19 degrees of freedom
-    several = np.concatenate([u, u[np.r_[1:len(u), 0]], shapes.uniforms(4, range(50_000), 6)], 1)
+    several = np.concatenate([u, u[np.r_[1:len(u), 0]], rng.uniforms(4, range(50_000), 6)], 1)
     assert np.abs(np.corrcoef(several.T) - np.eye(18)).max() < 0.025
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 from conftest import randomize
 from helpers import DISTILL, SAMPLE, contents, fails, latent_shard, pixels, run, training_lines
+from tiny import noise_of
 
 import data
+from beyond import CoupledConfig
 from flow import time_grid
-from model import NTM, NTMConfig
+from model import NTMConfig
 from plumbing import checkpoint
-from plumbing.sit import SiT, load_sit
+from sit import CoupledSiTNTM, SiT, SiTNTM, load_sit
 
 # SHORT of test_scripts, for latents of 4x8x8 and the transporter alone: the rest is the published network's
 TRAIN = ["--device=cpu", "--dataset=shards", "--latent_scale=0.5", "--batch_size=4", "--max_iters=4",
@@ -157,8 +159,8 @@ def test_what_could_run_code_is_named_and_does_not_run(reference, tmp_path):
 @pytest.fixture
 def model(published):
     sit = load_sit(published, heads=4)
-    model = NTM(NTMConfig(image_size=8, channels=4, width=48, depth=2, heads=4, vocab_size=12, text_len=1,
-                          parametrization="posterior", predictor="sit"))
+    model = SiTNTM(NTMConfig(image_size=8, channels=4, width=48, depth=2, heads=4, vocab_size=12, text_len=1,
+                             parametrization="posterior"))
     sit.hand_over(model.predictor)
     return sit, model
 
@@ -178,7 +180,7 @@ def test_at_first_it_is_the_gaussian_reverse_step(model):
     sit, model = (part.double() for part in model)
     ts, text, y = time_grid(4, 0.02, 16).double(), torch.tensor([[2], [9], [1]]), torch.tensor([0, 7, 10])
     noise = torch.randn(3, 5, 16, 16).double()
-    u, x = model.sample(text, ts, noise=noise), noise[:, 4]
+    u, x = model.sample(text, ts, randn=noise_of(noise)), noise[:, 4]
     for k in reversed(range(4)):
         t, s = ts[k + 1].item(), ts[k].item()
         v = model.patchify(sit(model.unpatchify(x), torch.full((3,), t).double(), y))
@@ -198,9 +200,30 @@ def test_likelihood_is_a_density_whatever_it_learned(model):
     assert all((a[0] - a[1]).abs().max() > 1e-4 for a in predictions)
 
 
+def test_its_first_step_may_be_coupled(published):
+    sit = load_sit(published, heads=4)
+    sizes = dict(image_size=8, channels=4, width=48, depth=2, heads=4, vocab_size=12, text_len=1, transporter_blocks=0)
+    model = CoupledSiTNTM(CoupledConfig(**sizes, parametrization="posterior", first_noise=0.2))
+    sit.hand_over(model.predictor)
+    x, text = torch.randn(2, 16, 16), torch.tensor([[3], [1]])
+    s = torch.tensor([0.5, 0.75])
+    flowed, half = x, (1 - s) / 2
+    for t in (s, s + half):  # the midpoint method with the published velocity itself
+        v = velocity_of(sit, flowed, t, text)
+        v = velocity_of(sit, flowed + half[:, None, None] / 2 * v, t + half / 2, text)
+        flowed = flowed + half[:, None, None] * v
+    torch.testing.assert_close(model.flowed_to_noise(x, s, text), flowed, rtol=1e-4, atol=1e-4)
+
+
+def velocity_of(sit, tokens, t, text):
+    y = torch.where(text[:, 0] < 2, sit.classes, text[:, 0] - 2)
+    condition = sit.condition(t, y)
+    return sit.velocity(sit.hidden(tokens, condition), condition)
+
+
 def test_it_takes_square_images_in_the_posterior_parametrization():
-    with pytest.raises(ValueError, match="predictor 'sit' needs parametrization 'posterior' and square images"):
-        NTM(NTMConfig(predictor="sit"))
+    with pytest.raises(ValueError, match="a SiT needs parametrization 'posterior' and square images"):
+        SiTNTM(NTMConfig())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -216,8 +239,8 @@ def test_training_starts_from_published_weights(published, latents, tmp_path):
     assert pixels(tmp_path / "samples" / "000004.png").shape[2] == 3
     run("train.py", *settings, "--resume=yes", "--max_iters=5", "--steps=4,8")
     held = contents(tmp_path / "ckpt.pt")
-    assert held["iter"] == 5 and held["model_config"]["predictor"] == "sit"
-    trained, _ = checkpoint.load_network(tmp_path / "ckpt.pt", {"ntm": NTM})
+    assert held["iter"] == 5 and held["kind"] == "sit"
+    trained, _ = checkpoint.load_network(tmp_path / "ckpt.pt", {"sit": SiTNTM})
     before = load_sit(published, heads=4)
     assert not torch.equal(trained.predictor.sit.blocks[0].attn.qkv.weight, before.blocks[0].attn.qkv.weight)
 

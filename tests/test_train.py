@@ -11,99 +11,22 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import toy
 from helpers import contents, read_log, read_log_without_speed, same, same_training, training_lines
+from tiny import levels_of, make_images, make_model, make_text
 from torch import nn
+from toy import DATA, SETTINGS, TINY, Items, Numbers, Toy, fit, squares
 
 import data
 import train
-from configurator import Settings
-from model import NTM, Denoiser, ImageModel, NTMConfig
+from losses import TrainingLoss, losses_of_batch
+from model import NTM, Denoiser
 from plumbing import checkpoint, optim, runtime
-from plumbing.images import to_pixels
 from plumbing.loader import Batches, examine, key, order, validation_batches
 from plumbing.log import Log
 from plumbing.optim import learning_rate, make_optimizers
 from plumbing.tokenizer import NULL, PAD
 from plumbing.workers import leave_signals_to_the_trainer
-
-SETTINGS = {name: value for name, value in vars(train).items()
-            if not name.startswith("_") and type(value) in (bool, int, float, str, tuple, type(None)) and name.islower()}
-SETTINGS |= dict(device="cpu", image_size=2, text_len=3, caption_dropout=0.0, batch_size=4, max_iters=6, lr=0.01,
-                 optimizer="adamw", min_lr=0.001, warmup_iters=2, weight_decay=0.1, ema=0.9, log_interval=1,
-                 val_interval=100, val_examples=1, num_samples=1)
-
-
-class Items(list):
-    eight_bit = True
-
-    def __getitems__(self, indices):
-        return [self[i] for i in indices]
-
-
-# captioned by their numbers
-DATA = Items((to_pixels(torch.full((1, 2, 2), 20 * i)), str(i)) for i in range(12))
-TINY = NTMConfig(image_size=4, width=8, depth=1, heads=2, transporter_width=8, transporter_blocks=1,
-                 transporter_layers=1)
-
-
-class Numbers:
-    """A tokenizer of those captions."""
-
-    vocab_size, cut, vocabulary = 14, 0, None
-
-    def tokens(self, caption):
-        return [int(caption) + 2]
-
-    def falls_apart(self, caption):
-        return False
-
-    def encode(self, captions, length):
-        return torch.tensor([[int(caption) + 2] * length if caption else [NULL, PAD, PAD] for caption in captions])
-
-
-class Toy(ImageModel):
-    """The least that train.py can train: a weight for every pixel."""
-
-    def __init__(self, config=TINY):
-        super().__init__(config)
-        self.weight = nn.Parameter(torch.linspace(-1, 1, 4))
-
-    def forward(self, images):
-        return images.flatten(1) @ self.weight
-
-    def randomness(self, batch, device, generator, rows, randn):
-        return (randn((batch,), generator=generator),)
-
-
-def squares(network, images, text, draws):
-    return (network(images) - draws[0]).square().mean()
-
-
-def sample_sheet(ema, text, ts, generator, chunk):
-    return torch.rand(len(text), 1, 2, 2)
-
-
-def fit(out_dir, objective=squares, validate=lambda ema, i: {"val_loss": 0.0}, **settings):
-    """Trains a Toy by train.py; returns it with the path of its checkpoint."""
-    config = Settings(SETTINGS | settings | {"out_dir": str(out_dir)})
-    config.given = settings.keys() | {"out_dir"}
-    path, models = out_dir / "ckpt.pt", []
-
-    def build(model_config):
-        models.append(Toy(model_config))
-        return models[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "NETWORKS", {"ntm": build, "fm": build})
-        patch.setattr(train, "open_dataset", lambda config, split: DATA)
-        patch.setattr(train, "get_tokenizer", lambda name, vocabulary: Numbers())
-        patch.setattr(train, "sample_images", sample_sheet)
-        patch.setattr(train, "training_losses", lambda network, frozen, images, text, randomness, config, i: {
-            "loss": objective(network, images, text, randomness)})
-        # called once the checkpoint of that iteration is written
-        patch.setattr(train, "validate", lambda ema, *_: validate(ema, contents(path)["iter"]))
-        train.main(config)
-    return models[0], path
 
 
 def record(out_dir, **settings):
@@ -438,7 +361,7 @@ def test_validation_weighs_all_examples_alike(monkeypatch):
         return torch.stack([16 * nats, 32 * nats, nats], dim=1), 80 * nats  # two steps and the prior; their bound
 
     monkeypatch.setattr(model, "trajectory_bound", bound)
-    monkeypatch.setattr(NTMConfig, "examples_at_once", lambda *args, **kwargs: asked.append((args[1:], kwargs)) or 2)
+    monkeypatch.setattr(train, "examples_at_once", lambda *args, **kwargs: asked.append((args[1:], kwargs)) or 2)
     batches = [(torch.zeros(n, 1, 4, 4), torch.full((n, 2), value), None, None) for n, value in ((3, 1), (1, 5))]
     found = train.validate(model, batches, ts, {"bfloat16": None, "chunk": 0})
     assert found == pytest.approx({"val_step_0": 2, "val_step_1": 4, "val_loss": 3, "val_bound": 10})
@@ -628,7 +551,7 @@ def test_a_run_that_has_nothing_to_do_says_so(tmp_path, capsys):
 def test_a_sheet_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
     """Whatever it was: the run goes on, validates, and leaves its checkpoint."""
     _, whole = fit(tmp_path / "whole")
-    monkeypatch.setitem(globals(), "sample_sheet", lambda *_: torch.empty(1).view(7))
+    monkeypatch.setattr(toy, "sample_sheet", lambda *_: torch.empty(1).view(7))
     _, path = fit(tmp_path / "run")
     printed = "".join(capsys.readouterr())
     assert "warning: there is no sheet of samples of iteration 6: shape '[7]' is invalid" in printed
@@ -722,7 +645,7 @@ def test_file_that_is_no_checkpoint(tmp_path, text):
 @pytest.mark.parametrize("value", [{"weight": torch.zeros(2)}, [1, 2], torch.zeros(3)])
 def test_checkpoint_of_something_else(tmp_path, value):
     torch.save(value, tmp_path / "ckpt.pt")
-    assert "not a 'ntm' checkpoint" in refused(tmp_path / "ckpt.pt")
+    assert "no checkpoint of an NTM" in refused(tmp_path / "ckpt.pt")
 
 
 class Malice:
@@ -760,7 +683,7 @@ def test_every_tensor_that_does_not_fit_is_named():
 def test_checkpoint_of_another_version_is_named(tmp_path):
     config = asdict(TINY) | {"rotary": True}
     checkpoint.save(tmp_path / "x.pt", kind="ntm", model_config=config, ema=NTM(TINY))
-    with pytest.raises(ValueError, match="another version: model_config has rotary"):
+    with pytest.raises(ValueError, match="another version, with rotary in its model_config: use that one"):
         checkpoint.load_network(tmp_path / "x.pt", {"ntm": NTM})
 
 
@@ -807,3 +730,14 @@ def test_products_are_coarse_for_a_while_on_cuda(device, precision):
         assert torch.get_float32_matmul_precision() == precision
         raise KeyError
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("level_weight", [0.0, 1.0])
+def test_what_is_logged_has_no_weights(level_weight):
+    model = make_model(dtype=torch.float32)
+    images, text = make_images(4), make_text(4)
+    levels = levels_of(model, images, text, *model.draw_trajectories(4))
+    settings = dict(level_weight=level_weight, velocity_weight=0.0, closed_form=False, pairs=False, max_t_min=0.05)
+    losses = losses_of_batch(TrainingLoss(model, settings), None, 0.0, images, text, *levels)
+    torch.testing.assert_close(losses["loss"], model(images, text, levels))
+    assert (losses["objective"] != losses["loss"]) == bool(level_weight)

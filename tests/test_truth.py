@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import SHORT, SMALL, fails, run
+from helpers import SHORT, SMALL, run
 from torch.distributions import MultivariateNormal, Normal
 
-import evaluate
 from data import get_dataset, get_tokenizer
+from evidence import truth
 from flow import reverse_posterior
 from model import NTM, NTMConfig
-from plumbing import shapes, truth
+from plumbing import shapes
+from plumbing.rng import uniforms
 
 SIZE = 8
 
@@ -23,7 +24,7 @@ SIZE = 8
 def drawn(caption):
     """The draws of the first held-out scene with such a caption, a regular expression, and its image in [-1, 1]."""
     for i in itertools.count():
-        u = shapes.uniforms(0, [~i], shapes.DRAWS)
+        u = uniforms(0, [~i], shapes.DRAWS)
         scene = shapes.compose(u)
         if re.fullmatch(caption, shapes.captions(scene)[0]):
             return u[0], (shapes.render(scene, SIZE)[0] + 0.5) / 128 - 1
@@ -87,9 +88,8 @@ def test_nearest_gaussians_have_the_moments_of_the_posterior():
     assert found == pytest.approx((independent.item(), full.item()), abs=0.3)
 
 
-def test_a_model_that_knows_the_truth_is_at_no_distance(monkeypatch):
+def test_a_model_that_knows_the_truth_is_at_no_distance():
     """The first step's is p(x_0.7), as pure noise says nothing of an image; the second's is q(x_t | x_s) p(x_s) / p(x_t)."""
-    monkeypatch.setattr(evaluate, "truth_examples", 3)
     dataset, tokenizer = get_dataset("shapes", "val", SIZE, 3), get_tokenizer()
     network = NTM(NTMConfig(image_size=SIZE, channels=3, width=8, depth=1, heads=1, transporter_blocks=0))
     ts = torch.tensor([0.02, 0.5, 0.7, 1.0])
@@ -98,7 +98,7 @@ def test_a_model_that_knows_the_truth_is_at_no_distance(monkeypatch):
         levels = network.unpatchify(x.flatten(0, 1)).unflatten(0, x.shape[:2]).numpy()
         nll = torch.zeros(len(x), ts.shape[1])
         for i, (t1, t2) in enumerate(ts[:, 1:3].double().tolist()):
-            draws, rng = shapes.uniforms(0, [~i], shapes.DRAWS)[0], np.random.default_rng(9)
+            draws, rng = uniforms(0, [~i], shapes.DRAWS)[0], np.random.default_rng(9)
             log_q = [np.mean([truth.posterior(levels[i, k], t, draws, rng, 2000)[0] for _ in range(2)])
                      for k, t in ((1, t1), (2, t2))]
             alpha, variance = (1 - t2) / (1 - t1), t2**2 - ((1 - t2) / (1 - t1) * t1)**2
@@ -107,25 +107,53 @@ def test_a_model_that_knows_the_truth_is_at_no_distance(monkeypatch):
         return nll
 
     network.trajectory_nll = trajectory_nll
-    model = SimpleNamespace(network=network, tokenizer=tokenizer, device=torch.device("cpu"), ts=ts)
-    found = evaluate.evaluate_truth(model, dataset)
+    found = truth.summary(truth.distances(network, tokenizer, ts, dataset, 3))
     assert list(found) == [f"step {k}{name}" for k in (1, 2)
                            for name in ("", ", nearest diagonal Gaussian", ", nearest full Gaussian")]
     assert abs(found["step 2"]["mean"]) < 0.3 and abs(found["step 1"]["mean"]) < 0.8
     assert found["step 2, nearest diagonal Gaussian"]["mean"] > found["step 2, nearest full Gaussian"]["mean"] - 0.2
 
 
-def test_of_shapes_alone(tmp_path, trained):
-    out = [f"--out_dir={tmp_path}", "--device=cpu"]
-    run("train.py", *SHORT, *SMALL, *out, "--dataset=shapes", f"--image_size={SIZE}", "--channels=3", "--text_len=8",
-        "--transporter_blocks=0", "--max_iters=1")
-    _, printed = run("evaluate.py", *out, "--parts=truth", "--truth_examples=1")
-    assert "nearest full Gaussian" in printed
-    results = json.loads((tmp_path / "evaluate.json").read_text())["truth"]
+def test_the_numbers_are_summed_up_by_step():
+    rows = torch.tensor([[[1.0, 2, 3], [4, 5, 6]], [[3.0, 2, 3], [4, 5, 8]]])
+    found = truth.summary(rows)
+    assert found["step 1"] == {"mean": 2.0, "standard_error": pytest.approx(1.0)}
+    assert found["step 1, nearest diagonal Gaussian"] == {"mean": 2.0, "standard_error": 0.0}
+    assert found["step 2, nearest full Gaussian"]["mean"] == 7
+    assert truth.summary(rows[:1])["step 2"] == {"mean": 4.0}  # one image has no standard error
+
+
+def test_of_shapes_alone(tmp_path, trained, capsys):
+    shapes = ["--dataset=shapes", f"--image_size={SIZE}", "--channels=3", "--text_len=8", "--transporter_blocks=0"]
+    settings = [*SHORT, *SMALL, *shapes, "--max_iters=1"]
+    run("train.py", *settings, f"--out_dir={tmp_path}")
+    truth.main([str(tmp_path), "--device=cpu", "--examples=1"])
+    assert "nearest full Gaussian" in capsys.readouterr().out
+    results = json.loads((tmp_path / "truth.json").read_text())["truth"]
     assert len(results) == 9 and "step 1, nearest full Gaussian" in results
-    out = [f"--out_dir={tmp_path / 'one'}", "--device=cpu"]
-    run("train.py", *SHORT, *SMALL, *out, "--dataset=shapes", f"--image_size={SIZE}", "--channels=3", "--text_len=8",
-        "--transporter_blocks=0", "--max_iters=1", "--steps=1")
-    assert "part 'truth' is unknown of an NTM" in fails("evaluate.py", *out, "--parts=truth")
-    assert "part 'truth' is unknown of an NTM" in fails("evaluate.py", f"--out_dir={trained}", "--device=cpu",
-                                                        "--parts=truth")
+    run("train.py", *settings, f"--out_dir={tmp_path / 'one'}", "--steps=1")
+    with pytest.raises(SystemExit, match="steps is 1, but the truth is known of all steps but the last"):
+        truth.main([str(tmp_path / "one"), "--device=cpu"])
+    with pytest.raises(SystemExit, match="data set digits, channels 1: the truth is known of shapes with 3 channels"):
+        truth.main([str(trained), "--device=cpu"])
+
+
+@pytest.mark.parametrize("settings, channels, steps, first_noise, message", [
+    ("digits", 3, 4, 1, "data set digits, channels 3"), ("shapes", 1, 4, 1, "data set shapes, channels 1"),
+    ("shapes", 3, 1, 1, "steps is 1"), ("shapes", 3, 4, 0.5, "first_noise 0.5")])
+def test_models_whose_truth_is_not_known_are_refused(settings, channels, steps, first_noise, message):
+    config = SimpleNamespace(channels=channels, first_noise=first_noise)
+    with pytest.raises(ValueError, match=message) as error:
+        truth.check("ckpt.pt", {"dataset": settings}, config, steps)
+    assert "\n" not in str(error.value)
+    truth.check("ckpt.pt", {"dataset": "shapes"}, SimpleNamespace(channels=3), 2)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "the following arguments are required: out_dir"), (["nowhere"], "no checkpoint nowhere/ckpt.pt"),
+    (["x", "--examples=0"], "--examples is 0, but must be at least 1"), (["x", "--steps=-1"], "--steps is -1"),
+    (["x", "--examples=many"], "invalid int value: 'many'"), (["x", "--device=abacus"], "device 'abacus'")])
+def test_what_the_program_cannot_do_is_one_line(arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        truth.main(arguments)
+    assert message in stop.value.code and "\n" not in stop.value.code

@@ -11,12 +11,11 @@ import threading
 import time
 
 import pytest
-from helpers import (ENVIRONMENT, ROOT, TRAIN, contents, fails, png, read_log_without_speed, run,
-                     same_training, torchrun)
-from test_faults import script
-from test_train import DATA, Items, fit, squares
+import toy
+from helpers import (ENVIRONMENT, ROOT, TRAIN, contents, fails, png, read_log_without_speed, run, same_training,
+                     script, torchrun)
+from toy import DATA, Items, fit, squares
 
-import test_train
 from plumbing import latents, shards, workers
 from plumbing.loader import read_ahead
 from plumbing.shards import write_shards
@@ -162,7 +161,7 @@ def test_a_run_that_loses_a_process_saves_first_and_goes_on_from_there(tmp_path,
         fit(tmp_path / "parts", objective, workers=2, max_iters=12)
     path = tmp_path / "parts" / "ckpt.pt"
     assert contents(path)["iter"] == 4 and "holds iteration 4" in capsys.readouterr().out
-    fit(tmp_path / "parts", workers=2, max_iters=12, init_from="resume")
+    fit(tmp_path / "parts", workers=2, max_iters=12, resume="yes")
     assert same_training(path, whole)
     assert read_log_without_speed(path.with_name("log.jsonl"))[-1]["iter"] == 12
 
@@ -185,7 +184,7 @@ def test_data_that_fail_end_a_run_after_it_has_saved(tmp_path, monkeypatch, coun
         return squares(*args)
 
     calls = []
-    monkeypatch.setattr(test_train, "DATA", Failing(DATA))
+    monkeypatch.setattr(toy, "DATA", Failing(DATA))
     with pytest.raises(SystemExit, match="^the disk is gone$"):
         fit(tmp_path / "run", objective, workers=count, max_iters=100)
     held = contents(tmp_path / "run" / "ckpt.pt")
@@ -195,7 +194,7 @@ def test_data_that_fail_end_a_run_after_it_has_saved(tmp_path, monkeypatch, coun
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_run_that_waits_for_data_hears_signals(tmp_path, monkeypatch, number):
     """Two batches come, the third never: what is trained is saved at once."""
-    monkeypatch.setattr(test_train, "DATA", Acting(lambda: time.sleep(1000), 3, DATA))
+    monkeypatch.setattr(toy, "DATA", Acting(lambda: time.sleep(1000), 3, DATA))
     timer = threading.Timer(3, os.kill, [os.getpid(), number])
     timer.start()
     began = time.monotonic()
@@ -209,7 +208,7 @@ def test_a_run_that_waits_for_its_first_data_hears_signals(tmp_path, monkeypatch
         def __getitems__(self, numbers):
             time.sleep(1000 if multiprocessing.parent_process() else 0)
             return super().__getitems__(numbers)
-    monkeypatch.setattr(test_train, "DATA", Silent(DATA))
+    monkeypatch.setattr(toy, "DATA", Silent(DATA))
     threading.Timer(2, os.kill, [os.getpid(), signal.SIGTERM]).start()
     with pytest.raises(SystemExit, match="interrupted while waiting for the first data"):
         fit(tmp_path, workers=1)

@@ -1,4 +1,4 @@
-# An NTM of emoji, 64x64, from the flow-matching model of config/emoji64_fm.py: config/emoji_tune.py and emoji_first.py in one.
+# An NTM of emoji, 64x64, from the flow-matching model of config/emoji64_fm.py, as config/emoji.py's.
 # Three and a half minutes on an H200 that others shared (1,600 images a second); val_bound -1.819.
 init_from = "out/emoji64_fm/ckpt.pt"
 out_dir = "out/emoji64"

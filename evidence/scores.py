@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from plumbing.detector import TASKS, follows
+from evidence.detector import TASKS, follows
 from plumbing.loader import collate
 from plumbing.runtime import rank_and_world
 

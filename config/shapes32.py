@@ -1,4 +1,4 @@
-# An NTM of coloured shapes, 32x32, from the flow-matching model of config/shapes32_fm.py, as config/shapes_tune.py's.
+# An NTM of coloured shapes, 32x32, from the flow-matching model of config/shapes32_fm.py, as config/shapes.py's.
 # Three and a half minutes on an H200 that others shared (1,600 images a second); val_bound -2.368 to -2.374 in three seeds.
 init_from = "out/shapes32_fm/ckpt.pt"
 out_dir = "out/shapes32"

@@ -13,20 +13,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from beyond import CoupledNTM
+from flow import TimeEmbedding, full_precision, normalized, zeroed
+from model import NTM
+from predictor import gaussian_head
+
 FREQUENCIES = 128
 WRAPPERS = "module", "_orig_mod"  # what DistributedDataParallel and torch.compile put before the names of parameters
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths, S, B, L and XL: tensors do not tell
 
 
 def modulated_norm(x, shift, scale):
-    """Layer norm without parameters, then scaled and shifted by vectors (B, width)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-
-
-def full_precision(linear, h):
-    """linear(h) in the layer's own precision, whatever autocast is in force."""
-    with torch.autocast(h.device.type, enabled=False):
-        return linear(h.to(linear.weight.dtype))
+    """Layer norm without parameters, then scaled and shifted by vectors (B, 1, width)."""
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return x * (1 + scale) + shift
 
 
 def modulation(width, vectors):
@@ -34,23 +34,35 @@ def modulation(width, vectors):
 
 
 class Block(nn.Module):
-    """adaLN-Zero: shift, scale and gate of attention and of the MLP come from c (B, width); no query-key norm."""
+    """adaLN-Zero: shift, scale and gate of attention and of the MLP come from the conditioning (B, width).
+
+    There is no query-key norm.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.attn = nn.ModuleDict({
+            "qkv": nn.Linear(width, 3 * width),
+            "proj": nn.Linear(width, width),
+        })
+        self.mlp = nn.ModuleDict({
+            "fc1": nn.Linear(width, 4 * width),
+            "fc2": nn.Linear(4 * width, width),
+        })
         self.adaLN_modulation = modulation(width, 6)
 
-    def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+    def forward(self, x, condition):
+        modulation = self.adaLN_modulation(condition)[:, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         qkv = self.attn.qkv(modulated_norm(x, shift1, scale1))
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-        x = x + gate1[:, None] * self.attn.proj(mixed)
-        hidden = F.gelu(self.mlp.fc1(modulated_norm(x, shift2, scale2)), approximate="tanh")
-        return x + gate2[:, None] * self.mlp.fc2(hidden)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = rearrange(h, "b h n d -> b n (h d)")
+        x = x + gate1 * self.attn.proj(h)
+        h = self.mlp.fc1(modulated_norm(x, shift2, scale2))
+        h = F.gelu(h, approximate="tanh")
+        return x + gate2 * self.mlp.fc2(h)
 
 
 class SiT(nn.Module):
@@ -60,17 +72,27 @@ class SiT(nn.Module):
         super().__init__()
         self.image_size, self.channels, self.patch_size = image_size, channels, patch_size
         self.width, self.depth, self.heads, self.classes = width, depth, heads, classes
-        tokens, token_dim = (image_size // patch_size) ** 2, channels * patch_size**2
+        tokens = (image_size // patch_size) ** 2
+        token_dim = channels * patch_size**2
         self.register_buffer("pos_embed", torch.zeros(1, tokens, width))  # sines and cosines, not trained
-        self.register_buffer("frequencies", torch.logspace(0, -4 * (FREQUENCIES - 1) / FREQUENCIES, FREQUENCIES),
-                             persistent=False)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch_size, stride=patch_size)})
-        self.t_embedder = nn.ModuleDict(
-            {"mlp": nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))})
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, width)})  # the last: no class
+        last = -4 * (FREQUENCIES - 1) / FREQUENCIES
+        frequencies = torch.logspace(0, last, FREQUENCIES)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        patches = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+        self.x_embedder = nn.ModuleDict({"proj": patches})
+        time = nn.Sequential(
+            nn.Linear(2 * FREQUENCIES, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+        )
+        self.t_embedder = nn.ModuleDict({"mlp": time})
+        labels = nn.Embedding(classes + 1, width)  # the last: no class
+        self.y_embedder = nn.ModuleDict({"embedding_table": labels})
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.final_layer = nn.ModuleDict({"linear": nn.Linear(width, token_dim),
-                                          "adaLN_modulation": modulation(width, 2)})
+        self.final_layer = nn.ModuleDict({
+            "linear": nn.Linear(width, token_dim),
+            "adaLN_modulation": modulation(width, 2),
+        })
 
     def hand_over(self, predictor):
         """Gives its weights to a SiTPredictor of the same size."""
@@ -82,52 +104,85 @@ class SiT(nn.Module):
         waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.pos_embed.dtype)
         return self.t_embedder.mlp(waves) + self.y_embedder.embedding_table(y)
 
-    def hidden(self, tokens, c):
+    def hidden(self, tokens, condition):
         """The last hidden states (B, N, width) of tokens (B, N, D)."""
         conv = self.x_embedder.proj  # on patches that do not overlap, a linear layer
-        h = F.linear(tokens, rearrange(conv.weight, "w c p q -> w (p q c)"), conv.bias) + self.pos_embed
+        weight = rearrange(conv.weight, "w c p q -> w (p q c)")
+        h = F.linear(tokens, weight, conv.bias) + self.pos_embed
         for block in self.blocks:
-            h = block(h, c)
+            h = block(h, condition)
         return h
 
-    def velocity(self, h, c):
+    def velocity(self, h, condition):
         """The velocity (B, N, D) from the last hidden states, in full precision."""
-        shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, dim=1)
-        return -full_precision(self.final_layer.linear, modulated_norm(h, shift, scale))
+        modulation = self.final_layer.adaLN_modulation(condition)[:, None]
+        shift, scale = modulation.chunk(2, dim=-1)
+        h = modulated_norm(h, shift, scale)
+        return -full_precision(self.final_layer.linear, h)
 
     def forward(self, x, t, y):
         """The velocity (B, C, H, W) of x (B, C, H, W) at t (B,); y (B,): class numbers, `classes` for none."""
         p = self.patch_size
+        rows = x.shape[2] // p
         tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
-        c = self.condition(t, y)
-        v = self.velocity(self.hidden(tokens, c), c)
-        return rearrange(v, "b (h w) (p q c) -> b c (h p) (w q)", h=x.shape[2] // p, p=p, q=p)
+        condition = self.condition(t, y)
+        h = self.hidden(tokens, condition)
+        v = self.velocity(h, condition)
+        return rearrange(v, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)
 
 
 class SiTPredictor(nn.Module):
-    """A SiT as predictor of an NTM in the posterior parametrisation: velocity and rho of (25) in docs/method.md. What
-    the published network does not have: `step`, a flow.TimeEmbedding of the step's end s and 1/T, which starts at zero
-    and is added to the conditioning; and `head`, which makes rho and R directions of the last hidden states."""
+    """A SiT as the predictor of an NTM in the posterior parametrisation: velocity and rho of Eq. (25).
 
-    def __init__(self, config, step, head):
+    What the published network lacks is new: `step`, an embedding of the step's end s and of 1/T, which starts at zero
+    and is added to the conditioning, and `head`, which makes rho and R directions (ours) of the last hidden states.
+    """
+
+    def __init__(self, config):
         super().__init__()
         height, width = config.image_size
         if config.parametrization != "posterior" or height != width:
-            raise ValueError("predictor 'sit' needs parametrization 'posterior' and square images")
-        self.sit = SiT(height, config.channels, config.patch_size, config.width, config.depth, config.heads,
-                       classes=config.vocab_size - 2)
-        self.step, self.head = step, head
-        for parameter in step.mlp[-1].parameters():
-            nn.init.zeros_(parameter)
+            raise ValueError("a SiT needs parametrization 'posterior' and square images")
+        self.sit = SiT(
+            height,
+            config.channels,
+            config.patch_size,
+            config.width,
+            config.depth,
+            config.heads,
+            classes=config.vocab_size - 2,
+        )
+        self.step = TimeEmbedding(2, config.width)
+        zeroed(self.step.mlp[-1])
+        self.head = gaussian_head(config.width, 1, config.rank, config.token_dim)
 
     def forward(self, u, t, s, steps, text):
-        """A list of velocity, rho and R directions, each like u (B, N, D); t, s, steps (B,); the first id of text (B,
-        L) is 2 + class, or 1."""
+        """A list of velocity, rho and R directions, each like u (B, N, D); t, s, steps (B,).
+
+        The first id of text (B, L) is 2 + class, or 1 for none.
+        """
         y = torch.where(text[:, 0] < 2, self.sit.classes, text[:, 0] - 2)
-        c = self.sit.condition(t, y) + self.step(torch.stack([s, 1 / steps], dim=1))
-        h = self.sit.hidden(u, c)
-        others = full_precision(self.head, F.layer_norm(h, h.shape[-1:])).split(u.shape[-1], dim=-1)
-        return [self.sit.velocity(h, c), *others]
+        step = torch.stack([s, 1 / steps], dim=1)
+        condition = self.sit.condition(t, y) + self.step(step)
+        h = self.sit.hidden(u, condition)
+        others = full_precision(self.head, normalized(h))
+        return [self.sit.velocity(h, condition), *others.split(u.shape[-1], dim=-1)]
+
+
+class SiTNTM(NTM):
+    """An NTM whose predictor is a SiT."""
+
+    predictor_class = SiTPredictor
+
+
+class CoupledSiTNTM(CoupledNTM):
+    """(ours) The same with a coupled first step."""
+
+    predictor_class = SiTPredictor
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Published checkpoints
 
 
 def unwrapped(name):
@@ -155,7 +210,9 @@ def read_weights(path):
     for name in ("ema", "model", "state_dict"):
         if isinstance(contents, dict) and isinstance(contents.get(name), dict):
             contents = contents[name]
-    return {unwrapped(str(name)): value for name, value in contents.items()} if isinstance(contents, dict) else {}
+    if not isinstance(contents, dict):
+        return {}
+    return {unwrapped(str(name)): value for name, value in contents.items()}
 
 
 def load_sit(path, heads=None):
@@ -165,14 +222,18 @@ def load_sit(path, heads=None):
     another shape."""
     state = read_weights(path)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    if wrong := state.keys() ^ SiT(1, 1, 1, 1, depth, 1, 1).state_dict().keys():
+    expected = SiT(1, 1, 1, 1, depth, 1, 1).state_dict()
+    wrong = state.keys() ^ expected.keys()
+    if wrong:
         faults = (f"{name} is {'unknown' if name in state else 'missing'}" for name in sorted(wrong))
         raise ValueError(f"{path} is not a SiT checkpoint: {', '.join(faults)}")
 
     width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    tokens, classes = state["pos_embed"].shape[1], len(state["y_embedder.embedding_table.weight"]) - 1
+    tokens = state["pos_embed"].shape[1]
+    classes = len(state["y_embedder.embedding_table.weight"]) - 1
     heads = heads or HEADS.get(width)
-    sit = SiT(round(tokens**0.5) * patch_size, channels, patch_size, width, depth, heads, classes)
+    image_size = round(tokens**0.5) * patch_size
+    sit = SiT(image_size, channels, patch_size, width, depth, heads, classes)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         if len(state[name]) == 2 * channels * patch_size**2:  # learn_sigma: the other half of the channels is unused
             state[name] = rearrange(state[name], "(patch two c) ... -> two (patch c) ...", two=2, c=channels)[0]

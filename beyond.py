@@ -1,0 +1,341 @@
+"""(ours) What we add to the paper's method, in the order of docs/beyond.md.
+
+Each piece is a function of a model, or a model of its own, and is off unless a setting asks for it:
+
+    rank              correlated steps                    correlated.py
+    level_weight      levels in balance                   level_weights
+    closed_form       the expected loss                   expected_nll
+    velocity_weight   flow matching's loss beside it      velocity_error
+    best_of           choosing by likelihood              guided_log_density
+    restarts          steps taken again                   sample_with_restarts
+    first_noise       a first step that keeps its noise   CoupledNTM
+    objective         one deep flow, for comparison       TarFlow
+
+"Eq. (30)" is equation (30) of docs/beyond.md; those up to (27) are docs/method.md's.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from correlated import CorrelatedGaussian
+from flow import forward_chain, forward_trajectory, reverse_posterior
+from model import NTM, forward_log_prob, standard_normal
+from predictor import NTMConfig, null_caption
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def level_weights(config, power, ts, steps, max_t_min):
+    """Eq. (30): s^p of every step that ends at s, over its mean over the grid, (B, K-1); ts (B, K), steps (B,).
+
+    power: p. The weights leave each step's optimum where it is. Without them the gradients of the last step, tens of
+    times those of the first, drown what the first have to learn: what the image shows.
+    """
+    t_min = ts.new_full((), max_t_min / 2 or 0.01)  # new_tensor would wait for a GPU
+    mean = torch.zeros_like(ts[:, 0])
+    for T in config.steps:
+        ends = config.time_grid(t_min, T)[:-1]
+        mean = torch.where(steps == T, (ends**power).mean(), mean)
+    return ts[:, :-1] ** power / mean[:, None]
+
+
+def known_step(model, x, x0, ts):
+    """Mean (B, K-1, N, D) and standard deviation (B, K-1) of each step's x_s, given x_t and the image, Eq. (3).
+
+    A coupled x_1 depends on x_s, so its target is x_s itself, not its posterior mean.
+    """
+    t, s = ts[:, 1:], ts[:, :-1]
+    A, B, std = reverse_posterior(t, s)
+    A, B = A[..., None, None], B[..., None, None]
+    mean = A * x[:, 1:] + B * x0[:, None]
+    if isinstance(model, CoupledNTM):
+        coupled = t == 1
+        x_s = x[:, :-1]
+        mean = torch.where(coupled[..., None, None], x_s, mean)
+        std = torch.where(coupled, 0.0, std)
+    return mean, std
+
+
+def expected_nll(gaussian, mean, std):
+    """Eq. (31): the expected -log p of a step without a transporter in nats, (B, K-1); mean and std: known_step's.
+
+    It replaces the sampled loss: the gradients of the standard deviation and of the directions lose most of their
+    noise.
+    """
+    if isinstance(gaussian, CorrelatedGaussian):
+        return gaussian.expected_nll(mean, std)
+    precision = torch.exp(-2 * gaussian.log_std)
+    return gaussian.nll(mean) + 0.5 * std**2 * precision.sum(dim=(-2, -1))
+
+
+def velocity_error(gaussian, mean, ts):
+    """Eq. (22) at the levels of a trajectory: the mean squared error of the velocity; mean: known_step's, ts (B, K).
+
+    Added to the likelihood, it keeps the means of noisy levels as good as flow matching's.
+    """
+    t, s = ts[:, 1:], ts[:, :-1]
+    _, B, _ = reverse_posterior(t, s)
+    scale = (B * t)[..., None, None]  # a mean errs by B t times what its velocity errs by
+    error = (gaussian.mean - mean) / scale
+    return error.square().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ways to sample
+
+
+@torch.no_grad()
+def guided_log_density(model, x0, text, ts, guidance, noise):
+    """Eq. (32), nats (B,), by which candidates x0 (B, N, D) for captions (B, L) are compared.
+
+    The logarithm of the density that guidance stands for, not normalised, of the middle steps of R forward
+    trajectories. ts (T+1,), T > 1; noise (R, T+1, N, D), shared by all candidates.
+    """
+    batch = len(x0)
+    T = len(ts) - 1
+    steps = torch.full((batch,), T, device=x0.device)
+    levels = max(3, T)
+    times = ts[:levels].expand(batch, -1)
+    total = 0.0
+    for noise_of_one in noise[:, :levels]:
+        shared = noise_of_one.expand(batch, -1, -1, -1)
+        if T == 2:  # then x_1 is among the levels, and may be coupled
+            x = model.noised(x0, text, times, shared)
+        else:
+            x = forward_trajectory(x0, times, noise=shared)
+        middle = times[:, 1:]
+        u, logdet = model.transport(x[:, 1:], middle, steps)
+
+        def log_density(caption):
+            gaussian = model.gaussians(u, middle, caption, steps)
+            nll = gaussian.nll(u[:, :-1]) - logdet[:, :-1]
+            return -nll.sum(dim=1)
+
+        total = total + (1 + guidance) * log_density(text)
+        if guidance:
+            total = total - guidance * log_density(null_caption(text))
+    return total / len(noise)
+
+
+def restarted_steps(steps):
+    """The steps that a restart repeats, each by the number of its cleaner level.
+
+    All steps of the first half, which decide what is drawn, except the very first: that one starts from pure noise.
+    """
+    return range(steps // 2, steps - 1)
+
+
+@torch.no_grad()
+def sample_with_restarts(model, text, ts, restarts, guidance=0.0, generator=None, randn=None):
+    """Eq. (34): NTM.sample, where each of restarted_steps is repeated `restarts` times.
+
+    A restart adds noise back to a level and repeats the step that led to it. Afterwards x_1 is fresh noise, as the
+    levels above are; a CoupledNTM's couple() makes it follow from the image again.
+    """
+    config = model.config
+    T = len(ts) - 1
+    randn = randn or standard_normal(model, text, generator)
+    shape = config.num_tokens, config.token_dim
+    u = randn(T + 1, *shape)  # the noise of each level, replaced by the level
+    w = randn(T, config.rank)
+
+    def take_step(k, z, w):
+        s, t = ts[k], ts[k + 1]
+        gaussian = model.step(u[:, k + 1], t, s, T, text, guidance)
+        u[:, k] = gaussian.sample(z, w)
+
+    for k in reversed(range(T)):
+        take_step(k, u[:, k], w[:, k])
+        if k not in restarted_steps(T):
+            continue
+        for _ in range(restarts):
+            noise = randn(T - k, *shape)
+            u[:, k + 1 :] = add_noise_again(model, u[:, k], ts[k:], T, noise)
+            take_step(k, randn(*shape), randn(config.rank))
+    return u
+
+
+def add_noise_again(model, u, ts, T, noise):
+    """The levels above u (B, N, D), whose time is ts[0], by the forward chain: (B, K, N, D) for ts (K+1,)."""
+    ts = ts.expand(len(u), -1)
+    steps = torch.full((len(u),), T, device=u.device)
+    x = model.transporter.inverse(u, ts[:, 0], steps)
+    x = forward_chain(x, ts, noise)[:, 1:]
+    u, _ = model.transport(x, ts[:, 1:], steps, ends_in_noise=True)
+    return u
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A first step that keeps its noise
+
+
+@dataclass
+class CoupledConfig(NTMConfig):
+    """An NTMConfig with the share of x_1 that is fresh noise."""
+
+    first_noise: float = 0.5  # Eq. (36)'s c; the rest of x_1 follows from the next cleaner level
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.parametrization != "posterior" or self.transporter_blocks or len(self.steps) > 1:
+            raise ValueError(
+                f"first_noise is {self.first_noise}, which needs a start from flow matching or an NTM that had one, "
+                "transporter_blocks 0 and a single number of steps"
+            )
+
+
+class CoupledNTM(NTM):
+    """An NTM whose x_1 depends on the image: the next cleaner level, carried to noise by the model's own flow.
+
+    Pure noise says nothing of the image, so a Gaussian first step has all images of a caption to cover. The bound (14)
+    does not ask that x_1 is independent of the image.
+    """
+
+    config_class = CoupledConfig
+
+    def posterior(self, t, s):
+        """Eq. (4), but from t = 1: x_1 knows the noise of x_s, all but a share of it."""
+        A, B, C = super().posterior(t, s)
+        fresh = self.config.first_noise
+        known = math.sqrt(1 - fresh**2)
+        A = torch.where(t == 1, known * s, A)
+        C = torch.where(t == 1, fresh * s, C)
+        return A, B, C
+
+    @torch.no_grad()
+    def noised(self, x0, text, ts, noise=None):
+        """Eqs. (1), (2) and (36): x0 (B, N, D) at the times ts (B, K) of whole trajectories or of draw_pairs.
+
+        Two times are a pair of draw_pairs, unless the model has one step.
+        """
+        x = super().noised(x0, text, ts, noise)
+        T = self.config.steps[0]
+        if ts.shape[1] > 2 or T == 1:
+            return self.couple(x, ts, text)
+        at_most = math.ceil(len(ts) / (T + 1))  # of draw_pairs' steps start from t = 1
+        rows = ts[:, -1].topk(at_most).indices
+        x[rows] = self.couple(x[rows], ts[rows], text[rows])
+        return x
+
+    @torch.no_grad()
+    def couple(self, x, ts, text):
+        """Eq. (36): the levels x (B, K, N, D) with an x_1 that follows for the most part from the next cleaner level.
+
+        ts (B, K), text (B, L). x: a forward trajectory, whose noisiest level is fresh noise where its time is 1.
+        """
+        fresh = self.config.first_noise
+        known = math.sqrt(1 - fresh**2)
+        *cleaner, x_1 = x.unbind(dim=1)
+        flowed = self.flowed_to_noise(cleaner[-1], ts[:, -2], text)
+        coupled = known * flowed + fresh * x_1
+        ends_in_noise = ts[:, -1, None, None] == 1
+        x_1 = torch.where(ends_in_noise, coupled, x_1)
+        return torch.stack([*cleaner, x_1], dim=1)
+
+    def flowed_to_noise(self, x, s, text):
+        """Eq. (35): x_s (B, N, D) carried to t = 1 by the velocities of the model's own estimates; s (B,), text (B, L).
+
+        Along them the marginals of Eq. (1) flow. By the midpoint method, in two steps.
+        """
+        steps = torch.full((len(x),), self.config.steps[0], device=x.device)
+        half_way = (1 - s) / 2
+        h = half_way[:, None, None]
+
+        def velocity(x, t):
+            v, *_ = self.predictor(x, t, t * s, steps, text)
+            return v
+
+        for t in (s, s + half_way):
+            midpoint = x + h / 2 * velocity(x, t)
+            x = x + h * velocity(midpoint, t + half_way / 2)
+        return x
+
+    def trajectory_bound(self, x, ts, text):
+        """trajectory_nll (B, T+1) and Eq. (14)'s bound (B,) of a forward trajectory x, whose x_1 is coupled here."""
+        coupled = self.couple(x, ts, text)
+        nll = self.trajectory_nll(coupled, ts, text)
+        dims = x[0, 0].numel()
+        log_q = forward_log_prob(x, ts) - dims * math.log(self.config.first_noise)
+        return nll, nll.sum(dim=1) + log_q
+
+    def draw_pairs(self, batch, max_t_min=0.05, generator=None, device=None):
+        """NTM.draw_pairs, where one example in T + 1 learns a velocity of Eq. (35) instead.
+
+        That is a step to s t from a t in [s, 1), where s is the level next to noise.
+        """
+        drawn = dict(generator=generator, device=device)
+        config = self.config
+        T = config.steps[0]
+        t_min = max_t_min * (1 - torch.rand(batch, **drawn))
+        grid = F.pad(config.time_grid(t_min, T), (0, 1))  # where a step T would be
+        first = torch.randint(T + 1, (1,), **drawn)
+        k = (first + torch.arange(batch, device=device)) % (T + 1)
+        k = k[:, None]
+        ts = grid.gather(1, torch.cat([k, k + 1], dim=1))
+        s = grid[:, T - 1 : T]
+        quarter = torch.randint(4, (batch, 1), **drawn) / 4
+        t = torch.lerp(s, torch.ones_like(s), quarter)
+        velocity_step = torch.cat([s * t, t], dim=1)
+        ts = torch.where(k == T, velocity_step, ts)
+        return torch.full((batch,), T, device=device), ts
+
+    def denoising_nll(self, x, ts, text):
+        """NTM.denoising_nll without the first step: its score and that of q(x_1 | x_s) all but cancel."""
+        if ts.shape[1] == 2:
+            return super().denoising_nll(x, ts, text)
+        steps = self.step_count(ts)
+        return self.transition_nll(x[:, :-1], ts[:, :-1], text, steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# For comparison, and for going on from a trained model
+
+
+class StandardNormal(nn.Module):
+    """p(u_s | u_t, y) = N(0, I), whatever u_t and y: all is left to the transporter."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, u, t, s, steps, text):
+        return torch.zeros_like(u), torch.zeros_like(u)
+
+
+class TarFlow(NTM):
+    """TarFlow (arXiv:2412.06329) as a special case: one step from noise, deep transporter blocks and no predictor.
+
+    The bound (14) is -log p(x_{t_0}) itself, since x_1 says nothing of x_{t_0}.
+    """
+
+    predictor_class = StandardNormal
+
+    def __init__(self, config):
+        super().__init__(config)
+        if not config.transporter_blocks:
+            raise ValueError("transporter_blocks is 0, which leaves a TarFlow nothing to train: choose at least 1")
+        if config.rank or config.parametrization != "direct":
+            raise ValueError(
+                f"rank is {config.rank} and parametrization {config.parametrization!r}, "
+                "but a TarFlow has no predictor that they could be of: leave them out"
+            )
+
+
+def take_weights(model, trained):
+    """Gives a model the weights of another NTM; a transporter or directions that it lacks stay as they are.
+
+    Those are a map that is the identity, and directions that are small.
+    """
+    ours = model.state_dict()
+    theirs = trained.state_dict()
+    for name, own in ours.items():
+        if name not in theirs:
+            theirs[name] = own
+        elif name.startswith("predictor.head."):
+            known = theirs[name]
+            theirs[name] = torch.cat([known, own[len(known) :]])
+    model.load_state_dict(theirs)

@@ -1,0 +1,85 @@
+"""(ours) Steps whose numbers are drawn together: a Gaussian of diagonal plus low rank. Beyond the paper.
+
+A diagonal Gaussian, the paper's, draws every number of u_s on its own: it cannot move an object, or brighten an image,
+as a whole. With R directions V the covariance is sigma (1 + V^T V) sigma, and everything stays exact and cheap: it
+takes the inverse and the determinant of an R x R matrix. docs/beyond.md has the mathematics.
+
+NTM.predict returns this Gaussian where NTMConfig.rank is above 0.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from predictor import exact, sharpened
+
+
+class CorrelatedGaussian(NamedTuple):
+    """N(mean, diag(sigma) (1 + V^T V) diag(sigma)) over N tokens of D numbers; leading dimensions are a batch.
+
+    mean, log_std (..., N, D): sigma is exp(log_std). directions: V (..., R, N, D), in units of sigma.
+    """
+
+    mean: torch.Tensor
+    log_std: torch.Tensor
+    directions: torch.Tensor
+
+    def unflatten(self, sizes):
+        """The same with its first dimension split in two."""
+        return CorrelatedGaussian(*(part.unflatten(0, sizes) for part in self))
+
+    @exact
+    def nll(self, u):
+        """Eq. (29): -log N(u) in nats, (...); u like mean."""
+        return self.nll_by_factors(u, *self.factors())
+
+    @exact
+    def expected_nll(self, mean, std):
+        """Eq. (31): the mean of nll(u) over u ~ N(mean, std^2), in nats, (...); mean (..., N, D), std (...)."""
+        V, inverse = self.factors()
+        explained = (inverse @ V).square().sum(dim=-2)
+        diagonal = torch.exp(-2 * self.log_std).flatten(-2)
+        precision = diagonal * (1 - explained)
+        trace = precision.sum(dim=-1)
+        return self.nll_by_factors(mean, V, inverse) + 0.5 * std**2 * trace
+
+    def factors(self):
+        """V as a matrix (..., R, ND), and L^-1 (..., R, R), where L is the Cholesky factor of M = 1 + V V^T."""
+        V = self.directions.flatten(-2)
+        one = torch.eye(V.shape[-2], dtype=V.dtype, device=V.device)
+        M = one + V @ V.mT
+        L, _ = torch.linalg.cholesky_ex(M)  # cholesky would wait for a GPU, to look for errors
+        inverse = torch.linalg.solve_triangular(L, one, upper=False)
+        return V, inverse
+
+    def nll_by_factors(self, u, V, inverse):
+        """Eq. (29), with what factors() has returned."""
+        z = (u - self.mean) * torch.exp(-self.log_std)
+        z = z.flatten(-2).unsqueeze(-1)
+        likeliest = inverse @ (V @ z)
+        likeliest = inverse.mT @ likeliest  # w, given z
+        rest = z - V.mT @ likeliest
+        # a sum of squares, where z^T (1 - V^T M^-1 V) z would be the difference of two large numbers
+        squares = torch.cat([rest, likeliest], dim=-2).square()
+        log_scale = self.log_std.sum(dim=(-2, -1))
+        diagonal = inverse.diagonal(dim1=-2, dim2=-1)
+        half_log_det = -diagonal.log().sum(dim=-1)
+        constant = 0.5 * math.log(2 * math.pi) * z.shape[-2]
+        return 0.5 * squares.sum(dim=(-2, -1)) + log_scale + half_log_det + constant
+
+    @exact
+    def sample(self, z, w):
+        """Eq. (28): mean + sigma (z + V^T w), for standard normal z (..., N, D) and w (..., R)."""
+        z = z + torch.einsum("...rnd,...r->...nd", self.directions, w)
+        return self.mean + torch.exp(self.log_std) * z
+
+    def guided(self, unconditional, guidance):
+        """Eq. (20) by the marginal variances of each number; the directions stay as they are, in units of sigma."""
+        log_ratio = 2 * (self.marginal_log_std() - unconditional.marginal_log_std())
+        return sharpened(self, unconditional.mean, log_ratio, guidance)
+
+    def marginal_log_std(self):
+        """Of each number by itself, (..., N, D)."""
+        of_directions = self.directions.square().sum(dim=-3)
+        return self.log_std + 0.5 * torch.log1p(of_directions)

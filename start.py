@@ -1,0 +1,149 @@
+"""What a run of train.py starts from: nothing, a trained network, or its own checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from beyond import take_weights
+from model import NTM
+from networks import NETWORKS, NTMS, kind_of
+from plumbing import checkpoint
+from plumbing.runtime import note
+from plumbing.settings import check_objective, check_settings
+from plumbing.shards import find_shards, first_example
+from sit import load_sit
+
+# the settings that a trained network decides about what starts from it
+NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
+TRANSPORTER = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads")
+RENAMED = {"resume": "--resume=yes", "auto": "--resume=auto"}  # what init_from could be in older versions
+
+
+class Start(NamedTuple):
+    """What a run begins with: the kind of its network, and what there is of the rest, else None.
+
+    base: a trained network whose weights it takes. resumed: contents of the checkpoint that it continues. vocabulary:
+    of the one or the other.
+    """
+
+    kind: str
+    base: nn.Module | None = None
+    resumed: dict | None = None
+    vocabulary: dict | None = None
+
+
+def find_start(config, device):
+    """The Start that the settings ask for; the settings that it decides are changed in config. Raises ValueError."""
+    init_from = config["init_from"]
+    check_objective(config["objective"])
+    if init_from in RENAMED:
+        raise ValueError(f"init_from {init_from!r} is now a setting of its own: write {RENAMED[init_from]}")
+    path = Path(config["out_dir"]) / "ckpt.pt"
+    resumed = checkpoint.find_start(config["resume"], path, *NETWORKS)
+    if resumed:
+        return continue_run(config, resumed, path)
+    config["parametrization"] = "direct"
+    if init_from == "scratch":
+        check_size_of_shards(config)
+        return Start(kind_of(config["objective"], config["first_noise"], is_sit=False))
+    if config["objective"] != "ntm":
+        raise ValueError("only an NTM starts from another model: leave objective or init_from out")
+    if init_from.startswith("sit:"):
+        start, decided = start_from_sit(config)
+    else:
+        start, decided = start_from_checkpoint(config, device)
+    decided["rank"] = max(decided.get("rank", 0), config["rank"])  # directions may be added, not taken away
+    for key in config.given & decided.keys():
+        if in_full(config[key]) != in_full(decided[key]):
+            raise ValueError(f"{key} is {config[key]!r}, but {init_from} decides it, {decided[key]!r}: leave it out")
+    config |= decided
+    is_sit = start.kind.endswith("sit")
+    return start._replace(kind=kind_of("ntm", config["first_noise"], is_sit))
+
+
+def in_full(value):
+    """An image size may be a square's side."""
+    return (value, value) if type(value) is int else value
+
+
+def continue_run(config, resumed, path):
+    """The Start of a run that continues, whose settings are the checkpoint's but for what the command line gives."""
+    init_from = config["init_from"]
+    checkpoint.keep_settings(config, resumed)
+    origin = resumed["settings"].get("init_from", "scratch")
+    if "init_from" in config.given and origin != init_from:
+        note(f"{path} continues, which started from {origin}, not from {init_from}")
+    config["init_from"] = origin
+    config["parametrization"] = resumed["model_config"]["parametrization"]
+    return Start(resumed["kind"], resumed=resumed, vocabulary=resumed.get("vocabulary"))
+
+
+def check_size_of_shards(config):
+    """Shards may hold images of any size, so a run from scratch has to say what it wants."""
+    if config["dataset"] != "shards" or {"image_size", "channels"} <= config.given:
+        return
+    paths, _ = find_shards(config["data_dir"], "train")
+    _, shape = first_example(paths)
+    size = "x".join(map(str, shape))
+    raise ValueError(
+        f"shards need image_size and channels: their first example is {size} (channels, height, "
+        "width), of which latents keep the size and images take any"
+    )
+
+
+def start_from_sit(config):
+    """The Start from published SiT weights, and the settings that they decide."""
+    path = config["init_from"].removeprefix("sit:")
+    heads = config["heads"] if "heads" in config.given else None
+    network = load_sit(path, heads)
+    decided = {key: getattr(network, key) for key in NETWORK if hasattr(network, key)}
+    decided |= {"tokenizer": f"classes:{network.classes}", "text_len": 1, "parametrization": "posterior"}
+    return Start("sit", network), decided
+
+
+def start_from_checkpoint(config, device):
+    """The Start from a trained flow-matching model or NTM, and the settings that it decides."""
+    path = config["init_from"]
+    if not Path(path).exists():
+        raise ValueError(
+            f"init_from {path!r} is neither 'scratch', sit:PATH nor a file: train the model there first; "
+            "a run is continued by --resume=yes, or auto"
+        )
+    network, trained = checkpoint.load_network(path, NETWORKS, device)
+    kind = trained["kind"]
+    start = Start(kind, network, vocabulary=trained.get("vocabulary"))
+    decided = {key: trained["settings"][key] for key in NETWORK}
+    if kind not in NTMS:
+        return start, decided | {"parametrization": "posterior"}
+    decided |= {key: getattr(network.config, key) for key in ("parametrization", "rank")}
+    if network.config.transporter_blocks:  # what has no transporter may be given one
+        decided |= {key: getattr(network.config, key) for key in TRANSPORTER}
+    if kind.startswith("coupled"):
+        decided["first_noise"] = network.config.first_noise
+    return start, decided | {"aux_weight": 0.0}  # there is no flow-matching model to stay close to
+
+
+def build_model(config, start, vocab_size, device):
+    """The model that a run trains, and a frozen copy of the flow-matching model that it is to stay close to, or None.
+
+    They have the weights of start.base, if there is one; those of a checkpoint are restored afterwards.
+    """
+    network = NETWORKS[start.kind]
+    names = network.config_class.__dataclass_fields__.keys() & config.keys()
+    fields = {name: config[name] for name in names}
+    model_config = network.config_class(vocab_size=vocab_size, **fields)
+    check_settings(config, model_config)
+    torch.manual_seed(config["seed"])  # the same initial weights on every rank
+    model = network(model_config).to(device)
+    if isinstance(start.base, NTM):
+        take_weights(model, start.base)
+    elif start.base is not None:
+        start.base.hand_over(model.predictor)
+    if model_config.parametrization == "direct" or not config["aux_weight"]:
+        return model, None
+    frozen = network(replace(model_config, transporter_blocks=0)).to(device)
+    frozen.predictor.load_state_dict(model.predictor.state_dict())
+    return model, frozen.requires_grad_(False).eval()
