@@ -3,6 +3,8 @@
 Each piece is a function of a model, or a model of its own, and is off unless a setting asks for it:
 
     rank              correlated steps                    correlated.py
+    filter_window     a step's flow over pixels           pixels.py
+    logistics
     level_weight      levels in balance                   level_weights
     closed_form       the expected loss                   expected_nll
     velocity_weight   flow matching's loss beside it      velocity_error
@@ -21,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from correlated import CorrelatedGaussian
 from flow import forward_chain, forward_trajectory, reverse_posterior
 from model import NTM, forward_log_prob, standard_normal
-from predictor import NTMConfig, null_caption
+from pixels import PixelConfig, PixelNTM
+from predictor import Gaussian, null_caption
 
 # ---------------------------------------------------------------------------------------------------------------
 # Losses
@@ -67,7 +69,7 @@ def expected_nll(gaussian, mean, std):
     It replaces the sampled loss: the gradients of the standard deviation and of the directions lose most of their
     noise.
     """
-    if isinstance(gaussian, CorrelatedGaussian):
+    if not isinstance(gaussian, Gaussian):  # a CorrelatedGaussian or a StepFlow
         return gaussian.expected_nll(mean, std)
     precision = torch.exp(-2 * gaussian.log_std)
     return gaussian.nll(mean) + 0.5 * std**2 * precision.sum(dim=(-2, -1))
@@ -175,8 +177,8 @@ def add_noise_again(model, u, ts, T, noise):
 
 
 @dataclass
-class CoupledConfig(NTMConfig):
-    """An NTMConfig with the share of x_1 that is fresh noise."""
+class CoupledConfig(PixelConfig):
+    """A PixelConfig with the share of x_1 that is fresh noise."""
 
     first_noise: float = 0.5  # Eq. (36)'s c; the rest of x_1 follows from the next cleaner level
 
@@ -189,7 +191,7 @@ class CoupledConfig(NTMConfig):
             )
 
 
-class CoupledNTM(NTM):
+class CoupledNTM(PixelNTM):
     """An NTM whose x_1 depends on the image: the next cleaner level, carried to noise by the model's own flow.
 
     Pure noise says nothing of the image, so a Gaussian first step has all images of a caption to cover. The bound (14)
@@ -209,15 +211,16 @@ class CoupledNTM(NTM):
 
     @torch.no_grad()
     def noised(self, x0, text, ts, noise=None):
-        """Eqs. (1), (2) and (36): x0 (B, N, D) at the times ts (B, K) of whole trajectories or of draw_pairs.
-
-        Two times are a pair of draw_pairs, unless the model has one step.
-        """
+        """Eqs. (1), (2) and (36): x0 (B, N, D) at the times ts (B, K), an x_1 among them coupled."""
         x = super().noised(x0, text, ts, noise)
-        T = self.config.steps[0]
-        if ts.shape[1] > 2 or T == 1:
-            return self.couple(x, ts, text)
-        at_most = math.ceil(len(ts) / (T + 1))  # of draw_pairs' steps start from t = 1
+        return self.couple(x, ts, text)
+
+    @torch.no_grad()
+    def noised_pairs(self, x0, text, ts, noise=None):
+        """The same for the times ts (B, 2) of draw_pairs, a fraction of which start from noise."""
+        x = super().noised(x0, text, ts, noise)
+        steps = self.config.steps[0]
+        at_most = math.ceil(len(ts) / (steps + 1))  # rows that start from t = 1; to count them would wait for a GPU
         rows = ts[:, -1].topk(at_most).indices
         x[rows] = self.couple(x[rows], ts[rows], text[rows])
         return x
@@ -316,6 +319,8 @@ class TarFlow(NTM):
 
     def __init__(self, config):
         super().__init__(config)
+        if config.steps != (1,):
+            raise ValueError(f"steps is {config.steps}, but a TarFlow has one: its levels would be independent")
         if not config.transporter_blocks:
             raise ValueError("transporter_blocks is 0, which leaves a TarFlow nothing to train: choose at least 1")
         if config.rank or config.parametrization != "direct":

@@ -35,8 +35,8 @@ RANGES = {
                   "trajectories repeats panel image_size channels text_len patch_size width heads "
                   "transporter_width transporter_layers transporter_heads steps best_of squares scale keep",
     "at least 0 and at most 256": "workers",
-    "at least 0": "depth restarts rank level_weight transporter_blocks warmup_iters lr words_lr min_lr weight_decay "
-                  "velocity_weight aux_weight guidance chunk save_minutes",
+    "at least 0": "depth restarts rank filter_window logistics pixels_lr level_weight transporter_blocks warmup_iters "
+                  "lr words_lr min_lr weight_decay velocity_weight aux_weight guidance chunk save_minutes",
     "above 0": "grad_clip latent_scale seconds",
     "above 0 and at most 1": "first_noise",
     "above 0 and at most 1000": "shift",  # beyond, the levels of a grid are no longer different numbers

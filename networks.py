@@ -3,11 +3,13 @@
 from beyond import CoupledNTM, TarFlow
 from fm import FlowMatching
 from model import NTM
+from pixels import PixelNTM
 from sit import CoupledSiTNTM, SiTNTM
 
 NTMS = {
     "ntm": NTM,
     "sit": SiTNTM,
+    "pixels": PixelNTM,  # (ours)
     "coupled": CoupledNTM,  # (ours)
     "coupled_sit": CoupledSiTNTM,  # (ours)
     "tarflow": TarFlow,  # (ours)
@@ -15,10 +17,12 @@ NTMS = {
 NETWORKS = {"fm": FlowMatching, **NTMS}
 
 
-def kind_of(objective, first_noise, is_sit):
+def kind_of(config, is_sit):
     """The kind of the network that a run trains, by its settings, and whether it starts from a SiT."""
-    if objective != "ntm":
-        return objective
-    if first_noise < 1:
+    if config["objective"] != "ntm":
+        return config["objective"]
+    if config["first_noise"] < 1:
         return "coupled_sit" if is_sit else "coupled"
-    return "sit" if is_sit else "ntm"
+    if is_sit:
+        return "sit"
+    return "pixels" if config["filter_window"] or config["logistics"] else "ntm"

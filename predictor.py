@@ -40,6 +40,8 @@ class NTMConfig:
     steps: int | tuple = 4  # T; with several, each example of training has one of them
     shift: float | None = None  # e^m of the time grid; None: from the number of tokens
 
+    may_be_zero = frozenset({"transporter_blocks", "rank"})
+
     def __post_init__(self):
         if isinstance(self.image_size, int):
             self.image_size = self.image_size, self.image_size
@@ -48,7 +50,7 @@ class NTMConfig:
             self.steps = (self.steps,)
         self.steps = tuple(self.steps)
         for name, value in vars(self).items():
-            least = 0 if name in ("transporter_blocks", "rank") else 1
+            least = 0 if name in self.may_be_zero else 1
             whole = value if isinstance(value, tuple) else (value,)
             for number in whole:
                 if type(number) is int and number < least:

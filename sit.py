@@ -15,7 +15,7 @@ from torch import nn
 
 from beyond import CoupledNTM
 from flow import TimeEmbedding, full_precision, normalized, zeroed
-from model import NTM
+from pixels import PixelNTM
 from predictor import gaussian_head
 
 FREQUENCIES = 128
@@ -169,7 +169,7 @@ class SiTPredictor(nn.Module):
         return [self.sit.velocity(h, condition), *others.split(u.shape[-1], dim=-1)]
 
 
-class SiTNTM(NTM):
+class SiTNTM(PixelNTM):
     """An NTM whose predictor is a SiT."""
 
     predictor_class = SiTPredictor

@@ -48,20 +48,21 @@ def find_start(config, device):
     config["parametrization"] = "direct"
     if init_from == "scratch":
         check_size_of_shards(config)
-        return Start(kind_of(config["objective"], config["first_noise"], is_sit=False))
+        return Start(kind_of(config, is_sit=False))
     if config["objective"] != "ntm":
         raise ValueError("only an NTM starts from another model: leave objective or init_from out")
     if init_from.startswith("sit:"):
         start, decided = start_from_sit(config)
     else:
         start, decided = start_from_checkpoint(config, device)
-    decided["rank"] = max(decided.get("rank", 0), config["rank"])  # directions may be added, not taken away
+    for name in ("rank", "filter_window", "logistics"):  # may be added, not taken away
+        decided[name] = max(decided.get(name, 0), config[name])
     for key in config.given & decided.keys():
         if in_full(config[key]) != in_full(decided[key]):
             raise ValueError(f"{key} is {config[key]!r}, but {init_from} decides it, {decided[key]!r}: leave it out")
     config |= decided
     is_sit = start.kind.endswith("sit")
-    return start._replace(kind=kind_of("ntm", config["first_noise"], is_sit))
+    return start._replace(kind=kind_of(config, is_sit))
 
 
 def in_full(value):
@@ -114,11 +115,15 @@ def start_from_checkpoint(config, device):
         )
     network, trained = checkpoint.load_network(path, NETWORKS, device)
     kind = trained["kind"]
+    if kind == "tarflow":
+        raise ValueError(f"init_from {path!r} is a TarFlow, which has no predictor to start an NTM from: continue it "
+                         "with --resume=yes")
     start = Start(kind, network, vocabulary=trained.get("vocabulary"))
     decided = {key: trained["settings"][key] for key in NETWORK}
     if kind not in NTMS:
         return start, decided | {"parametrization": "posterior"}
-    decided |= {key: getattr(network.config, key) for key in ("parametrization", "rank")}
+    for key in ("parametrization", "rank", "filter_window", "logistics"):
+        decided[key] = getattr(network.config, key, 0)
     if network.config.transporter_blocks:  # what has no transporter may be given one
         decided |= {key: getattr(network.config, key) for key in TRANSPORTER}
     if kind.startswith("coupled"):

@@ -87,6 +87,8 @@ steps: int | tuple = 4  # T; a tuple of several makes one model for all of them
 shift: float | None = 0.5  # e^m of the time grid, low for toy pictures; None: from the number of tokens
 max_t_min = 0.05  # training has t_0 uniform below this
 rank = 0  # (ours) directions along which a step's Gaussian is correlated; 0, the paper's: none
+filter_window = 0  # (ours) side of a causal filter over pixels, which a step's Gaussian is drawn through; 0: none
+logistics = 0  # (ours) of the mixture of a pointwise map, which comes before the filter; 0: none
 pairs = True  # train on one random step of each trajectory instead of all T
 level_weight = 0.0  # (ours) p: a step that ends at noise level s counts s^p, which balances their gradients
 first_noise = 1.0  # (ours) the share of x_1 that is fresh noise; the rest follows from the next cleaner level
@@ -100,6 +102,7 @@ grad_accum = 1  # passes per update and rank
 max_iters = 2000
 optimizer = "muon"  # or "adamw"
 lr = 5e-3  # for muon; adamw wants about 2e-3
+pixels_lr = 10.0  # (ours) times lr, of filter and pointwise map
 words_lr = 1.0  # times lr, of the words' embeddings: where most words are rare, 25 learns them sooner
 min_lr = 1e-6
 warmup_iters = 100
@@ -206,10 +209,11 @@ class Run:
             self.device,
             in_bfloat16(config, self.device),
             words_lr=config["words_lr"],
+            pixels_lr=config["pixels_lr"],
         )
         resumed = start.resumed or {}
         if resumed:
-            fixed = "objective", "optimizer", "tokenizer"
+            fixed = "objective", "first_noise", "optimizer", "tokenizer"
             checkpoint.resume(resumed, self.path, self.model, self.ema, self.optimizers, config, *fixed)
         if resumed and self.frozen:
             checkpoint.restore_frozen(resumed, self.path, self.frozen.predictor)
@@ -300,7 +304,7 @@ def train(run):
     loss = for_training(TrainingLoss(model, config), config, device)
     noised = getattr(ema, "noised", None)  # an NTM's
     if isinstance(ema, CoupledNTM):  # (ours) four passes of the network
-        noised = for_training(noised, config, device)
+        noised = for_training(ema.noised_pairs, config, device)
 
     with batches.interrupt, batches, progress:
         if progress.validation_missing():

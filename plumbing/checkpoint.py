@@ -21,7 +21,8 @@ import torch
 
 from plumbing.runtime import gathered, job, one_line_errors, restarts
 
-KINDS = "ntm", "sit", "coupled", "coupled_sit", "tarflow", "fm", "denoiser"  # of networks that are sampled from
+# of the networks that are sampled from
+KINDS = "ntm", "sit", "pixels", "coupled", "coupled_sit", "tarflow", "fm", "denoiser"
 WORDS = {"fm": "flow matching", "denoiser": "a denoiser", "judge": "a judge"}  # the other kinds are NTMs
 RESUME = "no", "yes", "auto"
 OF_A_SITTING = {"out_dir", "resume", "device"}  # settings that a resumed run does not take from its checkpoint

@@ -4,7 +4,16 @@ from plumbing.runtime import note
 
 OBJECTIVES = "ntm", "fm", "tarflow"
 # what only an NTM learns by, and the values at which it has no effect
-OF_NTM = {"rank": 0, "level_weight": 0, "first_noise": 1, "closed_form": False, "velocity_weight": 0, "aux_weight": 0}
+OF_NTM = {
+    "rank": 0,
+    "filter_window": 0,
+    "logistics": 0,
+    "level_weight": 0,
+    "first_noise": 1,
+    "closed_form": False,
+    "velocity_weight": 0,
+    "aux_weight": 0,
+}
 SIZES_OF_NTM = (
     "transporter_width",
     "transporter_blocks",
@@ -34,6 +43,8 @@ def check_settings(config, model_config):
     for name in ("closed_form", "velocity_weight"):
         if config[name] and blocks:
             raise ValueError(f"{name} is {config[name]}, which needs transporter_blocks 0, not {blocks}")
+    if config["first_noise"] < 1 and objective == "tarflow":
+        raise ValueError(f"first_noise is {config['first_noise']}, but a TarFlow has no step to couple: leave it out")
     if config["first_noise"] < 1 and not config["pairs"]:
         raise ValueError(f"first_noise is {config['first_noise']}, which needs pairs True, not {config['pairs']}")
 

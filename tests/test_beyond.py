@@ -15,6 +15,7 @@ from beyond import (CoupledConfig, CoupledNTM, TarFlow, expected_nll, guided_log
 from flow import forward_kernel, forward_trajectory, reverse_posterior, time_grid
 from fm import FlowMatching
 from model import NTM, NTMConfig
+from pixels import PixelConfig
 from predictor import Gaussian, null_caption
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -216,9 +217,9 @@ def test_the_coupled_model_overrides_what_it_must_and_no_more():
     own = {name for name in vars(CoupledNTM) if not name.startswith("__")}
     assert {name for name in own if hasattr(NTM, name)} == {
         "config_class", "posterior", "noised", "trajectory_bound", "draw_pairs", "denoising_nll"}
-    assert own - {name for name in own if hasattr(NTM, name)} == {"couple", "flowed_to_noise"}
+    assert own - {name for name in own if hasattr(NTM, name)} == {"couple", "flowed_to_noise", "noised_pairs"}
     assert issubclass(CoupledConfig, NTMConfig)
-    assert set(CoupledConfig.__dataclass_fields__) - set(NTMConfig.__dataclass_fields__) == {"first_noise"}
+    assert set(CoupledConfig.__dataclass_fields__) - set(PixelConfig.__dataclass_fields__) == {"first_noise"}
 
 
 def test_with_nothing_but_noise_of_its_own_it_is_the_plain_model():
@@ -375,13 +376,14 @@ def test_training_couples_every_example_that_ends_at_noise_and_no_other(batch, s
     for seed in range(5):
         _, ts = model.draw_pairs(batch, generator=torch.Generator().manual_seed(seed))
         ts, noise = ts.double(), torch.randn(batch, 2, 6, 4).double()
-        x = model.noised(x0, text, ts, noise)
+        x = model.noised_pairs(x0, text, ts, noise)
         torch.testing.assert_close(x, drawn(model, x0, ts, text, noise))
+        torch.testing.assert_close(model.noised(x0, text, ts, noise), x)
         fresh, ends = forward_trajectory(x0, ts, noise=noise), ts[:, -1] == 1
         assert changed(x, fresh) == {(b, 1) for b in ends.nonzero()[:, 0].tolist()}
 
 
-@pytest.mark.parametrize("own, steps", [(4, 4), (4, 3), (4, 2), (2, 2), (1, 1)])
+@pytest.mark.parametrize("own, steps", [(4, 4), (4, 3), (4, 2), (4, 1), (2, 2), (1, 1)])
 def test_whole_trajectories_are_coupled_whatever_their_steps(own, steps):
     """Of a model that has its own number of steps."""
     model, x0, text = make_coupled(steps=own), torch.randn(5, 6, 4).double(), make_text(5)
@@ -467,6 +469,8 @@ def test_tarflow_is_a_flow_of_the_image_alone():
     for wrong in dict(rank=2), dict(parametrization="posterior"):
         with pytest.raises(ValueError, match="TarFlow has no predictor"):
             TarFlow(NTMConfig(**config, **wrong))
+    with pytest.raises(ValueError, match="but a TarFlow has one"):
+        TarFlow(NTMConfig(**config | dict(steps=4)))
 
 
 def test_weights_of_the_same_architecture_are_all_taken():

@@ -74,3 +74,19 @@ def test_what_it_needs_is_said(settings, tmp_path):
     assert needs in fails("train.py", *TRAIN, "--first_noise=0.2", f"--out_dir={tmp_path}")
     line = fails("train.py", *settings, "--first_noise=0", f"--out_dir={tmp_path}")
     assert "first_noise is 0.0, but must be above 0" in line
+
+
+def test_an_uncoupled_run_is_not_coupled_on_the_way(settings, tmp_path):
+    plain = [setting for setting in settings if not setting.startswith("--first_noise")]
+    run("train.py", *plain, f"--out_dir={tmp_path}")
+    line = fails("train.py", f"--out_dir={tmp_path}", "--resume=yes", "--first_noise=0.5", "--max_iters=8", "--device=cpu")
+    assert "first_noise is 1.0, the settings say 0.5" in line
+    line = fails("train.py", *SHORT, *SMALL, "--objective=tarflow", "--steps=1", "--first_noise=0.5",
+                 f"--out_dir={tmp_path / 'tarflow'}")
+    assert "first_noise is 0.5, but a TarFlow has no step to couple" in line
+
+
+def test_a_tarflow_is_no_start(tmp_path):
+    run("train.py", *SHORT, *SMALL, "--objective=tarflow", "--steps=1", "--transporter_blocks=1", f"--out_dir={tmp_path / 'flow'}")
+    line = fails("train.py", *SHORT, *SMALL, f"--init_from={tmp_path / 'flow' / 'ckpt.pt'}", f"--out_dir={tmp_path / 'ntm'}")
+    assert "is a TarFlow, which has no predictor to start an NTM from" in line

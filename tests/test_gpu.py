@@ -56,7 +56,7 @@ def an_update(way, device, size=TINY, batch=8):
     text = torch.ones(batch, config.text_len, dtype=torch.long, device=device)
     settings = PLAIN | TRAINED[way] | dict(batch_size=batch, bfloat16=True)
     loss = TrainingLoss(model, settings)
-    noised = getattr(average, "noised", None)
+    noised = getattr(average, "noised_pairs", getattr(average, "noised", None))
     frozen = average if settings["aux_weight"] else None
     generator = torch.Generator(device)
     batches = SimpleNamespace(rows=slice(None), randn=rng.randn)

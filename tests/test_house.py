@@ -14,8 +14,8 @@ ROOMS = "plumbing", "evidence"
 FILES = [path for folder in ("", *ROOMS) for path in sorted((ROOT / folder).glob("*.py"))]
 OURS = {path.stem for path in ROOT.glob("*.py")}
 # from the bottom up: a file imports those before it, and plumbing
-ORDER = ["configurator", "flow", "predictor", "correlated", "model", "beyond", "fm", "sit", "networks", "data", "pipeline",
-         "sample", "losses", "start", "train", "distill", "evaluate", "bench", "toy2d"]
+ORDER = ["configurator", "flow", "predictor", "correlated", "model", "pixels", "beyond", "fm", "sit", "networks", "data",
+         "pipeline", "sample", "losses", "start", "train", "distill", "evaluate", "bench", "toy2d"]
 
 
 def imports(path, everywhere=False):

@@ -137,7 +137,7 @@ def drawn_by(network, settings, rows, batch=8):
     generator = torch.Generator().manual_seed(5)
     batches = SimpleNamespace(rows=rows, randn=functools.partial(rng.randn, rows=rows))
     config = {"batch_size": batch, "max_t_min": 0.05} | settings
-    noised = getattr(network, "noised", None)
+    noised = getattr(network, "noised_pairs", getattr(network, "noised", None))
     levels = draw_levels(network, noised, images[rows], text[rows], config, batches, generator)
     return *levels, torch.rand(8, generator=generator)  # and what comes after it
 

@@ -14,7 +14,7 @@ from tiny import noise_of
 import data
 from beyond import CoupledConfig
 from flow import time_grid
-from model import NTMConfig
+from pixels import PixelConfig
 from plumbing import checkpoint
 from sit import CoupledSiTNTM, SiT, SiTNTM, load_sit
 
@@ -159,7 +159,7 @@ def test_what_could_run_code_is_named_and_does_not_run(reference, tmp_path):
 @pytest.fixture
 def model(published):
     sit = load_sit(published, heads=4)
-    model = SiTNTM(NTMConfig(image_size=8, channels=4, width=48, depth=2, heads=4, vocab_size=12, text_len=1,
+    model = SiTNTM(PixelConfig(image_size=8, channels=4, width=48, depth=2, heads=4, vocab_size=12, text_len=1,
                              parametrization="posterior"))
     sit.hand_over(model.predictor)
     return sit, model
@@ -223,7 +223,7 @@ def velocity_of(sit, tokens, t, text):
 
 def test_it_takes_square_images_in_the_posterior_parametrization():
     with pytest.raises(ValueError, match="a SiT needs parametrization 'posterior' and square images"):
-        SiTNTM(NTMConfig())
+        SiTNTM(PixelConfig())
 
 
 # ---------------------------------------------------------------------------------------------------------------

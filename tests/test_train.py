@@ -21,6 +21,7 @@ import data
 import train
 from losses import TrainingLoss, losses_of_batch
 from model import NTM, Denoiser
+from pixels import PixelConfig, PixelNTM
 from plumbing import checkpoint, optim, runtime
 from plumbing.loader import Batches, examine, key, order, validation_batches
 from plumbing.log import Log
@@ -315,10 +316,17 @@ def test_resuming_keeps_what_optimizers_gathered_but_not_their_rates(tmp_path):
     assert after[1].param_groups[1]["factor"] == 3.0 and after[0].param_groups[0]["weight_decay"] == 0.01
     for old, new in zip(before, after):
         assert all(same(old.state[parameter], new.state[parameter]) for parameter in old.state)
-    first, second = held["optimizers"][1]["param_groups"]
+    first, second, _ = held["optimizers"][1]["param_groups"]
     held["optimizers"][1]["param_groups"] = [first | {"params": first["params"] + second["params"]}]
     with pytest.raises(ValueError, match="ckpt.pt groups its weights as another version did"):
         checkpoint.resume(held, path, model, model, after, {})
+
+
+def test_a_steps_flow_over_pixels_has_a_rate_of_its_own():
+    model = PixelNTM(PixelConfig(image_size=4, width=8, depth=1, heads=2, transporter_blocks=0, filter_window=3, logistics=2))
+    _, adamw = make_optimizers(model, "muon", 0.0, torch.device("cpu"), pixels_lr=7.0)
+    *_, group = adamw.param_groups
+    assert group["factor"] == 7.0 and {id(p) for p in group["params"]} == {id(p) for p in model.pixels.parameters()}
 
 
 def test_optimizer_that_is_not_there_is_named():
