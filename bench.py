@@ -25,7 +25,7 @@ from fm import EULER_STEPS, FlowMatching
 from model import NTM, Denoiser, NTMConfig
 from networks import NTMS
 from plumbing import checkpoint
-from plumbing.optim import make_optimizers, step
+from plumbing.optim import make_optimizers, update_weights
 from plumbing.runtime import autocast, find_device, one_line_errors
 
 out_dir = ""  # of a trained model to take size and weights from; empty: the sizes below, and random weights
@@ -95,13 +95,12 @@ def inputs(config, device):
 def draw(model, images, text, pairs):
     """What an update draws at random, as the last argument of forward."""
     x0 = model.patchify(images)
-    drawn = dict(device=images.device)
     if isinstance(model, FlowMatching):
-        return model.draw_times(len(x0), **drawn), torch.randn_like(x0)
+        return model.draw_times(len(x0), device=images.device), torch.randn_like(x0)
     if pairs:
-        steps, ts = model.draw_pairs(len(x0), **drawn)
+        steps, ts = model.draw_pairs(len(x0), device=images.device)
     else:
-        steps, ts = model.draw_trajectories(len(x0), **drawn)
+        steps, ts = model.draw_trajectories(len(x0), device=images.device)
     return steps, ts, model.noised(x0, text, ts)
 
 
@@ -118,7 +117,7 @@ def training_step(kind, config, device, pairs, compiled=False):
             loss = forward(images, text, drawn)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        step(optimizers, 1e-3)
+        update_weights(optimizers, 1e-3)
         model.zero_grad(set_to_none=True)
 
     return update

@@ -13,7 +13,7 @@ Each piece is a function of a model, or a model of its own, and is off unless a 
     first_noise       a first step that keeps its noise   CoupledNTM
     objective         one deep flow, for comparison       TarFlow
 
-"Eq. (30)" is equation (30) of docs/beyond.md; those up to (27) are docs/method.md's.
+Equation numbers are those of docs/beyond.md, up to (27) of docs/method.md. x_1 is the level at t = 1, pure noise.
 """
 
 import math
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flow import forward_chain, forward_trajectory, reverse_posterior
-from model import NTM, forward_log_prob, standard_normal
+from model import NTM, forward_log_prob, noise_source
 from pixels import PixelConfig, PixelNTM
 from predictor import Gaussian, null_caption
 
@@ -38,7 +38,8 @@ def level_weights(config, power, ts, steps, max_t_min):
     power: p. The weights leave each step's optimum where it is. Without them the gradients of the last step, tens of
     times those of the first, drown what the first have to learn: what the image shows.
     """
-    t_min = ts.new_full((), max_t_min / 2 or 0.01)  # new_tensor would wait for a GPU
+    middle = max_t_min / 2 or 0.01  # of t_0's range; 0.01 where that is 0
+    t_min = ts.new_full((), middle)  # new_tensor would wait for a GPU
     mean = torch.zeros_like(ts[:, 0])
     for T in config.steps:
         ends = config.time_grid(t_min, T)[:-1]
@@ -95,32 +96,32 @@ def velocity_error(gaussian, mean, ts):
 def guided_log_density(model, x0, text, ts, guidance, noise):
     """Eq. (32), nats (B,), by which candidates x0 (B, N, D) for captions (B, L) are compared.
 
-    The logarithm of the density that guidance stands for, not normalised, of the middle steps of R forward
-    trajectories. ts (T+1,), T > 1; noise (R, T+1, N, D), shared by all candidates.
+    The logarithm of the density that guidance stands for, not normalised, of the middle steps of M forward
+    trajectories. ts (T+1,), T > 1; noise (M, T+1, N, D), shared by all candidates.
     """
     batch = len(x0)
     T = len(ts) - 1
     steps = torch.full((batch,), T, device=x0.device)
-    levels = max(3, T)
-    times = ts[:levels].expand(batch, -1)
+    count = max(3, T)  # of levels
+    times = ts[:count].expand(batch, -1)
+    middle = times[:, 1:]
+
+    def log_density(u, logdet, caption):
+        gaussian = model.predict_all(u, middle, steps, caption)
+        nll = gaussian.nll(u[:, :-1]) - logdet[:, :-1]
+        return -nll.sum(dim=1)
+
     total = 0.0
-    for noise_of_one in noise[:, :levels]:
+    for noise_of_one in noise[:, :count]:
         shared = noise_of_one.expand(batch, -1, -1, -1)
         if T == 2:  # then x_1 is among the levels, and may be coupled
             x = model.noised(x0, text, times, shared)
         else:
             x = forward_trajectory(x0, times, noise=shared)
-        middle = times[:, 1:]
         u, logdet = model.transport(x[:, 1:], middle, steps)
-
-        def log_density(caption):
-            gaussian = model.gaussians(u, middle, caption, steps)
-            nll = gaussian.nll(u[:, :-1]) - logdet[:, :-1]
-            return -nll.sum(dim=1)
-
-        total = total + (1 + guidance) * log_density(text)
+        total = total + (1 + guidance) * log_density(u, logdet, text)
         if guidance:
-            total = total - guidance * log_density(null_caption(text))
+            total = total - guidance * log_density(u, logdet, null_caption(text))
     return total / len(noise)
 
 
@@ -141,29 +142,30 @@ def sample_with_restarts(model, text, ts, restarts, guidance=0.0, generator=None
     """
     config = model.config
     T = len(ts) - 1
-    randn = randn or standard_normal(model, text, generator)
+    randn = randn or noise_source(model, text, generator)
     shape = config.num_tokens, config.token_dim
-    u = randn(T + 1, *shape)  # the noise of each level, replaced by the level
-    w = randn(T, config.rank)
+    z = randn(T + 1, *shape)
+    xi = randn(T, config.rank)
+    levels = z  # in its place: the noise of a level is read once
 
-    def take_step(k, z, w):
+    def take_step(k, z, xi):
         s, t = ts[k], ts[k + 1]
-        gaussian = model.step(u[:, k + 1], t, s, T, text, guidance)
-        u[:, k] = gaussian.sample(z, w)
+        gaussian = model.step(levels[:, k + 1], t, s, T, text, guidance)
+        levels[:, k] = gaussian.sample(z, xi)
 
     for k in reversed(range(T)):
-        take_step(k, u[:, k], w[:, k])
+        take_step(k, z[:, k], xi[:, k])
         if k not in restarted_steps(T):
             continue
         for _ in range(restarts):
             noise = randn(T - k, *shape)
-            u[:, k + 1 :] = add_noise_again(model, u[:, k], ts[k:], T, noise)
+            levels[:, k + 1 :] = add_noise_again(model, levels[:, k], ts[k:], T, noise)
             take_step(k, randn(*shape), randn(config.rank))
-    return u
+    return levels
 
 
 def add_noise_again(model, u, ts, T, noise):
-    """The levels above u (B, N, D), whose time is ts[0], by the forward chain: (B, K, N, D) for ts (K+1,)."""
+    """The levels above u (B, N, D), whose time is ts[0], by the forward chain: (B, K-1, N, D) for ts (K,)."""
     ts = ts.expand(len(u), -1)
     steps = torch.full((len(u),), T, device=u.device)
     x = model.transporter.inverse(u, ts[:, 0], steps)
@@ -236,8 +238,8 @@ class CoupledNTM(PixelNTM):
         *cleaner, x_1 = x.unbind(dim=1)
         flowed = self.flowed_to_noise(cleaner[-1], ts[:, -2], text)
         coupled = known * flowed + fresh * x_1
-        ends_in_noise = ts[:, -1, None, None] == 1
-        x_1 = torch.where(ends_in_noise, coupled, x_1)
+        is_noise = ts[:, -1, None, None] == 1
+        x_1 = torch.where(is_noise, coupled, x_1)
         return torch.stack([*cleaner, x_1], dim=1)
 
     def flowed_to_noise(self, x, s, text):
@@ -246,16 +248,17 @@ class CoupledNTM(PixelNTM):
         Along them the marginals of Eq. (1) flow. By the midpoint method, in two steps.
         """
         steps = torch.full((len(x),), self.config.steps[0], device=x.device)
-        half_way = (1 - s) / 2
-        h = half_way[:, None, None]
+        h = (1 - s) / 2
+        stride = h[:, None, None]
 
         def velocity(x, t):
+            # asked as in a step from t to s t, which draw_pairs trains
             v, *_ = self.predictor(x, t, t * s, steps, text)
             return v
 
-        for t in (s, s + half_way):
-            midpoint = x + h / 2 * velocity(x, t)
-            x = x + h * velocity(midpoint, t + half_way / 2)
+        for t in (s, s + h):
+            midpoint = x + stride / 2 * velocity(x, t)
+            x = x + stride * velocity(midpoint, t + h / 2)
         return x
 
     def trajectory_bound(self, x, ts, text):
@@ -263,6 +266,7 @@ class CoupledNTM(PixelNTM):
         coupled = self.couple(x, ts, text)
         nll = self.trajectory_nll(coupled, ts, text)
         dims = x[0, 0].numel()
+        # x_1 of x is eps: log N(x_1; sqrt(1-c^2) Phi, c^2 I) = log N(eps; 0, I) - ND log c
         log_q = forward_log_prob(x, ts) - dims * math.log(self.config.first_noise)
         return nll, nll.sum(dim=1) + log_q
 
@@ -271,17 +275,17 @@ class CoupledNTM(PixelNTM):
 
         That is a step to s t from a t in [s, 1), where s is the level next to noise.
         """
-        drawn = dict(generator=generator, device=device)
+        rng = dict(generator=generator, device=device)
         config = self.config
         T = config.steps[0]
-        t_min = max_t_min * (1 - torch.rand(batch, **drawn))
+        t_min = max_t_min * (1 - torch.rand(batch, **rng))
         grid = F.pad(config.time_grid(t_min, T), (0, 1))  # where a step T would be
-        first = torch.randint(T + 1, (1,), **drawn)
+        first = torch.randint(T + 1, (1,), **rng)
         k = (first + torch.arange(batch, device=device)) % (T + 1)
         k = k[:, None]
         ts = grid.gather(1, torch.cat([k, k + 1], dim=1))
         s = grid[:, T - 1 : T]
-        quarter = torch.randint(4, (batch, 1), **drawn) / 4
+        quarter = torch.randint(4, (batch, 1), **rng) / 4
         t = torch.lerp(s, torch.ones_like(s), quarter)
         velocity_step = torch.cat([s * t, t], dim=1)
         ts = torch.where(k == T, velocity_step, ts)
@@ -292,7 +296,7 @@ class CoupledNTM(PixelNTM):
         if ts.shape[1] == 2:
             return super().denoising_nll(x, ts, text)
         steps = self.step_count(ts)
-        return self.transition_nll(x[:, :-1], ts[:, :-1], text, steps)
+        return self.transition_nll(x[:, :-1], ts[:, :-1], steps, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -331,9 +335,9 @@ class TarFlow(NTM):
 
 
 def take_weights(model, trained):
-    """Gives a model the weights of another NTM; a transporter or directions that it lacks stay as they are.
+    """Copies weights of another NTM.
 
-    Those are a map that is the identity, and directions that are small.
+    A transporter or directions that the other lacks keep their initial values: the identity, or small.
     """
     ours = model.state_dict()
     theirs = trained.state_dict()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from predictor import exact, sharpened
+from predictor import sharpened, without_autocast
 
 
 class CorrelatedGaussian(NamedTuple):
@@ -29,50 +29,55 @@ class CorrelatedGaussian(NamedTuple):
         """The same with its first dimension split in two."""
         return CorrelatedGaussian(*(part.unflatten(0, sizes) for part in self))
 
-    @exact
+    @without_autocast
     def nll(self, u):
         """Eq. (29): -log N(u) in nats, (...); u like mean."""
         return self.nll_by_factors(u, *self.factors())
 
-    @exact
+    @without_autocast
     def expected_nll(self, mean, std):
         """Eq. (31): the mean of nll(u) over u ~ N(mean, std^2), in nats, (...); mean (..., N, D), std (...)."""
-        V, inverse = self.factors()
-        explained = (inverse @ V).square().sum(dim=-2)
+        V, L_inv = self.factors()
+        whitened = L_inv @ V
+        explained = whitened.square().sum(dim=-2)
         diagonal = torch.exp(-2 * self.log_std).flatten(-2)
         precision = diagonal * (1 - explained)
         trace = precision.sum(dim=-1)
-        return self.nll_by_factors(mean, V, inverse) + 0.5 * std**2 * trace
+        return self.nll_by_factors(mean, V, L_inv) + 0.5 * std**2 * trace
 
     def factors(self):
         """V as a matrix (..., R, ND), and L^-1 (..., R, R), where L is the Cholesky factor of M = 1 + V V^T."""
         V = self.directions.flatten(-2)
-        one = torch.eye(V.shape[-2], dtype=V.dtype, device=V.device)
-        M = one + V @ V.mT
+        identity = torch.eye(V.shape[-2], dtype=V.dtype, device=V.device)
+        M = identity + V @ V.mT
         L, _ = torch.linalg.cholesky_ex(M)  # cholesky would wait for a GPU, to look for errors
-        inverse = torch.linalg.solve_triangular(L, one, upper=False)
-        return V, inverse
+        L_inv = torch.linalg.solve_triangular(L, identity, upper=False)
+        return V, L_inv
 
-    def nll_by_factors(self, u, V, inverse):
+    def nll_by_factors(self, u, V, L_inv):
         """Eq. (29), with what factors() has returned."""
         z = (u - self.mean) * torch.exp(-self.log_std)
         z = z.flatten(-2).unsqueeze(-1)
-        likeliest = inverse @ (V @ z)
-        likeliest = inverse.mT @ likeliest  # w, given z
-        rest = z - V.mT @ likeliest
+        whitened = L_inv @ (V @ z)
+        xi_hat = L_inv.mT @ whitened  # the likeliest xi, given z
+        rest = z - V.mT @ xi_hat
         # a sum of squares, where z^T (1 - V^T M^-1 V) z would be the difference of two large numbers
-        squares = torch.cat([rest, likeliest], dim=-2).square()
+        squares = torch.cat([rest, xi_hat], dim=-2).square()
         log_scale = self.log_std.sum(dim=(-2, -1))
-        diagonal = inverse.diagonal(dim1=-2, dim2=-1)
+        diagonal = L_inv.diagonal(dim1=-2, dim2=-1)
         half_log_det = -diagonal.log().sum(dim=-1)
         constant = 0.5 * math.log(2 * math.pi) * z.shape[-2]
         return 0.5 * squares.sum(dim=(-2, -1)) + log_scale + half_log_det + constant
 
-    @exact
-    def sample(self, z, w):
-        """Eq. (28): mean + sigma (z + V^T w), for standard normal z (..., N, D) and w (..., R)."""
-        z = z + torch.einsum("...rnd,...r->...nd", self.directions, w)
-        return self.mean + torch.exp(self.log_std) * z
+    @without_autocast
+    def sample(self, z, xi=None):
+        """Eq. (28): mean + sigma (z + V^T xi), for standard normal z (..., N, D) and xi (..., R); None: draws xi."""
+        if xi is None:
+            R = self.directions.shape[-3]
+            xi = torch.randn(*z.shape[:-2], R, dtype=z.dtype, device=z.device)
+        z = z + torch.einsum("...rnd,...r->...nd", self.directions, xi)
+        std = torch.exp(self.log_std)
+        return self.mean + std * z
 
     def guided(self, unconditional, guidance):
         """Eq. (20) by the marginal variances of each number; the directions stay as they are, in units of sigma."""
@@ -80,6 +85,6 @@ class CorrelatedGaussian(NamedTuple):
         return sharpened(self, unconditional.mean, log_ratio, guidance)
 
     def marginal_log_std(self):
-        """Of each number by itself, (..., N, D)."""
+        """Log of each number's own standard deviation, (..., N, D)."""
         of_directions = self.directions.square().sum(dim=-3)
         return self.log_std + 0.5 * torch.log1p(of_directions)

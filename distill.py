@@ -27,7 +27,7 @@ from plumbing.loader import Batches, validation_batches
 from plumbing.lock import lock_folder
 from plumbing.log import Progress
 from plumbing.memory import score_denoise
-from plumbing.optim import learning_rate, make_optimizers, step, update_average
+from plumbing.optim import learning_rate, make_optimizers, update_average, update_weights
 from plumbing.runtime import (
     accumulate,
     alike,
@@ -76,7 +76,7 @@ ema = 0.98  # decay of the averaged weights that sampling uses
 # ---- log
 log_interval = 50
 val_interval = 100  # iterations between validations, each with a sheet of samples and a checkpoint
-save_minutes = 15.0  # a checkpoint after so many minutes without one, too; 0: those of validations alone
+save_minutes = 15.0  # also save when so many minutes have passed since the last checkpoint; 0: at validations only
 keep = 1  # checkpoints of validations that stay, as denoiser_000100.pt and so on; 1: denoiser.pt alone, the newest
 val_examples = 297
 num_samples = 25  # on the sheet
@@ -89,12 +89,13 @@ wandb_log = False  # the log and the sheets to Weights & Biases as well
 # The loss
 
 
-def lesson(teacher, images, text, ts, noise, chunk=0):
+def input_and_target(teacher, images, text, ts, noise, chunk=0):
     """The denoiser's input u_0 and its target, the score-denoised tokens of a real trajectory: Eqs. (27) and (21).
 
     teacher: an NTM. images (B, channels, H, W), text (B, L), ts (T+1,), noise (B, T+1, N, D). Returns two (B, N, D).
     """
-    with coarse_products(ts.device), torch.autocast(ts.device.type, enabled=False):  # bfloat16: mostly rounding
+    # in bfloat16 the score would be mostly rounding error
+    with coarse_products(ts.device), torch.autocast(ts.device.type, enabled=False):
         times = ts.expand(len(images), -1)
         x = teacher.noised(teacher.patchify(images), text, times, noise)
         with torch.no_grad():
@@ -103,8 +104,8 @@ def lesson(teacher, images, text, ts, noise, chunk=0):
 
 
 def losses_of_batch(network, teacher, ts, chunk, images, text, noise):
-    """{"loss": mean squared error}, Eq. (27), of the denoiser `network`; the other arguments are lesson's."""
-    u0, target = lesson(teacher, images, text, ts, noise, chunk)
+    """{"loss": mean squared error}, Eq. (27), of the denoiser `network`; the other arguments are input_and_target's."""
+    u0, target = input_and_target(teacher, images, text, ts, noise, chunk)
     error = network(u0, text) - target
     return {"loss": error.square().mean()}
 
@@ -116,7 +117,7 @@ def validate(ema, teacher, batches, ts, chunk=0):
     for images, text, _, generator in batches:
         shape = len(images), len(ts), teacher.config.num_tokens, teacher.config.token_dim
         noise = torch.randn(shape, generator=generator, device=ts.device)
-        u0, target = lesson(teacher, images, text, ts, noise, chunk)
+        u0, target = input_and_target(teacher, images, text, ts, noise, chunk)
         error = (ema(u0, text) - target).square()
         sums += torch.tensor([error.sum(), error.numel()], device=ts.device)
     squares, count = all_sum(sums)
@@ -138,7 +139,7 @@ class Run:
         self.teacher, trained = checkpoint.load_network(self.path.with_name("ckpt.pt"), NTMS, self.device)
         self.teacher_iter = trained["iter"]
         self.fingerprint = checkpoint.fingerprint(self.teacher)
-        resumed = checkpoint.find_start(config["resume"], self.path, "denoiser") or {}
+        resumed = checkpoint.find_resumable(config["resume"], self.path, "denoiser") or {}
         if resumed:
             checkpoint.keep_settings(config, resumed)
             checkpoint.check_teacher(self.path, resumed, self.teacher_iter, self.fingerprint)
@@ -245,15 +246,17 @@ def distill(run):
             losses = accumulate(losses_of, network, batches, config, device, images, text, noise)
 
             # Clip the gradient, and guard.
-            grad_norm = clip_grad_norm_(denoiser.parameters(), config["grad_clip"]) / run.world
-            asked = {"asked": batches.must_end(), **progress.asks()}
+            norm = clip_grad_norm_(denoiser.parameters(), config["grad_clip"])
+            grad_norm = norm / run.world  # each rank's share: all_sums adds them up
+            batches.load_next()  # while the device computes
+            asked = {"asked": batches.must_end, **progress.asks()}
             totals = all_sums({**losses, "grad_norm": grad_norm, **asked, **batches.counts}, device)
             finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
 
             # Step, and average.
             lr = learning_rate(config, i)
             if finite:
-                step(run.optimizers, lr)
+                update_weights(run.optimizers, lr)
                 update_average(ema, denoiser, config["ema"], i)
             denoiser.zero_grad(set_to_none=True)
 

@@ -148,7 +148,7 @@ def evaluate_classifier(model, dataset):
     pool = classes or sorted({dataset[i][1] for i in range(min(max(1000, val_examples), len(dataset)))})
     if len(pool) < 10:
         note(f"there are only {len(pool)} held-out captions: the classifier chooses among these")
-    model.note_what_is_lost(pool)
+    model.warn_about_captions(pool)
     hits = []
     for batch, (x0, _, captions, generator) in enumerate(held_out(model, dataset)):
         first = (rank + batch * world) * batch_size

@@ -1,10 +1,10 @@
-"""One reverse step of a trajectory as a normalizing flow: everything that needs no caption.
+"""The parts of a Normalizing Trajectory Model that see no caption.
 
 A step of a Normalizing Trajectory Model composes two couplings:
 
-- the trajectory's: u_s = mu(u_t) + sigma(u_t) z is an affine coupling between two levels, the noisier one in, the
-  cleaner one out (model.py);
-- the transporter's: within one level, each token is shifted and scaled by a function of the tokens before it (below).
+- an affine coupling over the trajectory: u_s = mu(u_t) + sigma(u_t) z carries z to the cleaner level, given the noisier
+  one (model.py);
+- a spatial coupling, the transporter's: each token is shifted and scaled by functions of the tokens before it (below).
 
             x_s                x_t           x-space, where the forward trajectory lives
              |                  |
@@ -16,7 +16,7 @@ Read from top to bottom: the time grid; the forward trajectory q, its posterior 
 a Transformer layer, the building block of every network here; the transporter f_T.
 
 Time runs from 0 (data) to 1 (noise); a step goes from t (noisier) to s < t (cleaner); tokens are (B, N, D).
-"Eq. (3)" is equation (3) of docs/method.md, which also cites the papers.
+Equation numbers are those of docs/method.md, which also cites the papers. steps (B,) is T of each example.
 """
 
 import math
@@ -36,8 +36,9 @@ def grid_shift(num_tokens):
     return math.exp(m)
 
 
-def grid_time(k, steps, shift):
-    """t_k for k >= 1, Eq. (6) times k/k, so that t_T is exactly 1. k and steps: numbers or tensors."""
+def time_at(k, steps, shift):
+    """t_k of a grid, for k >= 1, Eq. (6). k and steps: numbers or tensors."""
+    # Eq. (6), numerator and denominator times k: t_T is then exactly 1
     return shift * k / (shift * k + (steps - k))
 
 
@@ -50,7 +51,7 @@ def time_grid(steps, t_min, num_tokens, shift=None):
     if shift is None:
         shift = grid_shift(num_tokens)
     if not torch.is_tensor(t_min):  # a tensor's values are not checked: that would synchronise with the GPU
-        first = grid_time(1, steps, shift)
+        first = time_at(1, steps, shift)
         if not 0 <= t_min < first:
             raise ValueError(
                 f"t_min is {t_min}, but the grid of {steps} steps starts at {first:.4f}: "
@@ -58,15 +59,15 @@ def time_grid(steps, t_min, num_tokens, shift=None):
             )
         t_min = torch.tensor(float(t_min))
     k = torch.arange(1, steps + 1, dtype=t_min.dtype, device=t_min.device)
-    later = grid_time(k, steps, shift).expand(*t_min.shape, steps)
+    later = time_at(k, steps, shift).expand(*t_min.shape, steps)
     return torch.cat([t_min[..., None], later], dim=-1)
 
 
 def forward_kernel(t, s):
     """alpha, beta of q(x_t | x_s) = N(alpha x_s, beta^2 I), s < t, Eq. (2); each shaped like t."""
     alpha = (1 - t) / (1 - s)
-    variance = (t - s) * (t + s - 2 * t * s)  # times (1 - s)^2; factored: no digits are lost when s and t are close
-    beta = variance.sqrt() / (1 - s)
+    squared = (t - s) * (t + s - 2 * t * s)  # beta^2 (1 - s)^2, factored: no digits are lost when s and t are close
+    beta = squared.sqrt() / (1 - s)
     return alpha, beta
 
 
@@ -127,13 +128,13 @@ def zeroed(linear):
 
 
 def full_precision(linear, h):
-    """linear(h) in the layer's own precision, even under autocast: for log-scales and variances."""
+    """linear(h) in the layer's own precision, even under autocast: for means, log-scales and directions."""
     with torch.autocast(h.device.type, enabled=False):
         return linear(h.to(linear.weight.dtype))
 
 
 def normalized(h):
-    """Layer norm without parameters: scale and shift come from the conditioning, if from anywhere."""
+    """Layer norm without parameters; adaLN may add scale and shift."""
     return F.layer_norm(h, h.shape[-1:])
 
 
@@ -171,12 +172,12 @@ def rotated(x, rotation):
 def attend(q, k, v, causal=False):
     """softmax(q k^T / sqrt(d)) v of each head; q (B, heads, M, d), k and v (B, heads, N, d).
 
-    causal: no token attends to a later one, for M = N; a single query, the last token's, sees all the others anyway.
+    causal: no token attends to a later one; needs M = N. A single query stands for the last token, which may see all.
     """
     causal = causal and q.shape[-2] > 1
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    # there torch's fused kernel takes seven times as long in the backward pass as the formula itself
+    # on a CPU in bfloat16 torch's fused kernel takes seven times as long backwards as the formula
     logits = (q * q.shape[-1] ** -0.5) @ k.mT
     if causal:
         mask = torch.full_like(logits[0, 0], -math.inf)
@@ -197,8 +198,8 @@ class Attention(nn.Module):
         """x: (B, N, width) to the same shape.
 
         cache: (2, B, heads, N, width/heads). With it, x is the one token at `position`: its key and value are written
-        to the cache, and it attends to those of the tokens before as well. rotation: as rotated's, of queries and keys,
-        whose products then depend on the distance between their tokens.
+        to the cache, and it attends to those of the tokens before as well. rotation: as in rotated(); attention
+        then depends on relative positions only.
         """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q = normalized(q)  # which bounds the logits
@@ -206,7 +207,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q = rotated(q, rotation)
             k = rotated(k, rotation)
-        q = q.to(v.dtype)
+        q = q.to(v.dtype)  # autocast runs layer norms in float32
         k = k.to(v.dtype)
         if cache is not None:
             cache[0, :, :, position] = k[:, :, 0]
@@ -217,7 +218,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm Transformer layer whose norms are shifted, scaled and gated by a conditioning vector (adaLN)."""
+    """A pre-norm Transformer layer, modulated by a conditioning vector (adaLN-Zero: gates start at 0)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -255,7 +256,7 @@ class Layer(nn.Module):
 class FlowBlock(nn.Module):
     """One autoregressive affine map, u_n = (x_n - b_n) exp(-l_n), Eq. (7), scanning forwards or backwards.
 
-    b_n (`shift`) and l_n (`log_scale`) depend on the tokens before n in the scan, on t and on T.
+    b_n (`offset`) and l_n (`log_scale`) depend on the tokens before n in the scan, on t and on T.
     """
 
     log_scale_bound = 4.0  # |l| < 4: a block scales by e^4 at most, so the inverse cannot overflow
@@ -269,48 +270,6 @@ class FlowBlock(nn.Module):
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
         self.head = zeroed(nn.Linear(width, 2 * token_dim))  # the map starts as the identity
 
-    def forward(self, x, condition):
-        """x to u, all tokens in parallel. Returns u (B, N, D) and log|det du/dx| (B,), Eq. (8)."""
-        x = self.scan(x)
-        shift, log_scale = self.affine(x, condition)
-        u = (x - shift) * torch.exp(-log_scale)
-        return self.scan(u), -log_scale.sum(dim=(1, 2))
-
-    def inverse_by_scan(self, u, condition):
-        """u to x, Eq. (7), token after token, with a cache of the keys and values of those already known."""
-        u = self.scan(u)
-        x = torch.empty_like(u)
-        batch, num_tokens, _ = u.shape
-        heads = self.layers[0].attention.heads
-        width = len(self.start) // heads
-        cache = u.new_empty(len(self.layers), 2, batch, heads, num_tokens, width)
-        modulations = [layer.modulation(condition) for layer in self.layers]
-        h = self.first_place(condition)
-        for n in range(num_tokens):
-            h = h + self.position[n]
-            for layer, modulation, layer_cache in zip(self.layers, modulations, cache):
-                h = layer.modulated(h, modulation, cache=layer_cache, position=n)
-            shift, log_scale = self.shift_and_log_scale(h)
-            token = u[:, n, None] * torch.exp(log_scale) + shift
-            x[:, n, None] = token
-            h = self.proj_in(token)
-        return self.scan(x)
-
-    def inverse_by_sweeps(self, u, condition, tol):
-        """u to x by fixed-point sweeps over all tokens at once, Eq. (9), until the largest change is below tol.
-
-        Each sweep makes at least one more token exact, so N are enough. Returns x (B, N, D) and the number of sweeps.
-        """
-        u = self.scan(u)
-        x = u
-        for sweep in range(1, u.shape[1] + 1):
-            previous = x
-            shift, log_scale = self.affine(x, condition)
-            x = u * torch.exp(log_scale) + shift
-            if (x - previous).abs().max() < tol:
-                break
-        return self.scan(x), sweep
-
     def affine(self, x, condition):
         """b_n and l_n of all tokens x (B, N, D) in the order of the scan, each (B, N, D)."""
         # moved by one place, which makes the map causal: place n holds token n-1
@@ -319,18 +278,61 @@ class FlowBlock(nn.Module):
         h = torch.cat([start, known], dim=1) + self.position
         for layer in self.layers:
             h = layer(h, condition, causal=True)
-        return self.shift_and_log_scale(h)
+        return self.offset_and_log_scale(h)
 
     def first_place(self, condition):
         """What stands at place 0, before all tokens: a learned vector and the time, (B, 1, width)."""
         return (self.start + condition)[:, None]
 
-    def shift_and_log_scale(self, h):
+    def offset_and_log_scale(self, h):
         """b_n and l_n of Eq. (7) from the last hidden states (B, N, width)."""
         numbers = full_precision(self.head, normalized(h))
-        shift, log_scale = numbers.chunk(2, dim=-1)
+        offset, log_scale = numbers.chunk(2, dim=-1)
         bound = self.log_scale_bound
-        return shift, bound * torch.tanh(log_scale / bound)
+        return offset, bound * torch.tanh(log_scale / bound)
+
+    def forward(self, x, condition):
+        """x to u, all tokens in parallel. Returns u (B, N, D) and log|det du/dx| (B,), Eq. (8)."""
+        x = self.scan(x)
+        offset, log_scale = self.affine(x, condition)
+        u = (x - offset) * torch.exp(-log_scale)
+        return self.scan(u), -log_scale.sum(dim=(1, 2))
+
+    def inverse_cached(self, u, condition):
+        """u to x, Eq. (7), token by token, with a cache of the keys and values of those already known."""
+        u = self.scan(u)
+        x = torch.empty_like(u)
+        batch, num_tokens, _ = u.shape
+        heads = self.layers[0].attention.heads
+        head_dim = len(self.start) // heads
+        cache = u.new_empty(len(self.layers), 2, batch, heads, num_tokens, head_dim)
+        modulations = [layer.modulation(condition) for layer in self.layers]
+        h = self.first_place(condition)
+        for n in range(num_tokens):
+            h = h + self.position[n]
+            for layer, modulation, layer_cache in zip(self.layers, modulations, cache):
+                h = layer.modulated(h, modulation, cache=layer_cache, position=n)
+            offset, log_scale = self.offset_and_log_scale(h)
+            token = u[:, n, None] * torch.exp(log_scale) + offset
+            x[:, n, None] = token
+            h = self.proj_in(token)
+        return self.scan(x)
+
+    def inverse_jacobi(self, u, condition, tol):
+        """u to x by fixed-point sweeps over all tokens at once, Eq. (9), until the largest change is below tol.
+
+        Each sweep makes at least one more token exact, so N are enough. Leaves the number of sweeps in self.sweeps.
+        """
+        u = self.scan(u)
+        x = u
+        for sweep in range(1, u.shape[1] + 1):
+            previous = x
+            offset, log_scale = self.affine(x, condition)
+            x = u * torch.exp(log_scale) + offset
+            if (x - previous).abs().max() < tol:
+                break
+        self.sweeps = sweep
+        return self.scan(x)
 
     def scan(self, x):
         """Tokens to the order of the scan, and back."""
@@ -351,7 +353,7 @@ class Transporter(nn.Module):
             FlowBlock(num_tokens, token_dim, width, layers, heads, backwards=i % 2 == 1)
             for i in range(blocks)
         )
-        self.sweeps = []  # how many each block took in the last inversion by sweeps, first block first
+        self.sweeps = []  # how many each block took in the last inversion by "jacobi", first block first
 
     def forward(self, x, t, steps):
         """x (B, N, D), t (B,), steps (B,) to u (B, N, D) and log|det du/dx| (B,), Eq. (8)."""
@@ -367,7 +369,7 @@ class Transporter(nn.Module):
 
     @torch.no_grad()
     def inverse(self, u, t, steps, method="", tol=1e-5):
-        """u (B, N, D) to x (B, N, D).
+        """Invert the transporter: u (B, N, D) to x (B, N, D).
 
         method: "cache", exact, token by token; "jacobi", sweeps over all tokens until the largest change is below tol
         (0: as many sweeps as tokens, which is exact). Empty: the faster, "jacobi" on CUDA and else "cache".
@@ -376,19 +378,19 @@ class Transporter(nn.Module):
         if method not in ("cache", "jacobi"):
             raise ValueError(f"inversion method {method!r} is unknown: choose 'cache' or 'jacobi'")
         self.sweeps = []
-        mapped = (t < 1).nonzero()[:, 0]  # pure noise is left out
-        if len(mapped) == 0:
+        below_one = (t < 1).nonzero()[:, 0]  # pure noise is left out
+        if len(below_one) == 0:
             return u
-        x = u[mapped]
+        x = u[below_one]
         with torch.autocast(u.device.type, enabled=False):  # bfloat16 is too coarse for an inverse
-            condition = self.condition(t[mapped], steps[mapped])
+            condition = self.condition(t[below_one], steps[below_one])
             for block in reversed(self.blocks):
                 if method == "cache":
-                    x = block.inverse_by_scan(x, condition)
+                    x = block.inverse_cached(x, condition)
                 else:
-                    x, sweeps = block.inverse_by_sweeps(x, condition, tol)
-                    self.sweeps.insert(0, sweeps)
-        return u.index_copy(0, mapped, x)
+                    x = block.inverse_jacobi(x, condition, tol)
+                    self.sweeps.insert(0, block.sweeps)
+        return u.index_copy(0, below_one, x)
 
     def condition(self, t, steps):
         """The conditioning (B, width) of every block, or None for a transporter without blocks."""

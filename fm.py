@@ -3,7 +3,7 @@
 Data and noise are joined by straight lines x_t = (1 - t) x_0 + t eps, and a network v(x_t, t) is trained to predict
 their velocity eps - x_0: it learns the mean velocity of all lines through x_t. Sampling follows it from noise (t = 1)
 to data (t = 0), an ordinary differential equation that takes many small steps to solve: a large step jumps towards a
-mean, and means of images are blurred. Equations (22) to (25) of docs/method.md.
+mean, and means of images are blurred. Equations (22) to (24) of docs/method.md.
 
 The network is the predictor's own trunk, with one time instead of three and half the outputs.
 """
@@ -14,7 +14,7 @@ from torch import nn
 
 from beyond import restarted_steps
 from flow import forward_kernel, full_precision, zeroed
-from model import standard_normal
+from model import noise_source
 from predictor import CaptionedTransformer, ImageModel, null_caption
 
 EULER_STEPS = 50  # unless one says otherwise
@@ -25,7 +25,7 @@ class FlowMatching(ImageModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.trunk = CaptionedTransformer(config, times=1)
+        self.trunk = CaptionedTransformer(config, num_times=1)
         self.head = zeroed(nn.Linear(config.width, config.token_dim))
 
     def velocity(self, x, t, text):
@@ -58,7 +58,7 @@ class FlowMatching(ImageModel):
         restarted_steps, Eq. (34). Noise is randn(*shape), (B, *shape), by default of `generator`. Returns all levels
         (B, T+1, N, D), the image first and the noise last.
         """
-        randn = randn or standard_normal(self, text, generator)
+        randn = randn or noise_source(self, text, generator)
         if ts is None:
             ts = torch.linspace(0, 1, EULER_STEPS + 1)
         ts = ts.to(text.device, self.head.weight.dtype)
@@ -95,9 +95,9 @@ class FlowMatching(ImageModel):
         """
         state = self.state_dict()
         first = "trunk.time.mlp.0.weight"
-        wanted = predictor.trunk.time.mlp[0].in_features
-        more_times = wanted - state[first].shape[1]
-        state[first] = F.pad(state[first], (0, more_times))
+        inputs = predictor.trunk.time.mlp[0].in_features
+        extra_inputs = inputs - state[first].shape[1]
+        state[first] = F.pad(state[first], (0, extra_inputs))
         own = predictor.head.state_dict()
         for name in ("weight", "bias"):
             velocity = state[f"head.{name}"]

@@ -1,7 +1,7 @@
 """What training minimises: the paper's loss, what starts from flow matching adds, and what is ours.
 
 An update of train.py goes draw_levels -> TrainingLoss -> losses_of_batch. Without a setting of ours TrainingLoss is
-NTM.forward, Eq. (16). "Eq. (26)" is equation (26) of docs/method.md.
+NTM.forward, Eq. (16). Equation numbers are those of docs/method.md and, from (28), docs/beyond.md.
 """
 
 import math
@@ -23,21 +23,20 @@ class TrainingLoss(nn.Module):
         self.config = config
         self.ours = bool(config["closed_form"] or config["level_weight"] or config["velocity_weight"])
 
-    def forward(self, images, text, levels, start_means=None):
+    def forward(self, images, text, drawn, start_means=None):
         """{name: scalar}, per dimension, of images (B, channels, H, W) with captions text (B, L).
 
-        levels: draw_levels'. start_means: mu_FM of Eq. (26), (B, K-1, N, D), or None. "nll" is -log p, or flow
-        matching's loss. "objective" is what is minimised, but for "aux", the distance of Eq. (26).
+        drawn: draw_levels'. start_means: mu_FM of Eq. (26), (B, K-1, N, D), or None. "nll": -log p, or flow matching's
+        loss. "minimised": what is differentiated, before "aux" (Eq. (26)) is added.
         """
         if start_means is None and not self.ours:
-            nll = self.model(images, text, levels)  # Eq. (16) alone, or Eq. (22)
-            return {"nll": nll, "objective": nll}
+            nll = self.model(images, text, drawn)  # Eq. (16) alone, or Eq. (22)
+            return {"nll": nll, "minimised": nll}
 
         config, model = self.config, self.model
-        steps, ts, x = levels
-        pairs = config["pairs"] and model.config.steps != (1,)
-        u, logdet = model.transport(x, ts, steps, ends_in_noise=not pairs)
-        gaussian = model.gaussians(u, ts, text, steps)
+        steps, ts, x = drawn
+        u, logdet = model.transport(x, ts, steps, model.ends_in_noise(ts))
+        gaussian = model.predict_all(u, ts, steps, text)
         if config["closed_form"] or config["velocity_weight"]:  # (ours)
             mean, std = known_step(model, x, model.patchify(images), ts)
         if config["closed_form"]:  # (ours) Eq. (31)
@@ -45,36 +44,37 @@ class TrainingLoss(nn.Module):
         else:
             nll = gaussian.nll(u[:, :-1]) - logdet[:, :-1]
         nll = nll / x[0, 0].numel()
-        losses = {"nll": nll.mean(), "objective": nll.mean()}
+        losses = {"nll": nll.mean(), "minimised": nll.mean()}
         if config["level_weight"]:  # (ours) Eq. (30)
             weights = level_weights(model.config, config["level_weight"], ts, steps, config["max_t_min"])
-            losses["objective"] = (weights * nll).mean()
+            losses["minimised"] = (weights * nll).mean()
         if config["velocity_weight"]:  # (ours)
-            losses["objective"] = losses["objective"] + config["velocity_weight"] * velocity_error(gaussian, mean, ts)
+            error = velocity_error(gaussian, mean, ts)
+            losses["minimised"] = losses["minimised"] + config["velocity_weight"] * error
         if start_means is not None:
             losses["aux"] = (gaussian.mean - start_means).square().mean()
         return losses
 
 
-def means_of_start(frozen, text, levels):
+def means_of_start(frozen, text, drawn):
     """mu_FM of Eq. (26), (B, K-1, N, D): the means of the flow-matching model that an NTM started from, as an NTM."""
-    steps, ts, x = levels
+    steps, ts, x = drawn
     with torch.no_grad(), coarse_products(ts.device):
-        return frozen.gaussians(x, ts, text, steps).mean
+        return frozen.predict_all(x, ts, steps, text).mean  # no transporter, so u = x
 
 
-def losses_of_batch(loss, frozen, aux_weight, images, text, *levels):
-    """{name: scalar} of images (B, channels, H, W): "objective" is minimised, the others are for the log.
+def losses_of_batch(network, frozen, aux_weight, images, text, *drawn):
+    """{name: scalar} of images (B, channels, H, W): "minimised" is differentiated, the others are for the log.
 
     "loss" is -log p, and what keeps the means near those of the start, Eq. (26), without the weights that are ours.
     """
     if frozen is None:
-        losses = loss(images, text, levels)
-        return {"objective": losses["objective"], "loss": losses["nll"]}
-    losses = loss(images, text, levels, means_of_start(frozen, text, levels))
+        losses = network(images, text, drawn)
+        return {"minimised": losses["minimised"], "loss": losses["nll"]}
+    losses = network(images, text, drawn, means_of_start(frozen, text, drawn))
     aux = aux_weight * losses["aux"]
     return {
-        "objective": losses["objective"] + aux,
+        "minimised": losses["minimised"] + aux,
         "loss": losses["nll"] + aux,
         "nll": losses["nll"],
         "aux": losses["aux"],
@@ -88,10 +88,10 @@ def aux_weight_at(i, config):
 
 
 def draw_levels(model, noised, images, text, config, batches, generator):
-    """What a batch learns from, besides its images and captions text, of which a rank has its rows.
+    """The random part of an update, drawn for the whole batch and cut to this rank's rows.
 
-    All that is random is drawn for the whole batch, so that it does not depend on the ranks. Of an NTM steps T, times
-    ts and the levels there, by `noised`; of flow matching times and noise.
+    (steps, ts, x) for an NTM, where x are the levels by `noised`; (t, noise) for flow matching. images and text are the
+    rank's rows.
     """
     device = images.device
     batch, rows = config["batch_size"], batches.rows

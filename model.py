@@ -1,4 +1,4 @@
-"""Normalizing Trajectory Models: the exact likelihood, four-step sampling, score denoising and the learned denoiser.
+"""Normalizing Trajectory Models: the exact likelihood, few-step sampling, score denoising and the learned denoiser.
 
 Notable about the model:
 - a reverse step p(x_s | x_t) is a normalizing flow of two couplings. The transporter (flow.py) is the spatial one: it
@@ -10,7 +10,7 @@ Notable about the model:
   Denoiser learns to do the same in one pass.
 
 This file is the paper's method. What we add stands in beyond.py and correlated.py; the places where they meet this file
-are marked (ours). Text id 0 is padding, 1 the null caption. Images are in [-1, 1]. "Eq. (3)" is equation (3) of
+are marked (ours). Text id 0 is padding, 1 the null caption. Images are in [-1, 1]. Equation numbers are those of
 docs/method.md.
 """
 
@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from correlated import CorrelatedGaussian
+from correlated import CorrelatedGaussian  # (ours)
 from flow import (
     Transporter,
     forward_kernel,
     forward_trajectory,
     full_precision,
-    grid_time,
     reverse_posterior,
+    time_at,
     trajectory_covariance,
     zeroed,
 )
@@ -64,7 +64,7 @@ def bits_per_dim(nats, dims):
 class NTM(ImageModel):
     """p(x_{t_0:T} | text): a trajectory from noise to image, each step a conditional normalizing flow."""
 
-    predictor_class = Predictor  # subclasses may have another network
+    predictor_class = Predictor  # (ours) sit.py and beyond.TarFlow have another
 
     def __init__(self, config):
         super().__init__(config)
@@ -79,29 +79,88 @@ class NTM(ImageModel):
         self.predictor = self.predictor_class(config)
 
     # -----------------------------------------------------------------------------------------------------------
+    # Training
+
+    def forward(self, images, text, drawn=None):
+        """Eq. (16), the training loss in nats per dimension, a scalar: the mean of -log p(x_s | x_t).
+
+        images (B, channels, H, W), text (B, L). drawn: (steps (B,), ts (B, K), x (B, K, N, D)), drawn beforehand;
+        images are then unused. None: draw whole trajectories. With settings of ours losses.TrainingLoss computes its
+        own.
+        """
+        if drawn is None:
+            steps, ts = self.draw_trajectories(len(images), device=images.device)
+            x = self.noised(self.patchify(images), text, ts)
+        else:
+            steps, ts, x = drawn
+        nll = self.transition_nll(x, ts, steps, text, self.ends_in_noise(ts))
+        return nll.mean() / x[0, 0].numel()
+
+    def draw_trajectories(self, batch, max_t_min=0.05, generator=None, device=None):
+        """T and times of whole trajectories: steps (B,), one T for all; ts (B, T+1), t_0 uniform up to max_t_min."""
+        rng = dict(generator=generator, device=device)
+        choices = self.config.steps
+        T = choices[0]
+        if len(choices) > 1:
+            chosen = torch.randint(len(choices), (1,), **rng)
+            T = choices[chosen.item()]  # .item() waits for the GPU
+        t_min = max_t_min * (1 - torch.rand(batch, **rng))  # never 0, where a posterior has no density
+        ts = self.config.time_grid(t_min, T)
+        return self.step_count(ts), ts
+
+    def draw_pairs(self, batch, max_t_min=0.05, generator=None, device=None):
+        """One step of each trajectory instead of all, with the same expected loss: steps T (B,) and ts (B, 2).
+
+        Each example draws its own T. (ours) Consecutive examples take consecutive steps from a random first one, so
+        that a batch covers all steps evenly.
+        """
+        rng = dict(generator=generator, device=device)
+        choices = torch.tensor(self.config.steps).to(device, non_blocking=True)
+        chosen = torch.randint(len(choices), (batch,), **rng)
+        steps = choices[chosen]
+        t_min = max_t_min * (1 - torch.rand(batch, **rng))
+        first = torch.randint(math.lcm(*self.config.steps), (1,), **rng)  # modulo any T this is uniform
+        k = (first + torch.arange(batch, device=device)) % steps
+        shift = self.config.grid_shift
+        s = torch.where(k == 0, t_min, time_at(k, steps, shift))
+        t = time_at(k + 1, steps, shift)
+        return steps, torch.stack([s, t], dim=1)
+
+    # -----------------------------------------------------------------------------------------------------------
     # Likelihood
 
     def transport(self, x, ts, steps, ends_in_noise=False):
-        """Eq. (8) for all levels of x (B, K, N, D): u like x, and the log-determinants (B, K); ts (B, K), steps (B,).
+        """Eqs. (7) and (8) for all levels of x (B, K, N, D), with ts (B, K) and steps (B,).
 
-        ends_in_noise: the last level has t = 1 in every example, and so the identity, which is not worth a pass.
+        Returns u like x, and the log-determinants (B, K). ends_in_noise: the last level has t = 1 in every example, and
+        so the identity, which is not worth a pass.
         """
-        K = x.shape[1] - ends_in_noise
-        levels = x[:, :K].flatten(0, 1)
-        times = ts[:, :K].flatten()
-        u, logdet = self.transporter(levels, times, steps.repeat_interleave(K))
-        u = u.unflatten(0, (-1, K))
-        logdet = logdet.unflatten(0, (-1, K))
+        mapped = x.shape[1] - ends_in_noise  # levels
+        rows = x[:, :mapped].flatten(0, 1)
+        times = ts[:, :mapped].flatten()
+        u, logdet = self.transporter(rows, times, steps.repeat_interleave(mapped))
+        u = u.unflatten(0, (-1, mapped))
+        logdet = logdet.unflatten(0, (-1, mapped))
         if ends_in_noise:
-            u = torch.cat([u, x[:, K:]], dim=1)
+            u = torch.cat([u, x[:, mapped:]], dim=1)
             logdet = F.pad(logdet, (0, 1))
         return u, logdet
 
+    def ends_in_noise(self, ts):
+        """Whether ts (B, K) ends at t = 1 in every example.
+
+        It is told from the shape, as reading values would wait for a GPU: two times are draw_pairs', of which only some
+        end at t = 1, unless a trajectory has no other step.
+        """
+        return ts.shape[1] > 2 or self.config.steps == (1,)
+
     def predict(self, u, t, s, steps, text):
         """Eq. (10): the Gaussian p(u_s | u_t = u, text), its tensors (B, N, D); t, s, steps (B,), text (B, L)."""
-        mean, log_std, *directions = self.predictor(u, t, s, steps, text)
+        first, second, *directions = self.predictor(u, t, s, steps, text)
         if self.config.parametrization == "posterior":
-            mean, log_std = self.from_velocity(u, t, s, mean, log_std)
+            mean, log_std = self.from_velocity(u, t, s, velocity=first, rho=second)
+        else:
+            mean, log_std = first, second
         if directions:  # (ours) config.rank of them
             return CorrelatedGaussian(mean, log_std, torch.stack(directions, dim=1))
         return Gaussian(mean, log_std)
@@ -109,46 +168,41 @@ class NTM(ImageModel):
     def from_velocity(self, u, t, s, velocity, rho):
         """Eq. (25): mean and log standard deviation of the "posterior" parametrisation, from what the head emits.
 
-        The velocity gives an estimate x_0 = u - t v; rho corrects the standard deviation C of the exact posterior
-        q(x_s | x_t, x_0). At the cleanest step C, some t_min, is many times smaller than the deviation of x_s given
-        x_t, for data of variance 1 at most sqrt(C^2 + B^2): rho is in units of the way between the two.
+        rho = 0 gives sigma = C, as if x_0 were known; rho = 1 gives sqrt(C^2 + B^2), as if x_0 had variance 1. At the
+        last step these differ 50-fold, so rho, not log sigma, is what the head emits.
         """
         A, B, C = (a[:, None, None] for a in self.posterior(t, s))
-        x0 = u - t[:, None, None] * velocity
-        mean = A * u + B * x0
+        x0_hat = u - t[:, None, None] * velocity  # Eq. (23)
+        mean = A * u + B * x0_hat
         delta = rho * 0.5 * torch.log1p((B / C) ** 2)
         return mean, C.log() + delta
 
-    def posterior(self, t, s):
-        """A, B, C of Eq. (4), each (B,)."""
-        return reverse_posterior(t, s)
-
-    def gaussians(self, u, ts, text, steps):
+    def predict_all(self, u, ts, steps, text):
         """Eq. (10): every step's Gaussian in one pass, a batch of (B, K-1); u (B, K, N, D), ts (B, K) ascending."""
-        K = u.shape[1] - 1
+        pairs = u.shape[1] - 1
         gaussian = self.predict(
             u[:, 1:].flatten(0, 1),
             ts[:, 1:].flatten(),
             ts[:, :-1].flatten(),
-            steps.repeat_interleave(K),
-            text.repeat_interleave(K, dim=0),
+            steps.repeat_interleave(pairs),
+            text.repeat_interleave(pairs, dim=0),
         )
-        return gaussian.unflatten((-1, K))
+        return gaussian.unflatten((-1, pairs))
 
-    def transition_nll(self, x, ts, text, steps, ends_in_noise=False):
+    def transition_nll(self, x, ts, steps, text, ends_in_noise=False):
         """Eq. (11): -log p(x_{t_{k-1}} | x_{t_k}) in nats for all neighbouring levels, (B, K-1), in one pass.
 
-        x (B, K, N, D), ts (B, K) ascending, text (B, L); steps (B,): T, which ts need not cover.
+        x (B, K, N, D), ts (B, K) ascending, steps (B,): T, which ts need not cover; text (B, L).
         """
         u, logdet = self.transport(x, ts, steps, ends_in_noise)
-        gaussian = self.gaussians(u, ts, text, steps)
+        gaussian = self.predict_all(u, ts, steps, text)
         return gaussian.nll(u[:, :-1]) - logdet[:, :-1]
 
     def step_nll(self, x_s, x_t, s, t, steps, text):
         """Eq. (11): exact -log p(x_s | x_t, text) in nats, (B,). x_s, x_t (B, N, D); s < t, steps (B,); text (B, L)."""
         x = torch.stack([x_s, x_t], dim=1)
         ts = torch.stack([s, t], dim=1)
-        return self.transition_nll(x, ts, text, steps)[:, 0]
+        return self.transition_nll(x, ts, steps, text)[:, 0]
 
     def trajectory_nll(self, x, ts, text):
         """Eq. (12): exact -log p of each part of a trajectory in nats, (B, T+1); the row sum is that of the whole.
@@ -156,7 +210,7 @@ class NTM(ImageModel):
         x (B, T+1, N, D), ts (B, T+1), text (B, L). Column k < T is the step that ends at t_k, column T the prior.
         """
         steps = self.step_count(ts)
-        transitions = self.transition_nll(x, ts, text, steps, ends_in_noise=True)
+        transitions = self.transition_nll(x, ts, steps, text, ends_in_noise=True)
         prior = standard_normal_nll(x[:, -1:])
         return torch.cat([transitions, prior], dim=1)
 
@@ -173,76 +227,28 @@ class NTM(ImageModel):
         return torch.full((len(ts),), ts.shape[1] - 1, device=ts.device)
 
     # -----------------------------------------------------------------------------------------------------------
-    # Training
-
-    def forward(self, images, text, levels=None):
-        """Eq. (16), the training loss in nats per dimension, a scalar: the mean of -log p(x_s | x_t).
-
-        images (B, channels, H, W), text (B, L). levels: (steps (B,), ts (B, K), x (B, K, N, D)), what draw_trajectories
-        or draw_pairs and noised() give; None: whole trajectories, drawn anew.
-        """
-        if levels is None:
-            steps, ts = self.draw_trajectories(len(images), device=images.device)
-            x = self.noised(self.patchify(images), text, ts)
-            levels = steps, ts, x
-        steps, ts, x = levels
-        pairs = ts.shape[1] == 2 and self.config.steps != (1,)
-        nll = self.transition_nll(x, ts, text, steps, ends_in_noise=not pairs)
-        return nll.mean() / x[0, 0].numel()
-
-    def noised(self, x0, text, ts, noise=None):
-        """Eqs. (1) and (2): x0 (B, N, D) at the times ts (B, K), (B, K, N, D), with noise of that shape or new one."""
-        return forward_trajectory(x0, ts, noise=noise)
-
-    def draw_trajectories(self, batch, max_t_min=0.05, generator=None, device=None):
-        """T and times of whole trajectories: steps (B,), one T for all; ts (B, T+1), t_0 uniform up to max_t_min."""
-        drawn = dict(generator=generator, device=device)
-        several = self.config.steps
-        T = several[0]
-        if len(several) > 1:
-            T = several[torch.randint(len(several), (1,), **drawn).item()]  # which waits for a GPU
-        t_min = max_t_min * (1 - torch.rand(batch, **drawn))  # never 0, where a posterior has no density
-        ts = self.config.time_grid(t_min, T)
-        return self.step_count(ts), ts
-
-    def draw_pairs(self, batch, max_t_min=0.05, generator=None, device=None):
-        """One step of each trajectory instead of all, with the same expected loss: steps T (B,) and ts (B, 2).
-
-        Each example has its own T, and of a batch as many as can be learn each of its steps.
-        """
-        drawn = dict(generator=generator, device=device)
-        several = torch.tensor(self.config.steps).to(device, non_blocking=True)
-        choice = torch.randint(len(several), (batch,), **drawn)
-        steps = several[choice]
-        t_min = max_t_min * (1 - torch.rand(batch, **drawn))
-        first = torch.randint(math.lcm(*self.config.steps), (1,), **drawn)
-        k = (first + torch.arange(batch, device=device)) % steps
-        shift = self.config.grid_shift
-        s = torch.where(k == 0, t_min, grid_time(k, steps, shift))
-        t = grid_time(k + 1, steps, shift)
-        return steps, torch.stack([s, t], dim=1)
-
-    # -----------------------------------------------------------------------------------------------------------
     # Sampling
 
     @torch.no_grad()
     def sample(self, text, ts, guidance=0.0, generator=None, randn=None):
         """Eq. (19): a trajectory sampled in u-space, noisiest level first, all tokens in parallel.
 
-        text (B, L); ts (T+1,); guidance: w >= 0. Noise is randn(*shape), (B, *shape), by default of `generator`.
-        Returns u (B, T+1, N, D), cleanest level first.
+        text (B, L); ts (T+1,); guidance: w >= 0. Returns u (B, T+1, N, D), cleanest level first.
+
+        Noise is randn(*shape), (B, *shape), by default of `generator`; (ours) pipeline.py gives each image its own
+        generator.
         """
         T = len(ts) - 1
         config = self.config
-        randn = randn or standard_normal(self, text, generator)
+        randn = randn or noise_source(self, text, generator)
         z = randn(T + 1, config.num_tokens, config.token_dim)
-        w = randn(T, config.rank)  # (ours) along the directions of a CorrelatedGaussian: none without rank
+        xi = randn(T, config.rank)  # (ours) along the directions of a CorrelatedGaussian: none without rank
         u = z[:, T]
         levels = [u]
         for k in reversed(range(T)):
             s, t = ts[k], ts[k + 1]
             gaussian = self.step(u, t, s, T, text, guidance)
-            u = gaussian.sample(z[:, k], w[:, k])
+            u = gaussian.sample(z[:, k], xi[:, k])
             levels.insert(0, u)
         return torch.stack(levels, dim=1)
 
@@ -258,12 +264,15 @@ class NTM(ImageModel):
         return gaussian
 
     def invert(self, u, ts, method="", tol=1e-5, steps=0):
-        """Levels u (B, K, N, D) to x-space, a batch, as Transporter.inverse. ts (K,) or (B, K); steps: T, or 0: K-1."""
+        """u (B, K, N, D) to x, all levels as one batch.
+
+        ts (K,) or (B, K). steps: T; 0: K-1. method, tol: Transporter.inverse's.
+        """
         batch, K = u.shape[:2]
-        T = torch.full((batch * K,), steps or K - 1, device=u.device)
+        steps_each = torch.full((batch * K,), steps or K - 1, device=u.device)
         times = ts.expand(batch, K).flatten()
-        levels = u.flatten(0, 1)
-        x = self.transporter.inverse(levels, times, T, method, tol)
+        rows = u.flatten(0, 1)
+        x = self.transporter.inverse(rows, times, steps_each, method, tol)
         return x.unflatten(0, (batch, K))
 
     # -----------------------------------------------------------------------------------------------------------
@@ -284,13 +293,27 @@ class NTM(ImageModel):
         noise = (weights * gradient).sum(dim=1)
         return (x[:, 0].detach() - noise) / (1 - t0)
 
+    # -----------------------------------------------------------------------------------------------------------
+    # (ours) What beyond.CoupledNTM overrides, beside trajectory_bound and draw_pairs; here they are the paper's
+
+    def posterior(self, t, s):
+        """A, B, C of Eq. (4), each (B,)."""
+        return reverse_posterior(t, s)
+
+    def noised(self, x0, text, ts, noise=None):
+        """Eqs. (1) and (2): x0 (B, N, D) at the times ts (B, K), (B, K, N, D), with noise of that shape or new one.
+
+        text: unused here; a CoupledNTM's noise depends on it.
+        """
+        return forward_trajectory(x0, ts, noise=noise)
+
     def denoising_nll(self, x, ts, text):
         """The terms of -log p of trajectories whose gradient denoises: all steps, (B, T). The prior has weight 0."""
         steps = self.step_count(ts)
-        return self.transition_nll(x, ts, text, steps, ends_in_noise=True)
+        return self.transition_nll(x, ts, steps, text, ends_in_noise=True)
 
 
-def standard_normal(model, text, generator):
+def noise_source(model, text, generator):
     """randn(*shape): standard normal numbers (B, *shape) for the captions text (B, L), of the model's precision."""
     kind = dict(dtype=next(model.parameters()).dtype, device=text.device)
 
@@ -301,14 +324,17 @@ def standard_normal(model, text, generator):
 
 
 class Denoiser(ImageModel):
-    """g_phi: the cleanest level in u-space to the clean image, in one pass; trained by Eq. (27) to do as Eq. (21)."""
+    """g_phi: the cleanest level in u-space to the clean image, in one pass.
+
+    Trained by Eq. (27) to reproduce score_denoise.
+    """
 
     def __init__(self, config):
         super().__init__(config)
-        self.trunk = CaptionedTransformer(config, times=1)
+        self.trunk = CaptionedTransformer(config, num_times=1)
         self.head = zeroed(nn.Linear(config.width, config.token_dim))
 
     def forward(self, u0, text):
         """u0 (B, N, D) at t_min, text (B, L). Returns x0 (B, N, D)."""
-        no_time = u0.new_zeros(len(u0), 1)  # there is one noise level
+        no_time = u0.new_zeros(len(u0), 1)  # one t_min only; the paper's is told t
         return full_precision(self.head, self.trunk(u0, text, no_time))

@@ -44,13 +44,13 @@ class TrainedModel:
     """Captions in, images out: an NTM with a way to denoise, or a flow-matching model.
 
     out_dir: holds ckpt.pt and, for denoise "learned", denoiser.pt, which knows its own t_min. device: cuda, mps or cpu;
-    empty: the best there is. The other arguments are those of set_sampling(). Raises ValueError.
+    empty: the best there is. The other arguments are set_sampling()'s. Raises ValueError.
 
     network, kind ("ntm" or "fm"), settings (of its training), tokenizer, ts (T+1,): its noise levels, cleanest first.
     latents: {"mean", "scale"} of each channel if it samples normalised latents, else None. seconds: {stage: so far}.
     """
 
-    def __init__(self, out_dir=SHIPPED, device="", *sampling, **by_name):
+    def __init__(self, out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02, shift=1.0):
         self.path = Path(at_home(out_dir)) / "ckpt.pt"
         self.device = find_device(device)
         self.network, trained = checkpoint.load_network(self.path, NETWORKS, self.device)
@@ -62,7 +62,7 @@ class TrainedModel:
         self.latents = self.settings.get("latents")
         self.denoiser = None
         self.decode = None
-        self.set_sampling(*sampling, **by_name)
+        self.set_sampling(steps, denoise, t_min, shift)
 
     # -----------------------------------------------------------------------------------------------------------
     # How it samples
@@ -106,27 +106,35 @@ class TrainedModel:
         if not path.exists():
             return f"there is no {path}, which distill.py makes"
         if self.denoiser is None:
-            try:
-                denoiser, distilled = checkpoint.load_network(path, {"denoiser": Denoiser}, self.device)
-            except ValueError as error:
-                raise ValueError(f"{error}; distil anew, or choose --denoise=score") from error
-            for name in ("image_size", "channels", "patch_size", "vocab_size", "text_len"):
-                theirs = getattr(denoiser.config, name)
-                ours = getattr(self.network.config, name)
-                if theirs != ours:
-                    raise ValueError(f"{path} is of another model: its {name} is {theirs}, the model's {ours}; "
-                                     "distil it anew, or choose --denoise=score")
-            if distilled.get("teacher", self.iteration) != self.iteration:
-                raise ValueError(f"{path} was distilled from iteration {distilled['teacher']}, the model is at "
-                                 f"{self.iteration}: remove it and distil anew, or choose --denoise=score")
-            fingerprint = checkpoint.fingerprint(self.network)
-            if distilled.get("teacher_sha256", fingerprint) != fingerprint:
-                raise ValueError(f"{path} was distilled from another model than {self.path}, which has the same "
-                                 "iteration and other weights: remove it and distil anew, or choose --denoise=score")
-            self.denoiser = denoiser
-            self.distilled = distilled["settings"]
+            self.load_denoiser(path)
         learned = self.distilled["steps"] or self.denoiser.config.steps[0]
         return f"{path} was distilled for {learned} steps, not {steps}" if steps != learned else ""
+
+    def load_denoiser(self, path):
+        """Loads the learned denoiser. Raises ValueError for that of another model."""
+        try:
+            denoiser, distilled = checkpoint.load_network(path, {"denoiser": Denoiser}, self.device)
+        except ValueError as error:
+            raise ValueError(f"{error}; distil anew, or choose --denoise=score") from error
+        self.check_denoiser(path, denoiser, distilled)
+        self.denoiser = denoiser
+        self.distilled = distilled["settings"]
+
+    def check_denoiser(self, path, denoiser, distilled):
+        """Raises ValueError for a denoiser that was distilled from another model than this one."""
+        for name in ("image_size", "channels", "patch_size", "vocab_size", "text_len"):
+            theirs = getattr(denoiser.config, name)
+            ours = getattr(self.network.config, name)
+            if theirs != ours:
+                raise ValueError(f"{path} is of another model: its {name} is {theirs}, the model's {ours}; "
+                                 "distil it anew, or choose --denoise=score")
+        if distilled.get("teacher", self.iteration) != self.iteration:
+            raise ValueError(f"{path} was distilled from iteration {distilled['teacher']}, the model is at "
+                             f"{self.iteration}: remove it and distil anew, or choose --denoise=score")
+        fingerprint = checkpoint.fingerprint(self.network)
+        if distilled.get("teacher_sha256", fingerprint) != fingerprint:
+            raise ValueError(f"{path} was distilled from another model than {self.path}, which has the same "
+                             "iteration and other weights: remove it and distil anew, or choose --denoise=score")
 
     def load_decoder(self, path):
         """Loads what makes images of this model's latents, a program saved by torch.export, for to_images(). Raises
@@ -143,8 +151,9 @@ class TrainedModel:
             raise ValueError(f"captions is {captions!r}: give a list of at least one string")
         return self.tokenizer.encode(captions, self.network.config.text_len).to(self.device)
 
-    def note_what_is_lost(self, captions):
-        """Notes what of the captions is lost on the model: words it was never shown, and what it has no room for.
+    def warn_about_captions(self, captions):
+        """Warns of words that the model was never shown, and of captions that it has no room for.
+
         Raises ValueError for what is no list of captions."""
         self.encode(captions)
         unknown = sorted(words(captions) - self.words)
@@ -168,7 +177,7 @@ class TrainedModel:
     def sample(self, captions, guidance=1.0, seed=0, best_of=1, restarts=0):
         """An image for each of B captions: (B, C, H, W), in [-1, 1] unless they are latents. They are sampled in
         batches; image number i is the same, but for rounding, in whatever batch it is sampled."""
-        self.note_what_is_lost(captions)
+        self.warn_about_captions(captions)
         images = []
         for numbers in self.batches(len(captions)):
             of_batch = [captions[i] for i in numbers]
@@ -178,10 +187,10 @@ class TrainedModel:
         return images if self.latents else images.clamp(-1, 1)
 
     @torch.no_grad()
-    def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, levels=False, best_of=1, restarts=0):
+    def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, in_x_space=False, best_of=1, restarts=0):
         """Samples an image for each caption, all in one batch; image `number` is the same in whatever batch.
 
-        levels: carry the trajectory back to x-space even where only the score needs it. restarts: (ours) of
+        in_x_space: carry the trajectory back to x-space even where only the score needs it. restarts: (ours) of
         sample_with_restarts. best_of: (ours) candidates, of which that with the greatest guided_log_density is kept;
         the first is the sample without.
         Returns images (B, C, H, W); the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), or None, None.
@@ -191,11 +200,11 @@ class TrainedModel:
         # each image has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
         with exact_products(self.device):
-            candidates = [self.draw(text, guidance, restarts, generators, levels) for _ in range(best_of)]
+            candidates = [self.draw(text, guidance, restarts, generators, in_x_space) for _ in range(best_of)]
             tokens, x, u = candidates[0] if best_of == 1 else self.likeliest(candidates, text, guidance, seed)
             if not tokens.isfinite().all():
                 raise ValueError(f"some samples are not finite: choose another guidance than {guidance:g}")
-            if levels and x is None:
+            if in_x_space and x is None:
                 x = self.clock("inversion", self.network.invert, u, self.ts)
             nll = None
             if u is not None and x is not None:
@@ -215,7 +224,7 @@ class TrainedModel:
             where = "flow matching" if self.kind == "fm" else "fewer than 2 steps"
             raise ValueError(f"best_of is {best_of!r}, but must be an int of at least 1, and 1 for {where}")
 
-    def draw(self, text, guidance, restarts, generators, levels):
+    def draw(self, text, guidance, restarts, generators, in_x_space):
         """Clean tokens (B, N, D); the trajectory x (B, T+1, N, D), or None if not needed; and u, of an NTM."""
         network, ts = self.network, self.ts
         T = len(ts) - 1
@@ -226,19 +235,18 @@ class TrainedModel:
 
         with coarse_products(self.device):
             if self.kind == "fm":
-                u = self.clock(stage, network.sample, text, ts, guidance, restarts=restarts, randn=randn)
-            elif restarts:
+                x = self.clock(stage, network.sample, text, ts, guidance, restarts=restarts, randn=randn)
+                return x[:, 0], x, None
+            if restarts:
                 u = self.clock(stage, sample_with_restarts, network, text, ts, restarts, guidance, randn=randn)
             else:
                 u = self.clock(stage, network.sample, text, ts, guidance, randn=randn)
-        if self.kind == "fm":
-            return u[:, 0], u, None
-        x_1_is_read = levels or self.denoise == "score"
+        x_1_is_read = in_x_space or self.denoise == "score"
         if restarts and x_1_is_read and isinstance(network, CoupledNTM):  # they leave an x_1 that is fresh noise
             u = network.couple(u, ts.expand(len(u), -1), text)
         if self.denoise == "learned":
             return self.clock("learned denoising", self.denoiser, u[:, 0], text), None, u
-        if self.denoise == "none" and not levels:  # the cleanest level is all there is to see
+        if self.denoise == "none" and not in_x_space:  # the cleanest level is all there is to see
             return self.clock("inversion", network.invert, u[:, :1], ts[:1], steps=T)[:, 0], None, u
         x = self.clock("inversion", network.invert, u, ts)
         if self.denoise == "none":
@@ -256,8 +264,8 @@ class TrainedModel:
         best = torch.stack(densities).argmax(dim=0)
         images = torch.arange(len(text), device=self.device)
         chosen = []
-        for of_all in zip(*candidates):  # the tokens, the trajectories in x-space, those in u-space
-            chosen.append(None if of_all[0] is None else torch.stack(of_all)[best, images])
+        for parts in zip(*candidates):  # the tokens, the trajectories in x-space, those in u-space
+            chosen.append(None if parts[0] is None else torch.stack(parts)[best, images])
         return chosen
 
     def plain_latents(self, images):
@@ -285,7 +293,7 @@ class TrainedModel:
             raise ValueError("the likelihood of a flow-matching model is not implemented: load an NTM")
         if trajectories < 2:
             raise ValueError(f"trajectories is {trajectories}, but the standard error needs at least 2")
-        self.note_what_is_lost(captions)
+        self.warn_about_captions(captions)
         images = torch.as_tensor(images)
         self.check_images(images, captions)
         config = self.network.config
@@ -314,7 +322,7 @@ class TrainedModel:
             raise ValueError(f"images reach {greatest:g}, but are to be in [-1, 1]")
 
     def bounds(self, images, captions, ts, noises):
-        """Eq. (14)'s lower bounds (R, B) in nats on log p of images, by R trajectories each, whose noise (1, T+1, N, D)
+        """Eq. (14)'s lower bounds (M, B) in nats on log p of images, by M trajectories each, whose noise (1, T+1, N, D)
         all images share. ts (T+1,)."""
         text = self.encode(captions)
         x0 = self.network.patchify(images.to(self.device, torch.float32))

@@ -1,6 +1,6 @@
 """(ours) A step's flow over pixels: a pointwise map, then a causal filter, before the Gaussian. Beyond the paper.
 
-Given x_t, a step draws w = K g(x_s) - K g(mu) from the Gaussian of the predictor:
+Given x_t, a step draws the residual K g(x_s) - K g(mu) from the Gaussian of the predictor:
 
 - g is one monotone map for all numbers of a channel, which knows the values that clean pixels take (PointwiseMap);
 - K subtracts from every pixel what the pixels before it in raster order tell: TarFlow's autoregressive block at its
@@ -22,7 +22,7 @@ from torch import nn
 from correlated import CorrelatedGaussian
 from flow import TimeEmbedding, full_precision, zeroed
 from model import NTM
-from predictor import Gaussian, NTMConfig, exact
+from predictor import Gaussian, NTMConfig, without_autocast
 
 # Gauss-Hermite with 3 nodes: E f(m + std z) is the weighted sum of f(m + std node), exact for degree 5
 NODES = -math.sqrt(3), 0.0, math.sqrt(3)
@@ -55,11 +55,11 @@ class PointwiseMap(nn.Module):
         clamped = share.clamp(0, 0.999)
         share = share + (clamped - share).detach()  # its gradient is not 0 where it is clamped, as at first
         share = share[:, :, None, None]
-        clean = (1 - s)[:, None, None]
-        centre = clean * self.centre
-        noise = 0.3 * (1 - clean) ** 2  # a logistic of scale sqrt(0.3) s has variance s^2, almost
-        variance = noise + clean**2 * torch.exp(2 * self.log_scale)
-        scale = variance.sqrt()[:, :, None, None]
+        signal = (1 - s)[:, None, None]
+        centre = signal * self.centre
+        noise = 0.3 * (1 - signal) ** 2  # a logistic of scale sqrt(0.3) s has variance s^2, almost
+        squared_scale = noise + signal**2 * torch.exp(2 * self.log_scale)
+        scale = squared_scale.sqrt()[:, :, None, None]
         centre = centre[:, :, None, None]  # beside images with the components last
         log_weight = F.log_softmax(self.log_weight, dim=-1)[:, None, None]
 
@@ -123,14 +123,14 @@ class CausalFilter(nn.Module):
         super().__init__()
         mask = causal_mask(channels, window)
         self.register_buffer("mask", mask, persistent=False)
-        one = torch.zeros_like(mask)
-        one[:, :, window // 2, window // 2] = torch.eye(channels)
-        self.register_buffer("one", one, persistent=False)
+        identity = torch.zeros_like(mask)
+        identity[:, :, window // 2, window // 2] = torch.eye(channels)
+        self.register_buffer("identity", identity, persistent=False)
         self.head = zeroed(nn.Linear(width, mask.numel()))
 
     def forward(self, condition):
         coefficients = full_precision(self.head, condition)
-        return self.one + self.mask * coefficients.view(-1, *self.mask.shape)
+        return self.identity + self.mask * coefficients.view(-1, *self.mask.shape)
 
 
 def filtered(images, kernel):
@@ -180,8 +180,8 @@ def unfiltered(images, kernel):
     x = F.pad(torch.zeros_like(images), (radius, radius, radius, 0))
     for row in range(height):
         rows_above = x[:, :, row : row + radius].reshape(1, batch * channels, radius, -1)
-        told = F.conv2d(rows_above, above, groups=batch).view(batch, channels, width)
-        rest = images[:, :, row] - told
+        from_above = F.conv2d(rows_above, above, groups=batch).view(batch, channels, width)
+        rest = images[:, :, row] - from_above
         rest = rest.transpose(1, 2).reshape(batch, -1, 1)
         solved = torch.linalg.solve_triangular(triangle, rest, upper=False, unitriangular=True)
         solved = solved.view(batch, width, channels)
@@ -198,7 +198,7 @@ class StepFlow(NamedTuple):
 
     mean, log_std (..., N, D) and directions (..., R, N, D) or None are the predictor's; mean is in x-space. kernel: of
     the filter, (M, channels, channels, k, k) for the M steps of the leading dimensions, or None. pointwise: the map of
-    M images, or None. tokens: the ImageModel whose patches these are.
+    M images, or None. model: the ImageModel that makes images of these tokens.
     """
 
     mean: torch.Tensor
@@ -206,7 +206,7 @@ class StepFlow(NamedTuple):
     directions: torch.Tensor | None
     kernel: torch.Tensor | None
     pointwise: callable
-    tokens: nn.Module
+    model: nn.Module
 
     def unflatten(self, sizes):
         """The same with its first dimension split in two."""
@@ -215,7 +215,7 @@ class StepFlow(NamedTuple):
         return self._replace(mean=parts[0], log_std=parts[1], directions=parts[2])
 
     def gaussian(self, mean=None):
-        """The Gaussian of what K g(x_s) differs by from K g(mean)."""
+        """The Gaussian of the residual K g(x_s) - K g(self.mean), by default of mean zero."""
         mean = torch.zeros_like(self.mean) if mean is None else mean
         if self.directions is None:
             return Gaussian(mean, self.log_std)
@@ -223,11 +223,11 @@ class StepFlow(NamedTuple):
 
     def images_of(self, x):
         """Tokens (..., N, D) as M images."""
-        return self.tokens.unpatchify(x.reshape(-1, *x.shape[-2:]))
+        return self.model.unpatchify(x.reshape(-1, *x.shape[-2:]))
 
     def tokens_of(self, images):
         """M images as tokens (..., N, D)."""
-        return self.tokens.patchify(images).view(self.mean.shape)
+        return self.model.patchify(images).view(self.mean.shape)
 
     def mapped(self, images):
         """g of M images, and the logarithm of its slope."""
@@ -236,13 +236,14 @@ class StepFlow(NamedTuple):
         return self.pointwise(images)
 
     def filtered(self, images):
+        """K of M images."""
         return images if self.kernel is None else filtered(images, self.kernel)
 
     def total(self, images):
         """The sum over each of M images, (...)."""
         return images.flatten(1).sum(dim=1).view(self.mean.shape[:-2])
 
-    @exact
+    @without_autocast
     def nll(self, x):
         """Eq. (39): -log p(x) in nats, (...); x like mean."""
         centre, _ = self.mapped(self.images_of(self.mean))
@@ -250,7 +251,7 @@ class StepFlow(NamedTuple):
         residual = self.filtered(y - centre)
         return self.gaussian().nll(self.tokens_of(residual)) - self.total(log_slope)
 
-    @exact
+    @without_autocast
     def expected_nll(self, mean, std):
         """Eq. (40): the mean of nll(x) over x ~ N(mean, std^2), in nats, (...); mean (..., N, D), std (...).
 
@@ -289,8 +290,8 @@ class StepFlow(NamedTuple):
         diagonal = (precision * self.tokens_of(spread)).sum(dim=(-2, -1))
         if self.directions is None:
             return diagonal
-        V, inverse = gaussian.factors()
-        rows = (inverse @ V).view_as(self.directions)
+        V, L_inv = gaussian.factors()
+        rows = (L_inv @ V).view_as(self.directions)
         rows = rows * torch.exp(-self.log_std).unsqueeze(-3)
         images = self.images_of(rows).unflatten(0, (len(variance), -1))
         if self.kernel is not None:
@@ -298,10 +299,10 @@ class StepFlow(NamedTuple):
         explained = images.square().sum(dim=1) * variance
         return diagonal - self.total(explained)
 
-    @exact
-    def sample(self, z, w=None):
-        """x_s for standard normal z (..., N, D) and, along directions, w (..., R)."""
-        return self.undone(self.gaussian().sample(z, w))
+    @without_autocast
+    def sample(self, z, xi=None):
+        """x_s for standard normal z (..., N, D) and, along directions, xi (..., R); None: draws xi."""
+        return self.undone(self.gaussian().sample(z, xi))
 
     def undone(self, residual):
         """x of a residual K g(x) - K g(mean), tokens (..., N, D)."""
@@ -343,17 +344,17 @@ class PixelNTM(NTM):
     """An NTM whose steps have a flow over pixels."""
 
     config_class = PixelConfig
-    width = 64  # of the embedding of s and T
+    condition_width = 64  # of the embedding of s and T
 
     def __init__(self, config):
         super().__init__(config)
         self.pixels = nn.ModuleDict()
         if config.filter_window or config.logistics:
-            self.pixels["time"] = TimeEmbedding(2, self.width)
+            self.pixels["time"] = TimeEmbedding(2, self.condition_width)
         if config.filter_window:
-            self.pixels["filter"] = CausalFilter(config.channels, config.filter_window, self.width)
+            self.pixels["filter"] = CausalFilter(config.channels, config.filter_window, self.condition_width)
         if config.logistics:
-            self.pixels["pointwise"] = PointwiseMap(config.channels, config.logistics, self.width)
+            self.pixels["pointwise"] = PointwiseMap(config.channels, config.logistics, self.condition_width)
 
     def predict(self, u, t, s, steps, text):
         """The StepFlow of p(u_s | u_t = u, text), or NTM.predict's Gaussian where config has neither map nor filter."""

@@ -1,8 +1,8 @@
-"""The predictor f_P: a deep Transformer without a causal mask, and the Gaussian that it puts on a reverse step.
+"""What a network is (NTMConfig), images as tokens, the Gaussian of a step, and the predictor f_P.
 
-Text and image tokens share one full-attention Transformer, with adaptive norms for (t, s, T), normalised queries and
-keys, and rotary positions. One row of a batch is one level of one trajectory: a step sees no other level.
-"Eq. (3)" is equation (3) of docs/method.md.
+The predictor is a deep Transformer without a causal mask: text and image tokens share full attention, with adaptive
+norms for (t, s, T), normalised queries and keys, and rotary positions. One row of a batch is one level of one
+trajectory: a step sees no other level. Equation numbers are those of docs/method.md.
 """
 
 import functools
@@ -21,17 +21,17 @@ PARAMETRIZATIONS = "direct", "posterior"
 
 @dataclass
 class NTMConfig:
-    """What a network is, and the trajectories that it is for. How it is trained is no part of it."""
+    """The shape of a network and of its trajectories; training settings are train.py's."""
 
     image_size: int | tuple = 8  # side, or (height, width)
     channels: int = 1
-    patch_size: int = 2  # the fewer numbers in a token, the more the transporter can do between them
+    patch_size: int = 2  # the transporter relates tokens, not the numbers within one: keep patches small
     vocab_size: int = 514
     text_len: int = 8
-    width: int = 128  # of the predictor, as depth and heads
+    width: int = 128  # width, depth, heads: of the predictor, or of the denoiser
     depth: int = 4
     heads: int = 4
-    transporter_width: int = 64
+    transporter_width: int = 64  # paper: as wide as the predictor, 2 blocks of 4 layers
     transporter_blocks: int = 3  # 0: the plain Gaussian step of a diffusion model
     transporter_layers: int = 2
     transporter_heads: int = 2
@@ -51,8 +51,8 @@ class NTMConfig:
         self.steps = tuple(self.steps)
         for name, value in vars(self).items():
             least = 0 if name in self.may_be_zero else 1
-            whole = value if isinstance(value, tuple) else (value,)
-            for number in whole:
+            numbers = value if isinstance(value, tuple) else (value,)
+            for number in numbers:
                 if type(number) is int and number < least:
                     raise ValueError(f"{name} is {number}, but must be at least {least}")
         height, width = self.image_size
@@ -81,7 +81,7 @@ class NTMConfig:
         return grid_shift(self.num_tokens) if self.shift is None else self.shift
 
     def time_grid(self, t_min, steps=0):
-        """Eq. (6): the noise levels (T+1,) of a trajectory that ends at t_min; steps: T, 0 for the first of its own.
+        """Eq. (6): the noise levels (T+1,) of a trajectory that ends at t_min; steps: T; 0: the first of config.steps.
 
         t_min: float, or (B,) for a grid each, (B, T+1). Raises ValueError for a t_min outside [0, t_1), and for 0 in
         the posterior parametrisation.
@@ -95,7 +95,7 @@ class NTMConfig:
 
 
 class ImageModel(nn.Module):
-    """A network on images as tokens, patches of them."""
+    """Base of every model here: its config, and images to tokens and back."""
 
     config_class = NTMConfig
 
@@ -119,15 +119,15 @@ class ImageModel(nn.Module):
 # The Gaussian of a step
 
 
-def exact(method):
-    """The method without autocast, which would round variances and log-determinants to bfloat16."""
+def without_autocast(method):
+    """The method with autocast off, which would round variances and log-determinants to bfloat16."""
 
     @functools.wraps(method)
-    def without_autocast(self, *args):
+    def in_full(self, *args):
         with torch.autocast(self.mean.device.type, enabled=False):
             return method(self, *args)
 
-    return without_autocast
+    return in_full
 
 
 def standard_normal_nll(z):
@@ -149,15 +149,18 @@ class Gaussian(NamedTuple):
         """The same with its first dimension split in two."""
         return Gaussian(*(part.unflatten(0, sizes) for part in self))
 
-    @exact
+    @without_autocast
     def nll(self, u):
         """-log N(u) in nats, (...), the first three terms of Eq. (11); u like mean."""
         z = (u - self.mean) * torch.exp(-self.log_std)
         return standard_normal_nll(z) + self.log_std.sum(dim=(-2, -1))
 
-    @exact
-    def sample(self, z, w=None):
-        """mean + sigma z for standard normal z (..., N, D), Eq. (19). w: as a CorrelatedGaussian's, unused."""
+    @without_autocast
+    def sample(self, z, xi=None):
+        """mean + sigma z for standard normal z (..., N, D), Eq. (19).
+
+        xi is unused: only a CorrelatedGaussian has directions.
+        """
         return self.mean + torch.exp(self.log_std) * z
 
     def guided(self, unconditional, guidance):
@@ -175,6 +178,7 @@ def sharpened(gaussian, unconditional_mean, log_ratio, guidance):
     log_ratio = log_ratio.clamp(max=0)
     d = 1 - guidance * torch.expm1(log_ratio)  # 1 + w - w r, without its cancellation for large w
     difference = gaussian.mean - unconditional_mean
+    # ((1 + w) mu - w r mu_u) / d, rearranged
     mean = gaussian.mean + guidance * torch.exp(log_ratio) * difference / d
     return gaussian._replace(mean=mean, log_std=gaussian.log_std - 0.5 * torch.log(d))
 
@@ -186,8 +190,8 @@ def sharpened(gaussian, unconditional_mean, log_ratio, guidance):
 def rotations(text_len, rows, columns, pairs):
     """cos and sin of the angle by which each pair of numbers of a query or key is turned, (2, L+N, pairs).
 
-    Rotary positions (arXiv:2104.09864). Each pair encodes one of row, column and place in the caption, in turn, in
-    wavelengths from 6 places to 100 times as many.
+    Rotary positions (arXiv:2104.09864). Each pair of channels encodes one of row, column, caption position, in turn,
+    in wavelengths from 6 places to 100 times as many. Caption positions start at 1: 0 means "is an image token".
     """
     place = torch.zeros(text_len + rows * columns, 3)
     place[text_len:, :2] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
@@ -208,20 +212,20 @@ def null_caption(text):
 class CaptionedTransformer(nn.Module):
     """Full attention over [caption tokens; image tokens], conditioned on times: the trunk of predictor and denoiser."""
 
-    def __init__(self, config, times):
+    def __init__(self, config, num_times):
         super().__init__()
         width, heads = config.width, config.heads
         if width % (2 * heads):
             raise ValueError(f"width {width} is not divisible by twice {heads} heads")
         self.embed = nn.Embedding(config.vocab_size, width)  # of variance 1: a patch must not drown a word
         self.proj_in = nn.Linear(config.token_dim, width)
-        self.time = TimeEmbedding(times, width)
+        self.time = TimeEmbedding(num_times, width)
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(config.depth))
         rotation = rotations(config.text_len, *config.patches, width // heads // 2)
         self.register_buffer("rotation", rotation, persistent=False)
 
     def forward(self, tokens, text, times):
-        """tokens (B, N, D), text (B, L), times (B, count) to hidden states of the image tokens (B, N, width)."""
+        """tokens (B, N, D), text (B, L), times (B, num_times) to hidden states of the image tokens (B, N, width)."""
         condition = self.time(times)
         words = self.embed(text)
         image = self.proj_in(tokens).to(words.dtype)
@@ -231,27 +235,34 @@ class CaptionedTransformer(nn.Module):
         return normalized(h[:, text.shape[1] :])
 
 
-def gaussian_head(width, zeros, rank, token_dim):
-    """A linear layer to `zeros` + R numbers for each number of a token, zero at initialisation.
+def gaussian_head(width, num_zero_outputs, rank, token_dim):
+    """Linear layer to num_zero_outputs + R numbers per number of a token.
 
-    All but the R directions (ours), which start small and random: at zero their gradient would be zero as well.
+    Zero at first, but for the R directions (ours): at zero they would get no gradient.
     """
-    head = zeroed(nn.Linear(width, (zeros + rank) * token_dim))
-    directions = head.weight[zeros * token_dim :]
+    head = zeroed(nn.Linear(width, (num_zero_outputs + rank) * token_dim))
+    directions = head.weight[num_zero_outputs * token_dim :]
     nn.init.normal_(directions, std=0.01 / width**0.5)
     return head
 
 
 class Predictor(nn.Module):
-    """f_P of Eq. (10): the network of the Gaussian p(u_s | u_t, y). No mask; a row is one level of one trajectory."""
+    """f_P of Eq. (10): the network of the Gaussian p(u_s | u_t, y).
+
+    A row is one level of one trajectory. There is no mask: tokens attend to the caption's padding as well.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.trunk = CaptionedTransformer(config, times=3)
+        self.trunk = CaptionedTransformer(config, num_times=3)
         self.head = gaussian_head(config.width, 2, config.rank, config.token_dim)
 
     def forward(self, u, t, s, steps, text):
-        """u (B, N, D), t, s, steps (B,), text (B, L) to 2 + R tensors like u, in full precision."""
+        """u (B, N, D), t, s, steps (B,), text (B, L).
+
+        Returns mean, log_std ("direct") or velocity, rho ("posterior"), then R directions (ours); each like u, in full
+        precision.
+        """
         times = torch.stack([t, s, 1 / steps], dim=1)
         h = self.trunk(u, text, times)
         return full_precision(self.head, h).split(u.shape[-1], dim=-1)

@@ -101,10 +101,10 @@ def missing(to, settings, count):
 
 def sampled(model, captions, batches):
     """For each batch of numbers: these, its samples, the images to look at, and of an NTM trajectories and nats."""
-    levels = show_trajectory or model.denoise == "none"
+    in_x_space = show_trajectory or model.denoise == "none"
     for numbers in batches:
         of_batch = [captions[i] for i in numbers]
-        samples, x, nll = model.sample_trajectories(of_batch, numbers, guidance, seed, levels, best_of, restarts)
+        samples, x, nll = model.sample_trajectories(of_batch, numbers, guidance, seed, in_x_space, best_of, restarts)
         yield numbers, samples, model.to_images(samples), x, nll
 
 
@@ -160,7 +160,7 @@ def main(config):
         note("without --decoder the images are a first look at latents, and nothing that a score could be taken of")
 
     # what is wrong with captions or folder is told before anything is sampled
-    model.note_what_is_lost(captions)
+    model.warn_about_captions(captions)
     to = folder_of(source)
     settings = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
     settings |= {"iteration": model.iteration, "denoise": model.denoise,  # "score" until there is a denoiser

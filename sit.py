@@ -53,8 +53,8 @@ class Block(nn.Module):
         self.adaLN_modulation = modulation(width, 6)
 
     def forward(self, x, condition):
-        modulation = self.adaLN_modulation(condition)[:, None]
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        vectors = self.adaLN_modulation(condition)[:, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
         qkv = self.attn.qkv(modulated_norm(x, shift1, scale1))
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         h = F.scaled_dot_product_attention(q, k, v)
@@ -115,8 +115,8 @@ class SiT(nn.Module):
 
     def velocity(self, h, condition):
         """The velocity (B, N, D) from the last hidden states, in full precision."""
-        modulation = self.final_layer.adaLN_modulation(condition)[:, None]
-        shift, scale = modulation.chunk(2, dim=-1)
+        vectors = self.final_layer.adaLN_modulation(condition)[:, None]
+        shift, scale = vectors.chunk(2, dim=-1)
         h = modulated_norm(h, shift, scale)
         return -full_precision(self.final_layer.linear, h)
 
@@ -157,7 +157,7 @@ class SiTPredictor(nn.Module):
         self.head = gaussian_head(config.width, 1, config.rank, config.token_dim)
 
     def forward(self, u, t, s, steps, text):
-        """A list of velocity, rho and R directions, each like u (B, N, D); t, s, steps (B,).
+        """Velocity, rho and R directions, each like u (B, N, D), as Predictor.forward; t, s, steps (B,).
 
         The first id of text (B, L) is 2 + class, or 1 for none.
         """
@@ -166,7 +166,8 @@ class SiTPredictor(nn.Module):
         condition = self.sit.condition(t, y) + self.step(step)
         h = self.sit.hidden(u, condition)
         others = full_precision(self.head, normalized(h))
-        return [self.sit.velocity(h, condition), *others.split(u.shape[-1], dim=-1)]
+        velocity = self.sit.velocity(h, condition)
+        return velocity, *others.split(u.shape[-1], dim=-1)
 
 
 class SiTNTM(PixelNTM):
@@ -215,6 +216,15 @@ def read_weights(path):
     return {unwrapped(str(name)): value for name, value in contents.items()}
 
 
+def check_heads(path, width, heads):
+    """Raises ValueError for a width without a number of heads, or with one that does not divide it."""
+    remedy = f"such as --heads={max(1, width // 64)}"
+    if not heads:
+        raise ValueError(f"{path} has width {width}, which no published SiT has: set --heads, {remedy}")
+    if width % heads:
+        raise ValueError(f"{path} has width {width}, which {heads} heads do not divide: set --heads, {remedy}")
+
+
 def load_sit(path, heads=None):
     """The SiT of a published checkpoint: a state dict, or a dict that holds one under "ema", "model" or "state_dict",
     the first that is there. heads: of attention, which a width that is none of the published needs. Raises
@@ -241,7 +251,5 @@ def load_sit(path, heads=None):
         sit.load_state_dict(state)
     except RuntimeError as error:  # in which torch names every tensor of another shape
         raise ValueError(f"{path} is not a SiT checkpoint: {' '.join(str(error).split())}") from error
-    if not heads or width % heads:
-        raise ValueError(f"{path} has width {width}, and how many heads of attention share it no tensor tells: set "
-                         f"heads (it is {heads}), such as --heads={max(1, width // 64)}")
+    check_heads(path, width, heads)
     return sit

@@ -17,8 +17,8 @@ from plumbing.shards import find_shards, first_example
 from sit import load_sit
 
 # the settings that a trained network decides about what starts from it
-NETWORK = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
-TRANSPORTER = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads")
+NETWORK_SETTINGS = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
+TRANSPORTER_SETTINGS = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads")
 RENAMED = {"resume": "--resume=yes", "auto": "--resume=auto"}  # what init_from could be in older versions
 
 
@@ -42,7 +42,7 @@ def find_start(config, device):
     if init_from in RENAMED:
         raise ValueError(f"init_from {init_from!r} is now a setting of its own: write {RENAMED[init_from]}")
     path = Path(config["out_dir"]) / "ckpt.pt"
-    resumed = checkpoint.find_start(config["resume"], path, *NETWORKS)
+    resumed = checkpoint.find_resumable(config["resume"], path, *NETWORKS)
     if resumed:
         return continue_run(config, resumed, path)
     config["parametrization"] = "direct"
@@ -66,7 +66,7 @@ def find_start(config, device):
 
 
 def in_full(value):
-    """An image size may be a square's side."""
+    """image_size as (height, width); other values as they are."""
     return (value, value) if type(value) is int else value
 
 
@@ -100,7 +100,7 @@ def start_from_sit(config):
     path = config["init_from"].removeprefix("sit:")
     heads = config["heads"] if "heads" in config.given else None
     network = load_sit(path, heads)
-    decided = {key: getattr(network, key) for key in NETWORK if hasattr(network, key)}
+    decided = {key: getattr(network, key) for key in NETWORK_SETTINGS if hasattr(network, key)}
     decided |= {"tokenizer": f"classes:{network.classes}", "text_len": 1, "parametrization": "posterior"}
     return Start("sit", network), decided
 
@@ -119,13 +119,13 @@ def start_from_checkpoint(config, device):
         raise ValueError(f"init_from {path!r} is a TarFlow, which has no predictor to start an NTM from: continue it "
                          "with --resume=yes")
     start = Start(kind, network, vocabulary=trained.get("vocabulary"))
-    decided = {key: trained["settings"][key] for key in NETWORK}
+    decided = {key: trained["settings"][key] for key in NETWORK_SETTINGS}
     if kind not in NTMS:
         return start, decided | {"parametrization": "posterior"}
     for key in ("parametrization", "rank", "filter_window", "logistics"):
         decided[key] = getattr(network.config, key, 0)
     if network.config.transporter_blocks:  # what has no transporter may be given one
-        decided |= {key: getattr(network.config, key) for key in TRANSPORTER}
+        decided |= {key: getattr(network.config, key) for key in TRANSPORTER_SETTINGS}
     if kind.startswith("coupled"):
         decided["first_noise"] = network.config.first_noise
     return start, decided | {"aux_weight": 0.0}  # there is no flow-matching model to stay close to

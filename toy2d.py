@@ -26,7 +26,7 @@ from flow import forward_kernel, forward_trajectory, reverse_posterior, time_gri
 from model import NTM, NTMConfig
 from plumbing.images import INK, PAPER, save_image
 from plumbing.layouts import make_folder
-from plumbing.optim import HIDDEN, make_optimizers, step, update_average
+from plumbing.optim import HIDDEN, make_optimizers, update_average, update_weights
 from plumbing.runtime import one_line_errors
 from predictor import standard_normal_nll
 
@@ -184,12 +184,12 @@ def train(name, model, ts):
     with tqdm(total=100, desc=name, bar_format="{l_bar}{bar}| {elapsed}", position=NAMES.index(name)) as bar:
         while done < 1:
             x, pair = draw_steps(ts, generator)
-            loss = model.transition_nll(x, pair, text, T).mean()
+            loss = model.transition_nll(x, pair, T, text).mean()
             model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             warmup = min(1, (i + 1) / max(1, warmup_iters))
-            step(optimizers, lr * warmup * (1 + math.cos(math.pi * done)) / 2)
+            update_weights(optimizers, lr * warmup * (1 + math.cos(math.pi * done)) / 2)
             update_average(average, model, ema, i)
             i += 1
             done = i / max_iters if max_iters > 0 else (time.thread_time() - start) / seconds

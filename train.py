@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py config/t2i.py
     python train.py --out_dir=out/shapes --resume=yes                # goes on, with the settings of the checkpoint
     python train.py config/digits_fm.py                              # flow matching instead: the baseline
-    python train.py config/digits_tune.py --resume=auto              # an NTM from it; sent again, it goes on
+    python train.py config/digits_tune.py --resume=auto              # an NTM from it; run again, it resumes
     python train.py config/sit.py --init_from=sit:SiT-XL-2-256.pt    # or from published weights
 
 Leaves in out_dir: ckpt.pt, log.jsonl, log.png and, from every validation, samples/ITERATION.png.
@@ -31,7 +31,7 @@ from plumbing.loader import Batches, examine, validation_batches
 from plumbing.lock import lock_folder
 from plumbing.log import Progress
 from plumbing.memory import examples_at_once, in_chunks, score_denoise
-from plumbing.optim import learning_rate, make_optimizers, step, update_average
+from plumbing.optim import learning_rate, make_optimizers, update_average, update_weights
 from plumbing.runtime import (
     accumulate,
     alike,
@@ -47,7 +47,7 @@ from plumbing.runtime import (
     one_line_errors,
     start_ranks,
 )
-from start import NETWORK, TRANSPORTER, build_model, find_start
+from start import NETWORK_SETTINGS, TRANSPORTER_SETTINGS, build_model, find_start
 
 # ---- run
 out_dir = "out/digits"
@@ -67,7 +67,7 @@ crop = "center"  # of the shards' images that are not square; or "random"
 flip = False  # mirror images of the shards at random, half of them
 latent_scale = 0.0  # what latents are multiplied by; 0: what `data.py encode` measured. SiT's want 0.18215
 bad_limit = 0.01  # the fraction of unusable examples, replaced by others, at which a run stops
-bad_captions = 0.1  # the fraction of captions, cut or in bytes for want of words, above which a run does not start
+bad_captions = 0.1  # refuse to start if more than this fraction of captions is truncated or unreadable
 image_size: int | tuple = 8
 channels = 1
 tokenizer = "captions"  # or "emoji", "gpt2", a file NAME.tiktoken; or "classes": captions are "class 0" to "class 999"
@@ -85,7 +85,7 @@ transporter_layers = 2  # in each block
 transporter_heads = 2
 steps: int | tuple = 4  # T; a tuple of several makes one model for all of them
 shift: float | None = 0.5  # e^m of the time grid, low for toy pictures; None: from the number of tokens
-max_t_min = 0.05  # training has t_0 uniform below this
+max_t_min = 0.05  # t_0 is uniform in (0, max_t_min]
 rank = 0  # (ours) directions along which a step's Gaussian is correlated; 0, the paper's: none
 filter_window = 0  # (ours) side of a causal filter over pixels, which a step's Gaussian is drawn through; 0: none
 logistics = 0  # (ours) of the mixture of a pointwise map, which comes before the filter; 0: none
@@ -102,8 +102,8 @@ grad_accum = 1  # passes per update and rank
 max_iters = 2000
 optimizer = "muon"  # or "adamw"
 lr = 5e-3  # for muon; adamw wants about 2e-3
-pixels_lr = 10.0  # (ours) times lr, of filter and pointwise map
-words_lr = 1.0  # times lr, of the words' embeddings: where most words are rare, 25 learns them sooner
+pixels_lr = 10.0  # (ours) learning-rate factor for filter and pointwise map
+words_lr = 1.0  # learning-rate factor for word embeddings; with many rare words try 25
 min_lr = 1e-6
 warmup_iters = 100
 weight_decay = 1e-4
@@ -113,7 +113,7 @@ ema = 0.999  # decay of the averaged weights that sampling uses
 # ---- log
 log_interval = 50
 val_interval = 500  # iterations between validations, each with a sheet of samples and a checkpoint
-save_minutes = 15.0  # a checkpoint after so many minutes without one, too; 0: those of validations alone
+save_minutes = 15.0  # also save when so many minutes have passed since the last checkpoint; 0: at validations only
 keep = 1  # checkpoints of validations that stay, as ckpt_000500.pt and so on; 1: ckpt.pt alone, the newest
 val_examples = 297
 t_min = 0.02  # where validation's trajectories and its samples end
@@ -134,7 +134,8 @@ def validate(ema, batches, ts, config):
     on -log p(x_{t_min}), which unlike the loss does not depend on the time grid ts (T+1,). Of flow matching val_loss is
     the velocity's squared error. All of it is measured in float32, as by evaluate.py, whatever the run trains in.
     """
-    sums, count = 0.0, torch.zeros((), device=ts.device)
+    count = torch.zeros((), device=ts.device)
+    sums = torch.zeros(len(ts) if isinstance(ema, NTM) else 1, device=ts.device)
     for images, text, _, generator in batches:
         with exact_products(ts.device):
             if isinstance(ema, NTM):
@@ -145,14 +146,12 @@ def validate(ema, batches, ts, config):
                 noise = torch.randn(ema.patchify(images).shape, generator=generator, device=ts.device)
                 sums = sums + len(images) * ema(images, text, (t, noise))[None]
         count += len(images)
-    if not torch.is_tensor(sums):  # a rank without a batch
-        sums = torch.zeros(len(ts) if isinstance(ema, NTM) else 1, device=ts.device)
     means = (all_sum(sums) / all_sum(count)).tolist()
     if not isinstance(ema, NTM):
         return {"val_loss": means[0]}
-    *steps, bound = means
-    values = {"val_loss": sum(steps) / len(steps), "val_bound": bound}
-    return values | {f"val_step_{k}": nll for k, nll in enumerate(steps)}
+    *step_nll, bound = means
+    values = {"val_loss": sum(step_nll) / len(step_nll), "val_bound": bound}
+    return values | {f"val_step_{k}": nll for k, nll in enumerate(step_nll)}
 
 
 def likelihoods(ema, images, text, ts, generator, chunk=0):
@@ -292,7 +291,7 @@ def describe(run, examples):
     if run.first:
         print(f"continues {config['out_dir']} at iteration {run.first}")
     elif config["init_from"] != "scratch":
-        decided = ", ".join(f"{key} {config[key]}" for key in (*NETWORK, *TRANSPORTER))
+        decided = ", ".join(f"{key} {config[key]}" for key in (*NETWORK_SETTINGS, *TRANSPORTER_SETTINGS))
         print(f"starts from {config['init_from']}: {decided}")
 
 
@@ -301,7 +300,7 @@ def train(run):
     config, device = run.config, run.device
     model, ema, frozen = run.model, run.ema, run.frozen
     batches, progress = run.batches, run.progress
-    loss = for_training(TrainingLoss(model, config), config, device)
+    network = for_training(TrainingLoss(model, config), config, device)
     noised = getattr(ema, "noised", None)  # an NTM's
     if isinstance(ema, CoupledNTM):  # (ours) four passes of the network
         noised = for_training(ema.noised_pairs, config, device)
@@ -313,22 +312,24 @@ def train(run):
             # The batch: images, captions, and the noise levels at which they are learned from.
             images, text, generator = next(batches)
             with autocast(config, device):
-                levels = draw_levels(model, noised, images, text, config, batches, generator)
+                drawn = draw_levels(model, noised, images, text, config, batches, generator)
 
             # Forward and backward, in as many passes as memory needs; the ranks' gradients meet in the last one.
-            losses_of = partial(losses_of_batch, loss, frozen, aux_weight_at(i, config))
-            losses = accumulate(losses_of, loss, batches, config, device, images, text, *levels)
+            losses_of = partial(losses_of_batch, network, frozen, aux_weight_at(i, config))
+            losses = accumulate(losses_of, network, batches, config, device, images, text, *drawn)
 
             # Clip the gradient, and guard: every rank has the same numbers, so all of them skip an update or none does.
-            grad_norm = clip_grad_norm_(model.parameters(), config["grad_clip"]) / run.world
-            asked = {"asked": batches.must_end(), **progress.asks()}
+            norm = clip_grad_norm_(model.parameters(), config["grad_clip"])
+            grad_norm = norm / run.world  # each rank's share: all_sums adds them up
+            batches.load_next()  # while the device computes
+            asked = {"asked": batches.must_end, **progress.asks()}
             totals = all_sums({**losses, "grad_norm": grad_norm, **asked, **batches.counts}, device)
             finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
 
             # Step, and average.
             lr = learning_rate(config, i)
             if finite:
-                step(run.optimizers, lr)
+                update_weights(run.optimizers, lr)
                 update_average(ema, model, config["ema"], i)
             model.zero_grad(set_to_none=True)
 

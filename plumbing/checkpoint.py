@@ -141,7 +141,7 @@ def fingerprint(network):
     return digest.hexdigest()
 
 
-def find_start(resume, path, *kinds):
+def find_resumable(resume, path, *kinds):
     """The contents of the checkpoint that a run continues, or None for a run that starts anew, by `resume`: "yes"
     continues, "auto" does so if there is something to continue, and so does what torchrun has restarted, if it wrote
     that itself. No checkpoint that is there is overwritten by a run that starts anew."""

@@ -136,11 +136,15 @@ class Batches:
         if self.failure and kind is None:  # the run has ended for it, in order
             raise SystemExit(self.failure)
 
-    def must_end(self):
-        """Loads the next batch, while the device computes. Returns whether the run has to end without it, all ranks
-        after the same iteration: because a signal asked for that, or since the data fail, as __exit__ then says."""
+    def load_next(self):
+        """Loads the next batch, unless the run ends before it."""
         if self.iteration < self.config["max_iters"] and not self.interrupt.asked:
             self.load()
+
+    @property
+    def must_end(self):
+        """Whether the run has to end without the next batch, all ranks after the same iteration: because a signal asked
+        for that, or since the data fail, as __exit__ then says."""
         return self.interrupt.asked or bool(self.failure)
 
     def load(self):

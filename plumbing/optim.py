@@ -94,7 +94,8 @@ def learning_rate(config, i):
     return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def step(optimizers, lr):
+def update_weights(optimizers, lr):
+    """A step of each optimiser, at the rate lr times the factor of a group."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("factor", 1.0)

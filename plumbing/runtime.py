@@ -231,9 +231,9 @@ last_sum = []  # the handle of the last all_sum
 def accumulate(losses_of, network, batches, config, device, *tensors):
     """Forward and backward of a batch, in as many passes as memory needs; the ranks' gradients meet in the last one.
 
-    losses_of(*tensors of a pass) -> {name: scalar}, of which "objective" is minimised if there is one, else "loss", and
-    the others are for the log: returned, without gradients, as the mean over the passes divided by the ranks. network:
-    what for_training made.
+    losses_of(*tensors of a pass) -> {name: scalar}, of which "minimised" is differentiated if there is one, else
+    "loss", and the others are for the log: returned, without gradients, as the mean over the passes divided by the
+    ranks. network: what for_training made.
     """
     totals = {}
     world = rank_and_world()[1]
@@ -241,8 +241,8 @@ def accumulate(losses_of, network, batches, config, device, *tensors):
         with gradients_meet(network, number == batches.passes):
             with autocast(config, device):
                 losses = losses_of(*of_a_pass)
-            objective = losses.pop("objective", losses["loss"])
-            (objective / batches.passes).backward()
+            minimised = losses.pop("minimised", losses["loss"])
+            (minimised / batches.passes).backward()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0.0) + value.detach() / (batches.passes * world)
     return totals

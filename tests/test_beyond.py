@@ -45,7 +45,7 @@ def test_weights_have_mean_one_over_the_grid_and_none_are_ones():
 def closed_form(model, images, text, levels):
     """Eq. (31) for the steps of a batch, (B, K-1), as training has it."""
     steps, ts, x = levels
-    gaussian = model.gaussians(x, ts, text, steps)
+    gaussian = model.predict_all(x, ts, steps, text)
     return expected_nll(gaussian, *known_step(model, x, model.patchify(images), ts))
 
 
@@ -60,7 +60,7 @@ def test_closed_form_is_the_mean_of_the_sampled_loss(pairs, rank):
     x_t = x[:, 1:]
     x_s = A * x_t + B * model.patchify(images)[:, None] + C * torch.randn(many, 1, 6, 4).double()
     drawn = torch.cat([x_s, x_t.expand(many, -1, -1, -1)], dim=1)
-    nll = model.transition_nll(drawn, ts.expand(many, -1), text.expand(many, -1), steps.expand(many))[:, 0]
+    nll = model.transition_nll(drawn, ts.expand(many, -1), steps.expand(many), text.expand(many, -1))[:, 0]
     expected = closed_form(model, images, text, levels)
     assert expected.shape == (1, 1)
     assert (nll.mean() - expected).abs() < 4 * nll.std() / math.sqrt(many)
@@ -89,7 +89,7 @@ def test_error_of_the_velocity_is_the_loss_of_flow_matching(pairs):
     losses = [network(images, text, (t, (x_t - (1 - t[:, None, None]) * x0) / t[:, None, None]))
               for t, x_t in zip(ts[:, 1:].T, x[:, 1:].transpose(0, 1))]
     mean, _ = known_step(model, x, x0, ts)
-    found = velocity_error(model.gaussians(x, ts, text, steps), mean, ts)
+    found = velocity_error(model.predict_all(x, ts, steps, text), mean, ts)
     torch.testing.assert_close(found, torch.stack(losses).mean())
     assert losses[0] > 0.1
 
@@ -499,7 +499,7 @@ def test_a_transporter_and_directions_that_are_new_stay_as_they_are():
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in trained.state_dict().items())  # as they were
     x, ts, text = make_trajectory(model)
     steps = torch.tensor([3, 3, 3])
-    found, expected = (one.gaussians(x, ts, text, steps) for one in (model, trained))
+    found, expected = (one.predict_all(x, ts, steps, text) for one in (model, trained))
     torch.testing.assert_close(found[:2], expected[:2])
     torch.testing.assert_close(found.directions[:, :, :1], expected.directions)
     assert found.directions[:, :, 1:].abs().max() < 0.2

@@ -64,9 +64,11 @@ def test_directions_that_overflow_show_in_the_loss(value):
         assert nll.isfinite().tolist() == [False, True]
 
 
-def test_samples_have_the_covariance():
+@pytest.mark.parametrize("given", [True, False])
+def test_samples_have_the_covariance(given):
     gaussian = make_gaussian(2, batch=())
-    samples = gaussian.sample(torch.randn(200_000, 3, 4).double(), torch.randn(200_000, 2).double()).flatten(1)
+    along = [torch.randn(200_000, 2).double()] if given else []  # what is not given is drawn
+    samples = gaussian.sample(torch.randn(200_000, 3, 4).double(), *along).flatten(1)
     mean, covariance = dense(gaussian)
     deviation = covariance.diagonal().sqrt()
     assert ((samples.mean(0) - mean) / deviation).abs().max() < 5 / math.sqrt(200_000)

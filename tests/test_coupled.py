@@ -50,7 +50,7 @@ def test_restarts_leave_a_coupled_trajectory(settings, tmp_path):
     """They draw x_1 anew, and what reads the trajectory wants one that follows from the level before."""
     run("train.py", *settings, f"--out_dir={tmp_path}", "--max_iters=60", "--warmup_iters=5")
     model = evaluate.TrainedModel(tmp_path, "cpu", denoise="score")
-    sampled = [model.sample_trajectories(["the digit one"] * 20, range(20), levels=True, restarts=n) for n in (0, 1)]
+    sampled = [model.sample_trajectories(["the digit one"] * 20, range(20), in_x_space=True, restarts=n) for n in (0, 1)]
     (once, x, nll), (again, x_again, nll_again) = sampled
     assert not torch.equal(x_again[:, :2], x[:, :2]) and (nll_again - nll).abs().mean() < 20
     text = model.encode(["the digit one"] * 20)

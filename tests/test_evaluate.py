@@ -425,7 +425,7 @@ def shapes_classifier(monkeypatch, log_p, trajectories):
     monkeypatch.setattr(evaluate, "caption_log_likelihoods", known)
     model = SimpleNamespace(network=network, tokenizer=tokenizer, device=torch.device("cpu"),
                             settings={"dataset": "shapes"}, ts=network.config.time_grid(0.02),
-                            encode=lambda captions: tokenizer.encode(captions, 8), note_what_is_lost=lambda captions: None)
+                            encode=lambda captions: tokenizer.encode(captions, 8), warn_about_captions=lambda captions: None)
     return evaluate.evaluate_classifier(model, dataset)["accuracy"]["mean"]
 
 

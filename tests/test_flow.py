@@ -477,7 +477,7 @@ def test_a_layer_is_attention_and_mlp_each_shifted_scaled_and_gated():
 def test_a_blocks_head_sees_normalised_states():
     """So that the size of its numbers does not grow with that of the hidden states."""
     block, h = make_transporter(1).blocks[0], torch.randn(2, TOKENS, 16).double()
-    for a, b in zip(block.shift_and_log_scale(h), block.shift_and_log_scale(100 * h)):
+    for a, b in zip(block.offset_and_log_scale(h), block.offset_and_log_scale(100 * h)):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 

@@ -16,7 +16,7 @@ from fm import FlowMatching
 from losses import TrainingLoss, draw_levels, losses_of_batch
 from model import NTM, NTMConfig
 from plumbing import rng
-from plumbing.optim import make_optimizers, step, update_average
+from plumbing.optim import make_optimizers, update_average, update_weights
 from plumbing.runtime import autocast
 
 TINY = dict(image_size=4, width=16, depth=1, heads=2, transporter_width=8, transporter_blocks=1)
@@ -65,9 +65,9 @@ def an_update(way, device, size=TINY, batch=8):
         with autocast(settings, device):
             levels = draw_levels(model, noised, images, text, settings, batches, generator)
             losses = losses_of_batch(loss, frozen, settings["aux_weight"], images, text, *levels)
-        losses["objective"].backward()
+        losses["minimised"].backward()
         norm = clip_grad_norm_(model.parameters(), 1.0)
-        step(optimizers, 1e-3)
+        update_weights(optimizers, 1e-3)
         update_average(average, model, 0.999, i)
         model.zero_grad(set_to_none=True)
         return norm

@@ -64,7 +64,7 @@ def test_score_denoising_fits_beside_the_weights():
         with Kept(model) as sheet:
             assert train.sample_images(model, text, ts, None).shape == (count, 4, 32, 32)
         with Kept(model) as lesson:
-            distill.lesson(model, images, text, ts, torch.zeros(count, 5, 256, 16))
+            distill.input_and_target(model, images, text, ts, torch.zeros(count, 5, 256, 16))
         assert 0.5 * LIMIT < sheet.peak == lesson.peak < LIMIT
 
 
@@ -185,7 +185,7 @@ def test_a_lesson_transports_every_level_but_noise_and_the_cleanest_once_more(mo
     model, levels = randomize(NTM(NTMConfig())), []
     forward = model.transporter.forward
     monkeypatch.setattr(model.transporter, "forward", lambda x, *args: levels.append(len(x)) or forward(x, *args))
-    distill.lesson(model, torch.rand(3, 1, 8, 8), torch.ones(3, 8).long(), model.config.time_grid(0.02),
+    distill.input_and_target(model, torch.rand(3, 1, 8, 8), torch.ones(3, 8).long(), model.config.time_grid(0.02),
                    torch.randn(3, 5, 16, 4))
     assert levels == [3, 3 * 4]
 

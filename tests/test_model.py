@@ -149,9 +149,9 @@ def test_by_default_the_loss_is_of_whole_trajectories_drawn_anew(monkeypatch):
     model, images, text, seen = make_model(), make_images(3).double(), make_text(3), []
     transition_nll = model.transition_nll
 
-    def recorded(x, ts, text, steps, ends_in_noise):
+    def recorded(x, ts, steps, text, ends_in_noise):
         seen.append((x, ts, steps, ends_in_noise))
-        return transition_nll(x, ts, text, steps, ends_in_noise)
+        return transition_nll(x, ts, steps, text, ends_in_noise)
 
     monkeypatch.setattr(model, "transition_nll", recorded)
     assert model(images, text) != model(images, text)
@@ -402,7 +402,7 @@ def test_pure_noise_is_left_out_of_the_transporter_without_a_difference(monkeypa
     model, images, text, passed = make_model(steps=steps), make_images(3).double(), make_text(3), []
     levels = T, ts, x = levels_of(model, images, text, *draw(model, 3, pairs))
     x.requires_grad_()
-    found = [model.transition_nll(x, ts, text, T, ends_in_noise) for ends_in_noise in (True, False)]
+    found = [model.transition_nll(x, ts, T, text, ends_in_noise) for ends_in_noise in (True, False)]
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(nll.sum(), x)[0] for nll in found), rtol=1e-9, atol=1e-9)
     (u, logdet), (_, all_logdets) = (model.transport(x, ts, T, ends_in_noise) for ends_in_noise in (True, False))

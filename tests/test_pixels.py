@@ -49,7 +49,7 @@ def residual_of(step, x):
     """K g(x) - K g(mean), flat."""
     images = [step.pointwise(step.images_of(a))[0] if step.pointwise else step.images_of(a) for a in (x, step.mean)]
     difference = images[0] - images[1]
-    return step.tokens.patchify(filtered(difference, step.kernel) if step.kernel is not None else difference).flatten()
+    return step.model.patchify(filtered(difference, step.kernel) if step.kernel is not None else difference).flatten()
 
 
 @pytest.mark.parametrize("config", KINDS)
@@ -82,6 +82,13 @@ def test_the_expected_loss_is_the_mean_of_the_loss(config):
         precision = covariance_of(step).inverse()
         exact = step.nll(mean)[0] + 0.5 * std[0] ** 2 * torch.trace(K.T @ precision @ K)
         torch.testing.assert_close(found[0], exact, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("config", KINDS)
+def test_noise_along_directions_is_drawn_if_none_is_given(config):
+    step = a_step(make_model(**config), batch=3)
+    drawn, again = step.sample(torch.zeros_like(step.mean)), step.sample(torch.zeros_like(step.mean))
+    assert drawn.shape == step.mean.shape and torch.equal(drawn, again) == (step.directions is None)
 
 
 @pytest.mark.parametrize("config", KINDS)

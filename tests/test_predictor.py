@@ -60,7 +60,7 @@ def test_mean_and_log_std_come_first_whatever_the_rank(rank, kind):
     assert mean.shape == log_std.shape == (2, 6, 4)
     assert [part.shape for part in directions] == [(2, rank, 6, 4)] * (rank > 0)
     ts = torch.tensor([[0.1, 0.5, 1.0]] * 2).double()
-    of_steps = model.gaussians(torch.randn(2, 3, 6, 4).double(), ts, make_text(2), torch.tensor([2, 2]))
+    of_steps = model.predict_all(torch.randn(2, 3, 6, 4).double(), ts, torch.tensor([2, 2]), make_text(2))
     assert type(of_steps) is kind and of_steps.mean.shape == (2, 2, 6, 4)
     assert type(of_steps.guided(of_steps, 1.0)) is kind
 
@@ -132,7 +132,7 @@ def test_null_caption_is_the_id_1_and_padding():
 
 def test_at_first_the_trunk_is_the_image_tokens_normalised():
     """No layer does anything yet: what comes out is what went in for each patch, and no word."""
-    trunk = CaptionedTransformer(NTMConfig(**TINY), times=2)
+    trunk = CaptionedTransformer(NTMConfig(**TINY), num_times=2)
     tokens = torch.randn(2, 6, 4)
     expected = torch.nn.functional.layer_norm(trunk.proj_in(tokens), (16,))
     torch.testing.assert_close(trunk(tokens, make_text(2), torch.rand(2, 2)), expected)
@@ -144,7 +144,7 @@ def test_at_first_the_trunk_is_the_image_tokens_normalised():
 
 def test_the_trunk_knows_where_a_token_is():
     """Patches that change places, or words that do, are another image and another caption."""
-    trunk = randomize(CaptionedTransformer(NTMConfig(**TINY), times=1)).double()
+    trunk = randomize(CaptionedTransformer(NTMConfig(**TINY), num_times=1)).double()
     tokens, times, text = torch.randn(1, 6, 4).double(), torch.rand(1, 1).double(), torch.tensor([[2, 3, 4]])
     before = trunk(tokens, text, times)
     swapped = [1, 0, 2, 3, 4, 5]

@@ -105,10 +105,10 @@ def test_the_shipped_models_know_their_words(capsys):
     of_shapes.sample(["a giraffe on the moon"])
     first, second = capsys.readouterr().err.splitlines()
     assert "words giraffe, moon, on, the" in first and "'a giraffe" in second
-    of_emoji.note_what_is_lost(["a giraffe on a hexagon"])
+    of_emoji.warn_about_captions(["a giraffe on a hexagon"])
     assert "without the words hexagon" in capsys.readouterr().err
     of_shapes.sample(["a red circle left of a blue square"])
-    of_emoji.note_what_is_lost((ROOT / "assets" / "emoji" / "prompts.txt").read_text().splitlines())
+    of_emoji.warn_about_captions((ROOT / "assets" / "emoji" / "prompts.txt").read_text().splitlines())
     assert capsys.readouterr().err == ""
 
 
@@ -241,7 +241,7 @@ def test_the_best_of_three_is_the_one_that_the_model_finds_likeliest(trained, de
     monkeypatch.setattr(model, "draw", lambda *args: candidates.append(draw(*args)) or candidates[-1])
     monkeypatch.setattr(pipeline, "guided_log_density",
                         lambda *args: densities.append(density(*args)) or densities[-1])
-    images, x, nll = model.sample_trajectories(captions, numbers, 1.0, seed=2, levels=denoise == "none", best_of=3)
+    images, x, nll = model.sample_trajectories(captions, numbers, 1.0, seed=2, in_x_space=denoise == "none", best_of=3)
     assert len(candidates) == 3 and "choosing" in model.seconds
     best = torch.stack(densities).argmax(dim=0).tolist()
     assert len(set(best)) > 1  # or this shows nothing
@@ -267,10 +267,10 @@ def test_only_the_level_that_is_needed_is_inverted(copied, monkeypatch):
     """The cleanest; of a trajectory to show all but noise, which the transporter leaves as it is."""
     model, lengths = load(copied, device="cpu", denoise="none"), []
     block = model.network.transporter.blocks[0]
-    inverse = block.inverse_by_scan
-    monkeypatch.setattr(block, "inverse_by_scan", lambda u, *args: lengths.append(len(u)) or inverse(u, *args))
-    (alone, nothing, _), (whole, x, _) = (model.sample_trajectories(["the digit one"] * 3, range(3), levels=levels)
-                                          for levels in (False, True))
+    inverse = block.inverse_cached
+    monkeypatch.setattr(block, "inverse_cached", lambda u, *args: lengths.append(len(u)) or inverse(u, *args))
+    (alone, nothing, _), (whole, x, _) = (model.sample_trajectories(["the digit one"] * 3, range(3), in_x_space=in_x_space)
+                                          for in_x_space in (False, True))
     assert lengths == [3, 12] and nothing is None
     torch.testing.assert_close(alone, whole)
     torch.testing.assert_close(whole, model.network.unpatchify(x[:, 0]))
@@ -280,7 +280,7 @@ def test_restarts_from_the_scripts(copied):
     """They change every level, and an image is the same in whatever batch it is sampled."""
     model, captions = load(copied, device="cpu", denoise="none"), ["the digit one", "the digit two"]
     (once, x, _), (again, y, nll) = (
-        model.sample_trajectories(captions, [4, 5], 1.0, seed=2, levels=True, restarts=restarts) for restarts in (0, 1))
+        model.sample_trajectories(captions, [4, 5], 1.0, seed=2, in_x_space=True, restarts=restarts) for restarts in (0, 1))
     assert (once != again).any() and not (x == y).flatten(2).all(-1).any() and nll.isfinite().all()
     alone, *_ = model.sample_trajectories(captions[1:], [5], 1.0, seed=2, restarts=1)
     torch.testing.assert_close(alone[0], again[1], atol=1e-4, rtol=1e-4)

@@ -145,7 +145,7 @@ def test_what_the_denoiser_learns_from():
     teacher = OfCaptions(NTMConfig(image_size=4, patch_size=2, width=8, depth=1, heads=2, transporter_width=8))
     images, noise, ts = torch.rand(3, 1, 4, 4), torch.randn(3, 5, 4, 4), time_grid(4, 0.1, 4)
     text = torch.tensor([[3, 0], [7, 2], [1, 0]])
-    u0, target = distill.lesson(teacher, images, text, ts, noise)
+    u0, target = distill.input_and_target(teacher, images, text, ts, noise)
     x = 0.9 * teacher.patchify(images) + 0.1 * noise[:, 0]
     torch.testing.assert_close(u0, x)
     m = torch.tensor([0.3, 0.7, 0.1])[:, None, None]

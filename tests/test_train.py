@@ -239,7 +239,7 @@ def test_two_steps_of_adamw():
     optimizers = make_optimizers(model, "adamw", 0.0, torch.device("cpu"))
     for gradient in (1.0, 3.0):
         model.weight.grad = torch.full((1, 1), gradient)
-        optim.step(optimizers, 0.5)
+        optim.update_weights(optimizers, 0.5)
     assert model.weight.item() == pytest.approx(-0.5 * (1 + 2.052632 / 5.102564**0.5), rel=1e-5)
 
 
@@ -257,7 +257,7 @@ def test_muon_does_as_torchs(bfloat16):
             matrix.grad = torch.randn(matrix.shape)
             copied.grad = matrix.grad.clone()
         before = [matrix.detach().clone() for matrix in copies]
-        optim.step([muon, other], 0.01)
+        optim.update_weights([muon, other], 0.01)
         for name, matrix, copied, old in zip(names, muon.param_groups[0]["params"], copies, before):
             difference = (matrix - copied).norm() / (copied - old).norm()
             assert difference < (0.1 if bfloat16 else 0.05), name  # of an update: torch computes in bfloat16
@@ -273,7 +273,7 @@ def test_muon_moves_every_matrix_by_a_fifth_of_the_learning_rate():
     before = [matrix.detach().clone() for matrix in matrices]
     for matrix in matrices:
         matrix.grad = torch.randn(matrix.shape)
-    optim.step([muon], 0.01)
+    optim.update_weights([muon], 0.01)
     for matrix, old in zip(matrices, before):
         assert (matrix - old).square().mean().sqrt().item() == pytest.approx(0.002, rel=0.3), matrix.shape
 
@@ -298,7 +298,7 @@ def test_words_have_a_learning_rate_of_their_own():
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optim.step(optimizers, 1e-3)  # AdamW's first step has the size of its rate
+    optim.update_weights(optimizers, 1e-3)  # AdamW's first step has the size of its rate
     torch.testing.assert_close(before["predictor.trunk.embed.weight"] - words, torch.full_like(words, 0.025))
     bias = model.predictor.head.bias
     torch.testing.assert_close(before["predictor.head.bias"] - bias, torch.full_like(bias, 0.001))
@@ -309,7 +309,7 @@ def test_resuming_keeps_what_optimizers_gathered_but_not_their_rates(tmp_path):
     before = make_optimizers(model, "muon", 0.07, torch.device("cpu"), words_lr=25.0)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    optim.step(before, 1e-3)
+    optim.update_weights(before, 1e-3)
     checkpoint.save(path, kind="ntm", model=model, ema=model, optimizers=before, settings={})
     held, after = checkpoint.load(path, "ntm"), make_optimizers(model, "muon", 0.01, torch.device("cpu"), words_lr=3.0)
     checkpoint.resume(held, path, model, model, after, {})
@@ -574,7 +574,7 @@ def test_a_checkpoint_that_not_all_ranks_see(tmp_path, monkeypatch, seen, resume
     asked = []
     monkeypatch.setattr(checkpoint, "gathered", lambda mine: asked.append(mine) or [(here, 0) for here in seen])
     with pytest.raises(ValueError, match="ckpt.pt is seen by some ranks only"):
-        checkpoint.find_start(resume, tmp_path / "ckpt.pt", "ntm")
+        checkpoint.find_resumable(resume, tmp_path / "ckpt.pt", "ntm")
     assert asked == [(False, 0)]
 
 
@@ -748,4 +748,4 @@ def test_what_is_logged_has_no_weights(level_weight):
     settings = dict(level_weight=level_weight, velocity_weight=0.0, closed_form=False, pairs=False, max_t_min=0.05)
     losses = losses_of_batch(TrainingLoss(model, settings), None, 0.0, images, text, *levels)
     torch.testing.assert_close(losses["loss"], model(images, text, levels))
-    assert (losses["objective"] != losses["loss"]) == bool(level_weight)
+    assert (losses["minimised"] != losses["loss"]) == bool(level_weight)

@@ -49,7 +49,7 @@ def make_trajectory(model, batch=3, steps=3):
 
 
 def levels_of(model, images, text, steps, ts):
-    """What NTM.forward takes as levels: steps, ts and a trajectory (B, K, N, D) at those times."""
+    """What NTM.forward takes as drawn: steps, ts and a trajectory (B, K, N, D) at those times."""
     ts = ts.to(images.dtype)
     return steps, ts, model.noised(model.patchify(images), text, ts)
 
