@@ -24,7 +24,7 @@ from plumbing import checkpoint
 from plumbing.images import contact_sheet
 from plumbing.latents import load_decoder
 from plumbing.loader import Batches, validation_batches
-from plumbing.lock import lock_folder
+from plumbing.lock import run_alone
 from plumbing.log import Progress
 from plumbing.memory import score_denoise
 from plumbing.optim import learning_rate, make_optimizers, update_average, update_weights
@@ -38,8 +38,6 @@ from plumbing.runtime import (
     in_bfloat16,
     job,
     leave_ranks,
-    one_line_errors,
-    start_ranks,
 )
 
 # ---- run
@@ -274,13 +272,7 @@ def distill(run):
 
 
 def main(config):
-    with one_line_errors():
-        ranks = start_ranks(config["device"])
-        lock = lock_folder(config["out_dir"])
-    with lock:
-        with one_line_errors():
-            run = Run(config, ranks)
-        distill(run)
+    run_alone(config, Run, distill)
 
 
 if __name__ == "__main__":

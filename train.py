@@ -28,7 +28,7 @@ from plumbing import checkpoint
 from plumbing.images import contact_sheet
 from plumbing.latents import load_decoder
 from plumbing.loader import Batches, examine, validation_batches
-from plumbing.lock import lock_folder
+from plumbing.lock import run_alone
 from plumbing.log import Progress
 from plumbing.memory import examples_at_once, in_chunks, score_denoise
 from plumbing.optim import learning_rate, make_optimizers, update_average, update_weights
@@ -44,8 +44,6 @@ from plumbing.runtime import (
     in_bfloat16,
     job,
     leave_ranks,
-    one_line_errors,
-    start_ranks,
 )
 from start import NETWORK_SETTINGS, TRANSPORTER_SETTINGS, build_model, find_start
 
@@ -347,13 +345,7 @@ def train(run):
 
 
 def main(config):
-    with one_line_errors():
-        ranks = start_ranks(config["device"])
-        lock = lock_folder(config["out_dir"])
-    with lock:
-        with one_line_errors():
-            run = Run(config, ranks)
-        train(run)
+    run_alone(config, Run, train)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import os
 import socket
 from pathlib import Path
 
-from plumbing.runtime import gathered, note, rank_and_world
+from plumbing.runtime import gathered, note, one_line_errors, rank_and_world, start_ranks
 
 try:
     import fcntl
@@ -70,3 +70,17 @@ def lock_folder(folder):
     if refusal := gathered(refusal)[0]:
         raise ValueError(refusal)
     return lock
+
+
+def run_alone(config, Run, loop):
+    """What train.py and distill.py do alike: joins the ranks, locks out_dir, sets up Run(config, ranks), and loop(run).
+
+    A mistake in the settings is one line.
+    """
+    with one_line_errors():
+        ranks = start_ranks(config["device"])
+        lock = lock_folder(config["out_dir"])
+    with lock:
+        with one_line_errors():
+            run = Run(config, ranks)
+        loop(run)
