@@ -7,8 +7,10 @@ from helpers import SHORT, SMALL, TRAIN, contents, fails, interrupted_run, read_
 from tiny import make_coupled
 
 import evaluate
+from beyond import CoupledNTM
 from flow import forward_trajectory, time_grid
 from model import NTM
+from plumbing import optim
 
 
 def test_captions_are_compared_with_levels_of_their_own(monkeypatch):
@@ -44,6 +46,26 @@ def test_training_sampling_and_likelihood(settings, tmp_path):
     load = evaluate.TrainedModel(tmp_path, "cpu")
     log_p = load.log_likelihood(torch.zeros(2, 1, 8, 8), ["the digit one", "the digit two"])
     assert log_p.nats.isfinite().all() and (log_p.nats[0] - log_p.nats[1]).abs() > 0
+
+
+def test_training_couples_by_the_averaged_weights(settings, tmp_path, monkeypatch):
+    """As they are after the update before; the model's own weights are others."""
+    average, couple, after, coupled_by = optim.update_average, CoupledNTM.couple, [], []
+
+    def average_and_keep(ema, model, *args):
+        average(ema, model, *args)
+        after.append([network.predictor.head.weight.clone() for network in (ema, model)])
+
+    def couple_and_keep(network, *args):
+        coupled_by.append(network.predictor.head.weight.clone())
+        return couple(network, *args)
+
+    monkeypatch.setattr(optim, "update_average", average_and_keep)
+    monkeypatch.setattr(CoupledNTM, "couple", couple_and_keep)
+    run("train.py", *settings, f"--out_dir={tmp_path}", "--val_interval=100", "--max_iters=4")
+    for (averaged, own), used in zip(after[:3], coupled_by[1:4], strict=True):
+        assert torch.equal(used, averaged)
+    assert not torch.equal(averaged, own)
 
 
 def test_restarts_leave_a_coupled_trajectory(settings, tmp_path):

@@ -3,10 +3,12 @@ import functools
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import toy
-from helpers import DISTILL, TRAIN, contents, fails, png, read_log, run, training_lines
+from helpers import DISTILL, TRAIN, contents, fails, file_of, png, read_log, run, training_lines
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import DATA, SETTINGS, TINY, Items, Numbers, fit
 
@@ -16,7 +18,7 @@ from losses import draw_levels
 from model import NTM
 from plumbing import rng
 from plumbing.images import dequantize
-from plumbing.loader import Batches, Readable, validation_batches
+from plumbing.loader import Batches, Readable, order, validation_batches
 from plumbing.shards import Shards, write_shard
 from plumbing.tokenizer import get_tokenizer
 
@@ -114,6 +116,39 @@ def test_held_out_captions_that_are_no_classes_end_a_run_above_bad_limit(tmp_pat
     assert contents(tmp_path / "ckpt.pt")["iter"] == 3
     run("train.py", *settings, "--bad_limit=0.7", "--resume=yes")
     assert "12 of 20" in fails("distill.py", *DISTILL, f"--out_dir={tmp_path}", "--bad_limit=0.5", "--val_examples=20")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What an example looks like in each epoch
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("refused", [False, True])
+def test_crops_flips_and_captions_renew_in_every_epoch_of_a_run(tmp_path, workers, refused):
+    """Of an example, and of one that stands in for another whose caption the tokenizer refuses."""
+    ramp = Image.fromarray(np.linspace(0, 255, 40).astype(np.uint8)[None].repeat(10, axis=0))
+    members = {"png": file_of(ramp), "json": b'{"captions": ["class 1", "class 2"]}'}
+    other = {"png": png(), "txt": b"a cat"}
+    write_shard(tmp_path / "train" / "0.tar", [("a", other), ("b", members)] if refused else [("a", members)])
+    dataset = Shards(str(tmp_path), "train", 1, 10, 10, crop="random", flip=True)
+    settings = SETTINGS | {"batch_size": len(dataset), "max_iters": 40, "workers": workers}
+    views, captions = [], []
+    with Batches(dataset, get_tokenizer("classes"), 1, settings, 0, (torch.device("cpu"), 0, 1)) as loading:
+        for _ in range(40):  # epochs
+            images, text, _ = next(loading)
+            views += images[:, 0, 0].tolist()
+            captions += text[:, 0].tolist()
+    assert loading.counts["unusable"] == (40 if refused else 0)
+    rising = sum(view[0] < view[-1] for view in views)
+    assert len(views) / 4 < rising < 3 * len(views) / 4
+    assert len({round(min(view), 2) for view in views}) > 10
+    assert len(views) / 4 < captions.count(3) < 3 * len(views) / 4 and set(captions) == {3, 4}
+
+
+@pytest.mark.parametrize("again", [0, 5])
+def test_the_numbers_of_examples_run_on_from_epoch_to_epoch(again):
+    numbers = sum(order(5, 5, 0, 0, 3, range(5), again), [])
+    assert [number - number % 5 for number in numbers] == [again * epoch for epoch in range(3) for _ in range(5)]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from dataclasses import asdict
 import pytest
 import torch
 import toy
-from helpers import contents, read_log, read_log_without_speed, same, same_training, training_lines
+from helpers import (DISTILL, SHORT, SMALL, TRAIN, contents, load, read_log, read_log_without_speed, run, same,
+                     same_training, training_lines)
 from tiny import levels_of, make_images, make_model, make_text
 from torch import nn
 from toy import DATA, SETTINGS, TINY, Items, Numbers, Toy, fit, squares
@@ -22,7 +23,7 @@ import train
 from losses import TrainingLoss, losses_of_batch
 from model import NTM, Denoiser
 from pixels import PixelConfig, PixelNTM
-from plumbing import checkpoint, optim, runtime
+from plumbing import checkpoint, images, optim, runtime
 from plumbing.loader import Batches, examine, key, order, validation_batches
 from plumbing.log import Log
 from plumbing.optim import learning_rate, make_optimizers
@@ -565,6 +566,39 @@ def test_a_sheet_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
     assert "warning: there is no sheet of samples of iteration 6: shape '[7]' is invalid" in printed
     assert same_training(path, whole)
     assert "val_loss" in read_log(path.with_name("log.jsonl"))[-1]
+
+
+@pytest.mark.parametrize("script, settings", [("train.py", TRAIN), ("distill.py", DISTILL),
+                                              ("train.py", [*SHORT, *SMALL, "--shift=1", "--objective=fm"])])
+def test_sheets_while_training_have_no_guidance(copied, tmp_path, monkeypatch, script, settings):
+    """They show what the averaged weights sample for held-out captions: with guidance they would be other images."""
+    shown, sheet = [], images.contact_sheet
+    monkeypatch.setattr(images, "contact_sheet", lambda found, captions: shown.append(found) or sheet(found, captions))
+    out = copied if script == "distill.py" else tmp_path / "new"
+    (copied / "denoiser.pt").unlink()
+    run(script, *settings, f"--out_dir={out}", "--max_iters=20", "--val_interval=20", "--lr=1e-2")
+    held_out = data.get_dataset("digits", "val", 8, 1), data.get_tokenizer("captions"), 4
+    _, text, _, generator = next(validation_batches(*held_out, 4, "cpu", batch_size=4))
+    kind = "fm" if "--objective=fm" in settings else "ntm"
+    network = load(out, kind)
+    if kind == "fm":
+        ts = torch.linspace(0, 1, 51)
+    else:
+        ts = network.config.time_grid(0.03 if script == "distill.py" else 0.02)
+    expected = {}
+    for guidance in (0.0, 1.0):
+        same_noise = torch.Generator()
+        same_noise.set_state(generator.get_state())
+        u = network.sample(text, ts, guidance, same_noise)
+        if script == "distill.py":
+            tokens = load(out, "denoiser")(u[:, 0], text)
+        elif kind == "ntm":
+            tokens = network.score_denoise(network.invert(u, ts), ts.expand(4, -1), text)
+        else:
+            tokens = u[:, 0]
+        expected[guidance] = network.unpatchify(tokens)
+    torch.testing.assert_close(shown[-1], expected[0.0], atol=1e-4, rtol=1e-4)
+    assert (expected[1.0] - expected[0.0]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("seen", [[True, False], [False, True]])
