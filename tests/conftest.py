@@ -13,11 +13,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from helpers import DISTILL, TRAIN, run  # noqa: E402, once the root is on the path
 from plumbing.runtime import note  # noqa: E402
 
+TRAINED = {"trained", "copied", "base", "ran"}  # fixtures that train
+
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for one another
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: takes a GPU, and is skipped where there is none")
+    config.addinivalue_line("markers", "slow: takes over a second, starts processes or trains by the scripts")
+
+
+def pytest_collection_modifyitems(items):
+    """What needs a trained model is slow."""
+    for item in items:
+        if TRAINED & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

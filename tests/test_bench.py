@@ -60,6 +60,7 @@ def test_medians_are_of_seconds_after_the_warm_up(monkeypatch):
     assert bench.medians({"a": lambda: now.append(next(durations))}, torch.device("cpu")) == {"a": 2}
 
 
+@pytest.mark.slow
 def test_speed_is_of_images(monkeypatch):
     """Where everything takes half a second, 6 images each time are 12 a second."""
     monkeypatch.setattr(bench, "batch_size", 6)

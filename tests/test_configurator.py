@@ -425,6 +425,7 @@ def test_help_of_a_script_without_docstring_or_settings(run, capsys):
 # ---- as the user meets it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument, status, out, err", [
     ("--batch_size=8", 0, "8\n", ""),
     ("--bacth_size=8", 1, "", "config key 'bacth_size' is unknown; did you mean 'batch_size'?\n"),

@@ -32,6 +32,7 @@ def test_float32_keeps_four_digits_where_directions_dominate():
         assert ((rounded - wide.nll(u)) / wide.nll(u)).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("R", [0, 2])
 def test_expected_nll_is_the_mean_of_nll(R):
     gaussian = make_gaussian(R, batch=())

@@ -12,6 +12,8 @@ from flow import forward_trajectory, time_grid
 from model import NTM
 from plumbing import optim
 
+pytestmark = pytest.mark.slow
+
 
 def test_captions_are_compared_with_levels_of_their_own(monkeypatch):
     model, x0 = make_coupled(), torch.randn(2, 6, 4).double()

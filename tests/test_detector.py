@@ -41,6 +41,7 @@ def changed(caption):
     return captions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, count", [(16, 1_000), (32, 300)])
 @pytest.mark.parametrize("noise", [0, 0.1])
 def test_every_true_caption_holds_and_no_changed_one(size, count, noise, monkeypatch):

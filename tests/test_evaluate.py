@@ -107,6 +107,7 @@ def test_more_trajectories_make_a_tighter_bound():
     assert gain.mean() > 5 * gain.std() / math.sqrt(200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["ntm", "fm"])
 def test_validation_in_bfloat16_is_measured_in_float32(tmp_path, objective):
     """What the log of a run in bfloat16 says is what evaluate.py finds on the same examples, and what a validation in
@@ -347,6 +348,7 @@ def test_classifier_counts_the_true_class(trained, monkeypatch):
     assert found["accuracy"]["mean"] == sum(dataset.labels[i] == 3 for i in range(60)) / 60 > 0
 
 
+@pytest.mark.slow
 def test_a_model_that_ignores_captions_scores_one_in_ten(tmp_path):
     """One whose words all have the same embedding; the true caption stands first of ten."""
     run("train.py", *TRAIN, "--dataset=shapes", "--image_size=16", "--channels=3", "--text_len=8", "--max_iters=1",
@@ -389,6 +391,7 @@ def test_networks_are_loaded_once(copied, monkeypatch):
     assert sorted(loaded) == ["ckpt.pt", "denoiser.pt"]
 
 
+@pytest.mark.slow
 def test_shards_have_a_distance_and_captions_that_are_cut_are_told(tmp_path):
     for split in ("train", "val"):
         write_shard(tmp_path / split / "0.tar", [
@@ -429,6 +432,7 @@ def shapes_classifier(monkeypatch, log_p, trajectories):
     return evaluate.evaluate_classifier(model, dataset)["accuracy"]["mean"]
 
 
+@pytest.mark.slow
 def test_classifier_knows_which_caption_is_true(monkeypatch):
     assert shapes_classifier(monkeypatch, lambda true, k: 5.0 * true - 100, trajectories=1) == 1
     assert shapes_classifier(monkeypatch, lambda true, k: -5.0 * true - 100, trajectories=1) == 0
@@ -508,6 +512,7 @@ def test_each_task_tests_one_aspect(monkeypatch, tmp_path):
     assert scores[1]["overall"]["standard_error"] == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / 6)
 
 
+@pytest.mark.slow
 def test_shapes_follow_prompts_or_not(tmp_path):
     settings = [*TRAIN, "--dataset=shapes", "--image_size=16", "--channels=3", "--text_len=8", "--max_iters=2"]
     run("train.py", *settings, f"--out_dir={tmp_path}")
@@ -519,6 +524,7 @@ def test_shapes_follow_prompts_or_not(tmp_path):
     assert not (tmp_path / "evaluate" / "quality.png").exists()  # of one step count
 
 
+@pytest.mark.slow
 def test_flow_matching_has_samples_only(tmp_path):
     run("train.py", *TRAIN, "--objective=fm", f"--out_dir={tmp_path}", "--max_iters=2")
     results, _ = evaluated(f"--out_dir={tmp_path}", "--num_samples=10", "--steps=2,5")

@@ -246,6 +246,7 @@ def test_flow_matching_learns_and_draws(base, tmp_path):
     assert "sampling in 50 steps" in printed
 
 
+@pytest.mark.slow
 def test_flow_matching_resumes_bit_for_bit(tmp_path):
     settings = [*TRAIN, "--objective=fm"]
     run("train.py", *settings, f"--out_dir={tmp_path / 'whole'}")
@@ -288,6 +289,7 @@ def test_a_run_that_continues_says_where_it_started_if_that_is_not_what_is_asked
     assert held["iter"] == 3 and held["settings"]["init_from"] == str(base / "ckpt.pt")
 
 
+@pytest.mark.slow
 def test_fine_tuning_logs_both_losses_and_anneals(tune, tmp_path):
     run("train.py", *tune, "--max_iters=8")
     lines = training_lines(tmp_path / "log.jsonl")
@@ -324,6 +326,7 @@ def test_fine_tuning_resumes_bit_for_bit_without_its_base(tune, base, tmp_path):
     run("distill.py", *DISTILL, f"--out_dir={tmp_path / 'whole'}")
 
 
+@pytest.mark.slow
 def test_two_processes_do_as_one(tune, tmp_path):
     for name, settings in {"fm": [*TRAIN, "--objective=fm"], "tune": tune}.items():
         alone, both = tmp_path / f"{name}_alone", tmp_path / f"{name}_both"
@@ -332,6 +335,7 @@ def test_two_processes_do_as_one(tune, tmp_path):
         assert_close_training(both, alone, "ckpt.pt", "log.jsonl")
 
 
+@pytest.mark.slow
 def test_fine_tuning_without_the_auxiliary_loss(tune, tmp_path):
     run("train.py", *tune, "--aux_weight=0")
     assert "frozen" not in contents(tmp_path / "ckpt.pt")
@@ -341,6 +345,7 @@ def test_fine_tuning_without_the_auxiliary_loss(tune, tmp_path):
     run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--resume=yes")  # as the checkpoint says
 
 
+@pytest.mark.slow
 def test_the_base_decides_about_the_network(tune, tmp_path):
     line = fails("train.py", *tune, "--max_iters=1", "--width=24", "--depth=3")
     assert re.search(r"(width is 24|depth is 3), but .*ckpt.pt decides it, (16|1): leave it out", line)
@@ -394,6 +399,7 @@ def test_no_density_at_zero_is_refused_before_training(tune, tmp_path, setting):
     assert not (tmp_path / "ckpt.pt").exists() and not (tmp_path / "log.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_one_model_for_several_step_counts(tmp_path):
     (tmp_path / "several.py").write_text("steps = (4, 8, 16)\n")
     run("train.py", str(tmp_path / "several.py"), *TRAIN, f"--out_dir={tmp_path}", "--max_iters=30")
@@ -438,6 +444,7 @@ def test_what_flow_matching_does_not_learn_by_is_refused(base, tmp_path, setting
     assert line.startswith(f"objective is 'fm', and {name} {value}") and line.endswith(" is for an NTM: leave it out")
 
 
+@pytest.mark.slow
 def test_what_flow_matching_does_not_use_is_noted(tmp_path):
     """One config file does for both objectives: what sizes an NTM alone does not stop flow matching."""
     short = [*SHORT, *SMALL, "--objective=fm", "--max_iters=1"]

@@ -100,6 +100,7 @@ def test_the_training_loop_waits_once_an_update(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["pairs", "closed form", "flow matching", "coupled"])
+@pytest.mark.slow
 def test_a_graph_is_whole_and_compiled_once(tmp_path, monkeypatch, way):
     """Captured as on CUDA, and run by Python. What couples noise, from a flow-matching model, is another graph."""
     start = []

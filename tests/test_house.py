@@ -59,6 +59,7 @@ def test_evidence_is_imported_where_it_is_asked_for():
         assert found <= set(ORDER[:ORDER.index("data") + 1]), path
 
 
+@pytest.mark.slow
 def test_importing_a_script_runs_nothing_and_loads_no_more_than_it_needs():
     others = [name for name in ORDER if name != "evaluate"]
     program = f"import sys, {', '.join(others)}; print('\\n'.join(sys.modules))"
@@ -127,6 +128,7 @@ def test_equations_that_the_code_cites_are_there():
         assert "Eq. (" in (ROOT / f"{name}.py").read_text()
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs_as_it_stands(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -75,6 +75,7 @@ def test_a_refused_caption_among_the_held_out_is_replaced_and_named(capsys):
         list(validation_batches(many, Classes(), 3, 120, "cpu", bad_limit=0.05))
 
 
+@pytest.mark.slow
 def test_a_run_heeds_bad_limit_for_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "Numbers", Classes)
     _, path = fit(tmp_path / "few", max_iters=30, bad_limit=0.1)
@@ -88,6 +89,7 @@ def test_a_run_heeds_bad_limit_for_captions(tmp_path, monkeypatch):
         fit(tmp_path / "all", bad_captions=1.0)
 
 
+@pytest.mark.slow
 def test_captions_of_shards_that_are_no_classes_are_replaced_and_named(tmp_path, capsys):
     """In training and validation, at the first and at a resumed one, by the real programs."""
     for split, count in (("train", 60), ("val", 20)):
@@ -103,6 +105,7 @@ def test_captions_of_shards_that_are_no_classes_are_replaced_and_named(tmp_path,
     assert "1.7% are refused, the first since caption 'a dog' is not a class" in printed
 
 
+@pytest.mark.slow
 def test_held_out_captions_that_are_no_classes_end_a_run_above_bad_limit(tmp_path):
     """In one line, after what is trained is saved."""
     for split, known in (("train", 60), ("val", 8)):

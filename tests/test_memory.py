@@ -52,6 +52,7 @@ class Kept:
         self.hooks.__exit__(*error)
 
 
+@pytest.mark.slow
 def test_score_denoising_fits_beside_the_weights():
     """Tensors of the real size, without their numbers: samples of a sheet, and as many of the denoiser's targets. All
     of them at once would take more than the limit."""
@@ -68,6 +69,7 @@ def test_score_denoising_fits_beside_the_weights():
         assert 0.5 * LIMIT < sheet.peak == lesson.peak < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, of_weights, of_an_image", [("t2i", 2.35, 0.906), ("t2i_small", 0.33, 0.287)])
 def test_what_training_keeps_is_what_its_config_says(monkeypatch, name, of_weights, of_an_image):
     """In bfloat16, GB: copies of the weights, and what each image adds; with attention as on CUDA, which keeps no
@@ -109,6 +111,7 @@ def test_commands_of_the_docs_fit_into_a_gpu_of_80_gb():
     assert len(found) >= 3 and all(size < 75 for _, size in found), found
 
 
+@pytest.mark.slow
 def test_what_an_example_takes_is_estimated_well():
     with FakeTensorMode():
         for config, T in ((of_config("t2i_small"), 8), (NTMConfig(transporter_blocks=0, width=256), 4),

@@ -71,6 +71,7 @@ def test_columns_of_trajectory_nll_are_its_steps_and_the_prior():
     torch.testing.assert_close(nll[:, 4], -Normal(0, 1).log_prob(x[:, 4]).sum((1, 2)), rtol=1e-10, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_size, points", [(1, 2001), ((1, 2), 201)])
 @pytest.mark.parametrize("s, t", [(0.02, 0.4), (0.4, 1.0)])
 @torch.no_grad()
@@ -162,6 +163,7 @@ def test_by_default_the_loss_is_of_whole_trajectories_drawn_anew(monkeypatch):
         assert noise[:, 0].abs().max() < 0.5 and noise[:, -1].std() > 0.7
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_pairs_and_trajectories_have_the_same_expectation():
     model, images, text = make_model(scale=0.5, dtype=torch.float32), make_images(128), make_text(128)
@@ -309,6 +311,7 @@ def test_loss_is_float32_under_bfloat16():
     torch.testing.assert_close(rough, exact, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_transporter_invertible():
     model = NTM(NTMConfig(**TINY))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -674,6 +677,7 @@ def test_a_size_below_one_is_named(setting):
 # The paper alone
 
 
+@pytest.mark.slow
 def test_the_paper_knows_nothing_of_what_is_added():
     """But for the seam: a model of rank > 0 has a CorrelatedGaussian."""
     program = """

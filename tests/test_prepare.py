@@ -88,6 +88,7 @@ def prepared(packages, out, monkeypatch, *arguments):
     return printed, found
 
 
+@pytest.mark.slow
 def test_emoji_become_captioned_shards(packages, tmp_path, monkeypatch):
     printed, examples = prepared(packages, tmp_path, monkeypatch)
     copies = [record["key"] for record, _ in examples if record["copy"]]
@@ -109,6 +110,7 @@ def test_emoji_become_captioned_shards(packages, tmp_path, monkeypatch):
     assert f"train: {sum(record['split'] == 'train' for record, _ in examples)} images" in printed
 
 
+@pytest.mark.slow
 def test_what_is_held_out_of_emoji(packages, tmp_path, monkeypatch):
     """Emoji in every style and tone; and pairs of an emoji and a style, where both are known. Always the same."""
     (_, first), (_, again) = (prepared(packages, tmp_path / name, monkeypatch) for name in "ab")
@@ -343,6 +345,7 @@ data.main()
 """
 
 
+@pytest.mark.slow
 def test_ranks_encode_shards_by_turns(exported, photographs, encoded, tmp_path):
     """Two ranks make what one process makes, each shard once; and go on where they were interrupted."""
     (tmp_path / "noting.py").write_text(NOTING.format(root=str(ROOT)))
@@ -389,6 +392,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_two_jobs_do_not_encode_into_one_folder(exported, photographs, tmp_path):
     """And a folder is free as soon as its process is dead, though those that load may outlive it for a while."""
     encoder, out = exported / "encoder.pt2", tmp_path / "out"
@@ -467,6 +471,7 @@ def test_what_cannot_be_encoded_is_named(exported, photographs, encoded, tmp_pat
     assert "have one name" in line
 
 
+@pytest.mark.slow
 def test_from_latents_to_images(encoded, exported, tmp_path):
     """Training on what was encoded, and sampling with the decoder: latents leave as the autoencoder knows them."""
     settings = [*SHORT, *SMALL, "--transporter_width=16", "--transporter_blocks=1", "--transporter_layers=1",
@@ -494,6 +499,7 @@ def test_from_latents_to_images(encoded, exported, tmp_path):
     assert "makes images, not latents: leave it out" in fails("sample.py", *SAMPLE, decoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "distill.py", "train.py of flow matching"])
 def test_sheets_of_latents_are_decoded(encoded, exported, tmp_path, script):
     """With --decoder they show the images of what the model samples, and the file is the decoder's, by name."""
@@ -651,6 +657,7 @@ def test_decoded_samples_and_real_images_are_left_for_others_to_compare(model_of
         assert np.array_equal(pixels(folders[1] / f"{i:04d}.png"), to_uint8(source[i][0]).permute(1, 2, 0).numpy())
 
 
+@pytest.mark.slow
 def test_ranks_share_the_two_folders(model_of_latents, exported):
     settings = ["--parts=samples", f"--decoder={exported / 'decoder.pt2'}", "--num_samples=9", "--batch_size=4"]
     evaluated(model_of_latents, *settings)

@@ -294,6 +294,7 @@ def test_restarts_from_the_scripts(copied):
     assert json.loads((copied / "evaluate.json").read_text())["config"]["restarts"] == 1
 
 
+@pytest.mark.slow
 def test_flow_matching_takes_steps_again_but_has_nothing_to_choose_by(tmp_path):
     run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--objective=fm", "--max_iters=1")
     assert "best_of is 2" in fails("sample.py", *SAMPLE, f"--out_dir={tmp_path}", "--best_of=2", "--steps=2")

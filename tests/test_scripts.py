@@ -112,6 +112,7 @@ def test_validation_of_the_denoiser_is_its_distance_from_the_score(trained):
     assert logged["val_psnr"] == pytest.approx(10 * math.log10(4 / mse), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_training_is_training(tmp_path, monkeypatch):
     """Captured as torch.compile does by default on CUDA, forward and backward, but run by PyTorch's own kernels: to
     build those of a model even this small takes a C++ compiler a minute and a half."""
@@ -224,6 +225,7 @@ def test_a_resumed_run_reads_its_settings_from_the_checkpoint(trained, copied, s
     assert "width is 16, the settings say 24" in line and "depth" not in line
 
 
+@pytest.mark.slow
 def test_a_checkpoint_carries_the_words_of_its_captions(tmp_path):
     run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--max_iters=2", "--val_interval=1")  # of 16 captions
     first = contents(tmp_path / "ckpt.pt")["words"]
@@ -241,6 +243,7 @@ def test_a_denoiser_does_not_go_on_with_another_teacher(copied):
     assert (copied / "denoiser.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_carries_its_vocabulary(tmp_path, monkeypatch):
     """Trained with a vocabulary at a relative path, it resumes, distils and samples elsewhere, the file being gone."""
     for folder in ("here", "there"):
@@ -368,6 +371,7 @@ def test_seed_prompt_guidance_and_steps_change_the_pictures(copied):
         assert abs(first - drawn(setting)).max() > 1, setting
 
 
+@pytest.mark.slow
 def test_captions_of_a_data_set_without_classes(tmp_path):
     run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--dataset=shapes", "--channels=3", "--text_len=8",
         "--max_iters=1")
@@ -375,6 +379,7 @@ def test_captions_of_a_data_set_without_classes(tmp_path):
     assert singles.shape == (2, 8, 8, 3) and (singles[..., 0] != singles[..., 1]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["--pairs=False", "--steps=(2,4)", "--transporter_blocks=0", "--bfloat16=True",
                                      "--optimizer=muon", "--channels=3", "--shift=1"])
 def test_other_settings_train_and_sample(tmp_path, setting):
@@ -440,6 +445,7 @@ def test_mistakes_from_python_are_named(trained, tmp_path):
 # Interruption
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, settings", [(signal.SIGINT, ["--workers=0", "--optimizer=adamw"]),
                                               (signal.SIGTERM, ["--workers=1", "--optimizer=muon"])])
 def test_interrupted_and_resumed_training_is_the_uninterrupted(tmp_path, number, settings):
@@ -549,6 +555,7 @@ def test_gpt2_tokenizer_offline(tmp_path, monkeypatch):
     assert "'gpt2'" in line and "network" in line and "TIKTOKEN_CACHE_DIR" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command, parts", [
     (["train.py", "--bacth_size=8"], ["'bacth_size' is unknown"]),  # from the settings,
     (["train.py", "--device=cpu", "--image_size=9"], ["9x9"]),  # from the script,
@@ -634,6 +641,7 @@ def test_mistake_in_sampling(copied, mistake):
         assert part in line
 
 
+@pytest.mark.slow
 def test_samples_of_flow_matching_that_are_not_finite_are_an_error(tmp_path):
     run("train.py", *TRAIN, "--objective=fm", f"--out_dir={tmp_path}", "--max_iters=1")
     held = contents(tmp_path / "ckpt.pt")
@@ -699,6 +707,7 @@ def test_there_are_configs():
     assert list((ROOT / "config").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "config").glob("*.py")))
 def test_config_runs(tmp_path, config):
     for part in ("train", "t10k"):
@@ -829,8 +838,9 @@ def test_checkpoint_for_sampling_only(copied, tmp_path):
 # The model that comes with the repository
 
 
+@pytest.mark.slow
 def test_the_shipped_model_of_shapes_follows_prompts():
-    """Its score is the one in docs/results.md, less four standard errors."""
+    """Its score is at most four standard errors below the one that was measured of it."""
     folder, names = ROOT / "assets" / "shapes", ("ckpt.pt", "denoiser.pt")
     assert sum((folder / name).stat().st_size for name in names) < 8e6
     model = TrainedModel(folder, torch.device("cpu"))
@@ -839,11 +849,11 @@ def test_the_shipped_model_of_shapes_follows_prompts():
     images, _, _ = model.sample_trajectories(captions, range(len(captions)), guidance=1.0)
     hits = [follows(image, caption, task) for image, (task, caption) in zip(images, prompts)]
     score = sum(hits) / len(hits)
-    results = (ROOT / "docs" / "results.md").read_text()
-    measured = float(re.search(r"NTM from it, 4, learned\*\* .*? (0\.\d{3}) \(", results)[1])
+    measured = 0.917  # of more prompts, by evaluate.py
     assert score > measured - 4 * math.sqrt(measured * (1 - measured) / len(hits))
 
 
+@pytest.mark.slow
 def test_the_shipped_model_of_emoji_knows_colours():
     """Hearts in all styles have the colour asked for: what is not white is nearest to it."""
     folder, colours = ROOT / "assets" / "emoji", {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
@@ -857,6 +867,7 @@ def test_the_shipped_model_of_emoji_knows_colours():
     assert (nearest == torch.arange(3).repeat(len(PACKAGES))).sum() >= 11
 
 
+@pytest.mark.slow
 def test_sample_without_a_model_takes_the_shipped_one(tmp_path):
     _, printed = run("sample.py", "--device=cpu", "--num_samples=3", f"--folder={tmp_path}")
     assert "learned denoising" in printed and pixels(tmp_path / "0001.png").shape == (32, 32, 3)
@@ -868,6 +879,7 @@ def test_a_shipped_denoiser_knows_its_model(name):
     assert contents(folder / "denoiser.pt")["teacher_sha256"] == checkpoint.fingerprint(load(folder, "coupled"))
 
 
+@pytest.mark.slow
 def test_images_of_a_shipped_model_go_into_a_folder_of_its_own_outside_assets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("sample.py", "--device=cpu", "--prompt=a red circle", "--num_samples=1", f"--out_dir={ROOT / 'assets/shapes'}/")

@@ -124,6 +124,7 @@ def test_places_and_sizes_vary():
         assert scene.radius[some, 0].std() > 0.015
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_size, count", [(16, 4_000), (32, 500)])
 def test_pixels_alone_tell_the_caption(image_size, count):
     scene = shapes.scenes(4, range(count))

@@ -46,6 +46,7 @@ def shown(members, folder, **settings):
 # Which files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern, names", [
     ("a-{00..02}.tar", ["a-00.tar", "a-01.tar", "a-02.tar"]),
     ("{x,y}/{8..10}.tar", ["x/8.tar", "x/9.tar", "x/10.tar", "y/8.tar", "y/9.tar", "y/10.tar"]),
@@ -186,6 +187,7 @@ def test_the_index_of_another_version_is_built_anew(tmp_path):
         assert len(dataset(tmp_path, "all")) == 3
 
 
+@pytest.mark.slow
 def test_ranks_that_start_together_build_one_index(tmp_path):
     write_shards(tmp_path, numbered(300), per_shard=20)
     program = ("import sys; sys.path.insert(0, '.'); from plumbing.shards import Shards; "
@@ -213,6 +215,7 @@ def index_names(folder):
         yield path.stem
 
 
+@pytest.mark.slow
 def test_twelve_million_examples_cost_a_process_less_than_100_mb(tmp_path):
     """A mapped index, and the shuffled order of an epoch, as /proc counts what is resident."""
     write_shards(tmp_path, numbered(2), per_shard=1)
@@ -508,6 +511,7 @@ def spoilt(folder, good, bad):
     return folder
 
 
+@pytest.mark.slow
 def test_training_counts_unusable_examples_and_goes_on(tmp_path):
     folder = spoilt(tmp_path / "data", 44, 4)
     (folder / "train" / "x.tar").write_bytes(b"no tar")
@@ -518,6 +522,7 @@ def test_training_counts_unusable_examples_and_goes_on(tmp_path):
     assert all(0 <= line["data_wait"] <= 1 and line["cut"] == 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_too_many_unusable_examples_stop_the_run_and_are_named(tmp_path):
     folder = spoilt(tmp_path / "data", 30, 18)
     settings = [*TRAIN, f"--data_dir={folder}", "--max_iters=20"]
@@ -534,6 +539,7 @@ def test_too_many_unusable_examples_stop_the_run_and_are_named(tmp_path):
     assert training_lines(tmp_path / "lenient" / "log.jsonl")[-1]["iter"] == 20
 
 
+@pytest.mark.slow
 def test_a_shard_of_which_nothing_is_usable_is_replaced_from_others(tmp_path):
     """Though it holds more examples than are tried in a row."""
     write_shard(tmp_path / "train" / "0.tar", [(f"{i}", {"png": b"garbage", "txt": b"x"}) for i in range(400)])
@@ -561,6 +567,7 @@ def test_neighbours_are_tried_first_and_then_examples_from_all_over():
     assert list(shards.attempts(5, 120)) == list(range(5, 105))
 
 
+@pytest.mark.slow
 def test_the_only_usable_example_of_a_hundred_is_found(tmp_path):
     for place in (0, 37, 99):
         examples = [(f"{i}", {"png": b"garbage", "txt": b"x"}) for i in range(100)]
@@ -593,6 +600,7 @@ def test_what_a_worker_reports_is_one_line(tmp_path):
     assert line.startswith("100 examples in a row are unusable")
 
 
+@pytest.mark.slow
 def test_long_captions_are_counted(tmp_path):
     examples = [(f"{i}", {"png": png(), "txt": b"a red circle above a blue square"}) for i in range(16)]
     for split in ("train", "val"):
@@ -616,6 +624,7 @@ def test_shards_do_not_train_with_the_size_of_the_digits(tmp_path):
             dataset(tmp_path / "images", size=size)
 
 
+@pytest.mark.slow
 def test_a_run_whose_captions_fall_apart_does_not_start(tmp_path, monkeypatch):
     examples = [(f"{i}", {"png": png(), "txt": b"my cat"}) for i in range(16)]
     for split in ("train", "val"):

@@ -230,6 +230,7 @@ def test_it_takes_square_images_in_the_posterior_parametrization():
 # From weights and latents to images
 
 
+@pytest.mark.slow
 def test_training_starts_from_published_weights(published, latents, tmp_path):
     settings = [*TRAIN, f"--data_dir={latents}", f"--out_dir={tmp_path}"]
     _, printed = run("train.py", *settings, f"--init_from=sit:{published}", "--steps=4,8")
@@ -261,6 +262,7 @@ def test_the_heads_of_a_width_of_its_own_are_a_setting(published, latents, tmp_p
     assert "width 48" in line and "--heads" in line
 
 
+@pytest.mark.slow
 def test_captions_that_are_no_classes_are_named(published, latents, tmp_path):
     settings = [*TRAIN, f"--init_from=sit:{published}"]
     run("train.py", *settings, f"--data_dir={latents}", f"--out_dir={tmp_path / 'run'}", "--max_iters=1")

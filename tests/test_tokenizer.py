@@ -1,7 +1,6 @@
 """Captions to ids: byte pairs, vocabularies from files, and captions that are numbers of classes."""
 import base64
 import random
-import time
 from collections import Counter
 
 import pytest
@@ -77,17 +76,44 @@ def sentences(count, length):
     return ["".join(draw.choices(words, k=length)) for _ in range(count)]
 
 
-def test_a_vocabulary_of_sentences_without_spaces_takes_seconds(tmp_path):
-    """A tenth of 20,000 captions, and as much text in one: work grows with the text, not with merges times text."""
+@pytest.mark.slow
+def test_work_for_a_vocabulary_grows_with_the_text_and_not_with_merges_times_text(tmp_path, monkeypatch):
+    """Of a tenth of 20,000 captions without spaces, and of as much text in one: looks at a pair of neighbours."""
+    looks, pair_at = [], tokenizer.Splits.pair_at
+
+    def look(splits, place):
+        looks.append(place)
+        return pair_at(splits, place)
+
+    monkeypatch.setattr(tokenizer.Splits, "pair_at", look)
     for captions in sentences(2000, 16), sentences(1, 32_000):
-        started = time.process_time()
+        looks.clear()
         text = tokenizer.make_vocabulary(captions, 4096)
-        assert time.process_time() - started < 15
+        size = sum(len(caption.encode()) for caption in captions)
+        assert len(looks) < 10 * size  # each merge counting everything anew: thousands
         (tmp_path / "zh.tiktoken").write_bytes(text)
         bpe = get_tokenizer(str(tmp_path / "zh.tiktoken"))
         tokens = bpe.tokens(captions[0])
         assert bpe.vocab_size == 4098 and bpe.decode(tokens) == captions[0]
         assert len(tokens) < 0.8 * len(captions[0])  # of 3 bytes each: tokens are characters, and words
+
+
+def test_a_bar_shows_how_many_tokens_are_made(monkeypatch):
+    moved = []
+
+    class Bar:
+        def __init__(self, total, **settings):
+            moved.append(total)
+
+        def update(self):
+            moved.append(1)
+
+        def close(self):
+            moved.append("closed")
+
+    monkeypatch.setattr(tokenizer, "tqdm", Bar)
+    vocabulary = tokenizer.train_bpe(Counter({b"abab": 3, b"abc": 1}), 259)
+    assert vocabulary[256:] == [b"ab", b"abab", b"abc"] and moved == [3, 1, 1, 1, "closed"]
 
 
 def test_of_too_many_words_the_commonest_count(monkeypatch):

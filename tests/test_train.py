@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
+import time
 from dataclasses import asdict
 
 import pytest
@@ -120,6 +121,7 @@ def test_words_and_the_first_faults_of_batches_are_kept():
     assert len(loading.faults) == 10 and loading.faults[0].startswith("fault ")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_the_data_is_said_before_a_run_starts(tmp_path, capsys):
     fit(tmp_path / "few")
     said = capsys.readouterr().out
@@ -152,6 +154,7 @@ def test_pixels_stay_in_their_bins_and_noise_is_new_each_iteration(tmp_path):
     assert offsets.flatten(1).unique(dim=0).shape[0] == 20
 
 
+@pytest.mark.slow
 def test_share_of_null_captions(tmp_path):
     for share in (0.0, 0.25, 1.0):
         seen = record(tmp_path / str(share), caption_dropout=share, max_iters=200)
@@ -568,6 +571,28 @@ def test_a_sheet_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
     assert "val_loss" in read_log(path.with_name("log.jsonl"))[-1]
 
 
+def test_speed_and_waiting_are_those_since_the_line_before(tmp_path, monkeypatch):
+    """On a clock on which to load a batch of 4 takes three seconds, or six from the third on, and an update one."""
+    now, loads = [0.0], itertools.count(1)
+
+    class Slow(Items):
+        def __getitems__(self, numbers):
+            now[0] += 3 if next(loads) <= 3 else 6
+            return super().__getitems__(numbers)
+
+    def objective(*args):
+        now[0] += 1
+        return squares(*args)
+
+    monkeypatch.setattr(toy, "DATA", Slow(DATA))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    _, path = fit(tmp_path, objective, max_iters=6, save_minutes=0.0)
+    lines = training_lines(path.with_name("log.jsonl"))[1:5]  # after the first, which waits for two batches
+    assert [line["data_wait"] for line in lines] == [0.75, 0.857, 0.857, 0.857]
+    assert [line["images_per_s"] for line in lines] == [1.0, 0.6, 0.6, 0.6]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script, settings", [("train.py", TRAIN), ("distill.py", DISTILL),
                                               ("train.py", [*SHORT, *SMALL, "--shift=1", "--objective=fm"])])
 def test_sheets_while_training_have_no_guidance(copied, tmp_path, monkeypatch, script, settings):

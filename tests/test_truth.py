@@ -42,6 +42,15 @@ def mean_density(x, t, u):
     return np.logaddexp.reduce(log_p) - math.log(len(u))
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.25, 0.9])
+def test_resampling_is_systematic(offset):
+    """Places at equal distances from a random first one, and each number as often as places fall into its share."""
+    weights, rng = np.array([1.0, 0.0, 2.0, 5.0]), SimpleNamespace(random=lambda: offset)
+    places = [(i + offset) / 16 for i in range(16)]
+    expected = [0 if place <= 1 / 8 else 2 if place <= 3 / 8 else 3 for place in places]
+    assert truth.resample(weights, 16, rng).tolist() == expected
+
+
 def test_one_object_by_quadrature():
     """Its size and two places are all that the caption leaves open: a grid of 27,000 scenes."""
     rng, t = np.random.default_rng(0), 0.4
@@ -88,6 +97,7 @@ def test_nearest_gaussians_have_the_moments_of_the_posterior():
     assert found == pytest.approx((independent.item(), full.item()), abs=0.3)
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_the_truth_is_at_no_distance():
     """The first step's is p(x_0.7), as pure noise says nothing of an image; the second's is q(x_t | x_s) p(x_s) / p(x_t)."""
     dataset, tokenizer = get_dataset("shapes", "val", SIZE, 3), get_tokenizer()
