@@ -65,6 +65,7 @@ def test_changed_captions_are_captions_of_all_kinds():
 
 
 @pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.slow
 def test_objects_are_found_where_they_are(size):
     scene = shapes.scenes(0, range(300))
     for b, image in enumerate(to_pixels(shapes.render(scene, size))):

@@ -313,6 +313,21 @@ def test_logarithmic_axes_have_round_ticks(monkeypatch):
     assert {"1", "3", "50"} <= set(written)
 
 
+@pytest.mark.parametrize("log_x, middle", [(False, 50.5), (True, 10.0)])
+def test_curves_stand_where_their_axes_say(log_x, middle):
+    width, height = plots.PANEL
+    panel = plots.Panel([(1, 3.0), (100, 5.0)], 40, log_x, shown=1)
+    assert [panel.across(x) for x in (1, middle, 100)] == pytest.approx([40, 40 + width / 2, 40 + width])
+    assert panel.down(4.0) == pytest.approx(plots.TOP + height / 2) and panel.down(5.0) < panel.down(3.0)
+
+
+def test_captions_of_a_data_set_without_classes_are_those_of_its_examples_by_turns(monkeypatch):
+    monkeypatch.setattr(evaluate, "num_samples", 5)
+    dataset = [(None, "a cat"), (None, "a dog")]
+    captions, tasks = evaluate.captions_of_samples(SimpleNamespace(settings={"dataset": "shards"}), dataset)
+    assert captions == ["a cat", "a dog", "a cat", "a dog", "a cat"] and tasks == ()
+
+
 def test_several_guidances_are_measured_side_by_side(copied):
     results, _ = evaluated(f"--out_dir={copied}", "--parts=samples", "--num_samples=10", "--guidance=0,2.5",
                            "--denoise=none", "--restarts=2")
@@ -438,6 +453,7 @@ def test_classifier_knows_which_caption_is_true(monkeypatch):
     assert shapes_classifier(monkeypatch, lambda true, k: -5.0 * true - 100, trajectories=1) == 0
 
 
+@pytest.mark.slow
 def test_classifier_adds_its_trajectories(monkeypatch):
     assert shapes_classifier(monkeypatch, lambda true, k: (9.0, -2, -2, -2)[k] * true, trajectories=4) == 1
     assert shapes_classifier(monkeypatch, lambda true, k: (2.0, 2, -9, 2)[k] * true, trajectories=4) == 0

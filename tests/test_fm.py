@@ -13,6 +13,7 @@ from helpers import (DISTILL, SAMPLE, SHORT, SMALL, TRAIN, assert_close_training
 from tiny import TINY as SMALLEST
 from tiny import levels_of, noise_of
 
+import start
 from plumbing import checkpoint
 from flow import forward_trajectory, time_grid
 from fm import FlowMatching
@@ -254,6 +255,15 @@ def test_flow_matching_resumes_bit_for_bit(tmp_path):
     assert contents(tmp_path / "parts" / "ckpt.pt")["iter"] == 3
     run("train.py", *settings, f"--out_dir={tmp_path / 'parts'}", "--resume=yes")
     assert same_training(tmp_path / "parts" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
+
+
+def test_the_model_to_stay_close_to_has_no_transporter(tune, monkeypatch):
+    """Its means do not need one, so the device has no room for it."""
+    built, build = [], start.build_model
+    monkeypatch.setattr(start, "build_model", lambda *args: built.append(build(*args)) or built[-1])
+    run("train.py", *tune, "--max_iters=1")
+    (model, frozen), = built
+    assert len(model.transporter.blocks) == 2 and len(frozen.transporter.blocks) == 0
 
 
 def test_a_preemptible_fine_tuning_run_is_one_command_that_is_sent_again(base, tmp_path):

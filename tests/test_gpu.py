@@ -76,6 +76,7 @@ def an_update(way, device, size=TINY, batch=8):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_an_update_waits_for_nothing(way):
     """Tensors without values, on which whatever needs a value fails, as the norm's does here."""
     with FakeTensorMode():

@@ -110,9 +110,10 @@ def test_damaged_file_is_named(reference, tmp_path, content):
     path.write_bytes(path.read_bytes()[:1000] if content is None else content)
     with pytest.raises(ValueError, match="x.pt: it is truncated or not a checkpoint"):
         load_sit(path)
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="x.pt is not a SiT checkpoint"):
-        load_sit(path)
+    for no_sit in [1, 2], {0: torch.zeros(1)}:
+        torch.save(no_sit, path)
+        with pytest.raises(ValueError, match="x.pt is not a SiT checkpoint"):
+            load_sit(path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -219,6 +220,15 @@ def velocity_of(sit, tokens, t, text):
     y = torch.where(text[:, 0] < 2, sit.classes, text[:, 0] - 2)
     condition = sit.condition(t, y)
     return sit.velocity(sit.hidden(tokens, condition), condition)
+
+
+def test_each_direction_of_its_gaussian_is_like_the_image():
+    config = PixelConfig(image_size=8, channels=4, patch_size=2, width=48, depth=1, heads=4, vocab_size=12, text_len=1,
+                         transporter_blocks=0, parametrization="posterior", rank=3)
+    model = randomize(SiTNTM(config), 0.3)
+    u, text, t = torch.randn(2, 16, 16), torch.tensor([[2], [3]]), torch.full((2,), 0.5)
+    parts = model.predictor(u, t, t / 2, torch.full((2,), 4), text)
+    assert [part.shape for part in parts] == [u.shape] * 5  # velocity, rho, and three
 
 
 def test_it_takes_square_images_in_the_posterior_parametrization():

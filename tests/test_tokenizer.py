@@ -126,6 +126,15 @@ def test_of_too_many_words_the_commonest_count(monkeypatch):
     assert vocab == {b"cc", b"aa"}  # of the words "cc", ",", "aa" and "bbb", which is one byte too many
 
 
+def test_gpt2_is_a_tokenizer_as_others_are(monkeypatch):
+    """With the vocabulary of captions in place of its own, which is downloaded."""
+    own = get_tokenizer("captions")
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": own.encoding}.get)
+    found = get_tokenizer("gpt2")
+    assert found.encode(["a bag", ""], 6).tolist() == own.encode(["a bag", ""], 6).tolist()
+    assert found.vocab_size == own.vocab_size
+
+
 def test_gpt2_without_a_network_names_the_remedies(monkeypatch):
     def offline(name):
         raise OSError("Max retries exceeded")

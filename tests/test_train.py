@@ -763,6 +763,14 @@ def test_a_validation_that_fails_does_not_cost_the_weights(tmp_path):
     assert contents(tmp_path / "ckpt.pt")["iter"] == 3
 
 
+def test_a_folder_of_work_that_goes_on_is_made_with_those_above_it(tmp_path):
+    path = tmp_path / "a" / "b" / "settings.json"
+    runtime.claim(path, {"seed": 1}, "other settings")
+    assert json.loads(path.read_text()) == {"seed": 1} and os.listdir(path.parent) == [path.name]
+    with pytest.raises(ValueError, match="other settings"):
+        runtime.claim(path, {"seed": 2}, "other settings")
+
+
 def test_out_dir_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="file"):
