@@ -3,14 +3,14 @@
 Each piece is a function of a model, or a model of its own, and is off unless a setting asks for it:
 
     rank              correlated steps                    correlated.py
-    filter_window     a step's flow over pixels           pixels.py
-    logistics
     level_weight      levels in balance                   level_weights
     closed_form       the expected loss                   expected_nll
     velocity_weight   flow matching's loss beside it      velocity_error
     best_of           choosing by likelihood              guided_log_density
     restarts          steps taken again                   sample_with_restarts
     first_noise       a first step that keeps its noise   CoupledNTM
+    filter_window     a step's flow over pixels           pixels.py
+    logistics
     objective         one deep flow, for comparison       TarFlow
 
 Equation numbers are those of docs/beyond.md, up to (27) of docs/method.md. x_1 is the level at t = 1, pure noise.
@@ -146,7 +146,7 @@ def sample_with_restarts(model, text, ts, restarts, guidance=0.0, generator=None
     shape = config.num_tokens, config.token_dim
     z = randn(T + 1, *shape)
     xi = randn(T, config.rank)
-    levels = z  # in its place: the noise of a level is read once
+    levels = z.clone()  # the noisiest is z's; the others are replaced below
 
     def take_step(k, z, xi):
         s, t = ts[k], ts[k + 1]

@@ -4,7 +4,8 @@ A step of a Normalizing Trajectory Model composes two couplings:
 
 - an affine coupling over the trajectory: u_s = mu(u_t) + sigma(u_t) z carries z to the cleaner level, given the noisier
   one (model.py);
-- a spatial coupling, the transporter's: each token is shifted and scaled by functions of the tokens before it (below).
+- a spatial coupling, the transporter's: an autoregressive map, in which each token is shifted by b and scaled by e^-l,
+  functions of the tokens before it (below). n is a token of a level; s and t are levels.
 
             x_s                x_t           x-space, where the forward trajectory lives
              |                  |
@@ -37,7 +38,7 @@ def grid_shift(num_tokens):
 
 
 def time_at(k, steps, shift):
-    """t_k of a grid, for k >= 1, Eq. (6). k and steps: numbers or tensors."""
+    """t_k of a grid, for k >= 1, Eq. (6) (k = 0 gives 0; t_0 is t_min). k and steps: numbers or tensors."""
     # Eq. (6), numerator and denominator times k: t_T is then exactly 1
     return shift * k / (shift * k + (steps - k))
 
@@ -162,7 +163,7 @@ class TimeEmbedding(nn.Module):
 
 
 def rotated(x, rotation):
-    """x (B, heads, N, d), each of its d/2 pairs of numbers turned by an angle; rotation: (2, N, d/2), cos and sin."""
+    """x (B, heads, N, d), numbers i and i + d/2 turned by an angle; rotation: (2, N, d/2), cos and sin."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = rotation
     turned = a * cos - b * sin, a * sin + b * cos
@@ -259,7 +260,7 @@ class FlowBlock(nn.Module):
     b_n (`offset`) and l_n (`log_scale`) depend on the tokens before n in the scan, on t and on T.
     """
 
-    log_scale_bound = 4.0  # |l| < 4: a block scales by e^4 at most, so the inverse cannot overflow
+    log_scale_bound = 4.0  # |l| < 4: a block scales a number by e^4 at most, so that no exp overflows
 
     def __init__(self, num_tokens, token_dim, width, layers, heads, backwards):
         super().__init__()

@@ -33,9 +33,10 @@ class TrainingLoss(nn.Module):
             nll = self.model(images, text, drawn)  # Eq. (16) alone, or Eq. (22)
             return {"nll": nll, "minimised": nll}
 
+        # the paper's loss stays NTM.forward, to be read and tested there; below is the same, with its parts at hand
         config, model = self.config, self.model
         steps, ts, x = drawn
-        u, logdet = model.transport(x, ts, steps, model.ends_in_noise(ts))
+        u, logdet = model.transport(x, ts, steps, model.is_whole_trajectory(ts))
         gaussian = model.predict_all(u, ts, steps, text)
         if config["closed_form"] or config["velocity_weight"]:  # (ours)
             mean, std = known_step(model, x, model.patchify(images), ts)

@@ -9,9 +9,9 @@ Notable about the model:
 - what is learned is a density, so it has a score: score_denoise() cleans a sampled trajectory with it, and the
   Denoiser learns to do the same in one pass.
 
-This file is the paper's method. What we add stands in beyond.py and correlated.py; the places where they meet this file
-are marked (ours). Text id 0 is padding, 1 the null caption. Images are in [-1, 1]. Equation numbers are those of
-docs/method.md.
+This file is the paper's method. What we add stands in beyond.py, correlated.py and pixels.py; the places where they
+meet this file are marked (ours). Text id 0 is padding, 1 the null caption. Images are in [-1, 1]. Equation numbers are
+those of docs/method.md.
 """
 
 import math
@@ -85,15 +85,15 @@ class NTM(ImageModel):
         """Eq. (16), the training loss in nats per dimension, a scalar: the mean of -log p(x_s | x_t).
 
         images (B, channels, H, W), text (B, L). drawn: (steps (B,), ts (B, K), x (B, K, N, D)), drawn beforehand;
-        images are then unused. None: draw whole trajectories. With settings of ours losses.TrainingLoss computes its
-        own.
+        images are then unused, and K is 2 (draw_pairs) or T+1 (draw_trajectories). None: draw whole trajectories. With
+        settings of ours losses.TrainingLoss computes its own.
         """
         if drawn is None:
             steps, ts = self.draw_trajectories(len(images), device=images.device)
-            x = self.noised(self.patchify(images), text, ts)
+            x = self.noised(self.patchify(images), text, ts)  # text matters to beyond.CoupledNTM alone (ours)
         else:
             steps, ts, x = drawn
-        nll = self.transition_nll(x, ts, steps, text, self.ends_in_noise(ts))
+        nll = self.transition_nll(x, ts, steps, text, self.is_whole_trajectory(ts))
         return nll.mean() / x[0, 0].numel()
 
     def draw_trajectories(self, batch, max_t_min=0.05, generator=None, device=None):
@@ -104,7 +104,7 @@ class NTM(ImageModel):
         if len(choices) > 1:
             chosen = torch.randint(len(choices), (1,), **rng)
             T = choices[chosen.item()]  # .item() waits for the GPU
-        t_min = max_t_min * (1 - torch.rand(batch, **rng))  # never 0, where a posterior has no density
+        t_min = max_t_min * (1 - torch.rand(batch, **rng))  # never 0, where the posterior parametrisation has no density
         ts = self.config.time_grid(t_min, T)
         return self.step_count(ts), ts
 
@@ -135,7 +135,8 @@ class NTM(ImageModel):
         Returns u like x, and the log-determinants (B, K). ends_in_noise: the last level has t = 1 in every example, and
         so the identity, which is not worth a pass.
         """
-        mapped = x.shape[1] - ends_in_noise  # levels
+        K = x.shape[1]
+        mapped = K - 1 if ends_in_noise else K  # levels
         rows = x[:, :mapped].flatten(0, 1)
         times = ts[:, :mapped].flatten()
         u, logdet = self.transporter(rows, times, steps.repeat_interleave(mapped))
@@ -146,11 +147,10 @@ class NTM(ImageModel):
             logdet = F.pad(logdet, (0, 1))
         return u, logdet
 
-    def ends_in_noise(self, ts):
-        """Whether ts (B, K) ends at t = 1 in every example.
+    def is_whole_trajectory(self, ts):
+        """Whether ts (B, K) are draw_trajectories', which end at t = 1 in every example, or draw_pairs'.
 
-        It is told from the shape, as reading values would wait for a GPU: two times are draw_pairs', of which only some
-        end at t = 1, unless a trajectory has no other step.
+        It is told from K, as reading values would wait for a GPU.
         """
         return ts.shape[1] > 2 or self.config.steps == (1,)
 
@@ -196,6 +196,7 @@ class NTM(ImageModel):
         """
         u, logdet = self.transport(x, ts, steps, ends_in_noise)
         gaussian = self.predict_all(u, ts, steps, text)
+        # x_t is conditioned on, so the change of variables is x_s's alone; gradients flow through both
         return gaussian.nll(u[:, :-1]) - logdet[:, :-1]
 
     def step_nll(self, x_s, x_t, s, t, steps, text):
@@ -233,7 +234,8 @@ class NTM(ImageModel):
     def sample(self, text, ts, guidance=0.0, generator=None, randn=None):
         """Eq. (19): a trajectory sampled in u-space, noisiest level first, all tokens in parallel.
 
-        text (B, L); ts (T+1,); guidance: w >= 0. Returns u (B, T+1, N, D), cleanest level first.
+        text (B, L); ts (T+1,); guidance: w >= 0. Returns u (B, T+1, N, D), cleanest level first. That is no image yet:
+        invert() carries it to x-space, where score_denoise() takes its noise away; or a Denoiser does both from u_0.
 
         Noise is randn(*shape), (B, *shape), by default of `generator`; (ours) pipeline.py gives each image its own
         generator.
@@ -294,7 +296,8 @@ class NTM(ImageModel):
         return (x[:, 0].detach() - noise) / (1 - t0)
 
     # -----------------------------------------------------------------------------------------------------------
-    # (ours) What beyond.CoupledNTM overrides, beside trajectory_bound and draw_pairs; here they are the paper's
+    # (ours) What beyond.CoupledNTM overrides, beside trajectory_bound and draw_pairs; here they are the paper's.
+    # pixels.PixelNTM overrides predict
 
     def posterior(self, t, s):
         """A, B, C of Eq. (4), each (B,)."""

@@ -12,6 +12,7 @@ transporter they keep the expected loss in closed form. docs/beyond.md has the m
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,9 +56,10 @@ class PointwiseMap(nn.Module):
         clamped = share.clamp(0, 0.999)
         share = share + (clamped - share).detach()  # its gradient is not 0 where it is clamped, as at first
         share = share[:, :, None, None]
-        signal = (1 - s)[:, None, None]
+        s = s[:, None, None]
+        signal = 1 - s
         centre = signal * self.centre
-        noise = 0.3 * (1 - signal) ** 2  # a logistic of scale sqrt(0.3) s has variance s^2, almost
+        noise = 0.3 * s**2  # a logistic of scale sqrt(0.3) s has variance s^2, almost
         squared_scale = noise + signal**2 * torch.exp(2 * self.log_scale)
         scale = squared_scale.sqrt()[:, :, None, None]
         centre = centre[:, :, None, None]  # beside images with the components last
@@ -205,7 +207,7 @@ class StepFlow(NamedTuple):
     log_std: torch.Tensor
     directions: torch.Tensor | None
     kernel: torch.Tensor | None
-    pointwise: callable
+    pointwise: Callable | None
     model: nn.Module
 
     def unflatten(self, sizes):
@@ -258,23 +260,23 @@ class StepFlow(NamedTuple):
         Exact without a pointwise map; with one, its mean, variance and log-slope are by quadrature.
         """
         centre, _ = self.mapped(self.images_of(self.mean))
-        clean = self.images_of(mean)
+        known = self.images_of(mean)
         std = std.reshape(-1, 1, 1, 1)
         if self.pointwise is None:
-            average, log_slope = clean, torch.zeros_like(clean)
-            variance = (std**2).expand_as(clean)
+            average, log_slope = known, torch.zeros_like(known)
+            variance = (std**2).expand_as(known)
         else:
-            average, variance, log_slope = self.moments(clean, std)
+            average, variance, log_slope = self.moments(known, std)
         gaussian = self.gaussian()
         residual = self.tokens_of(self.filtered(average - centre))
         nll = gaussian.nll(residual) - self.total(log_slope)
         return nll + 0.5 * self.trace(gaussian, variance)
 
-    def moments(self, clean, std):
-        """Mean and variance of g, and mean logarithm of its slope, for numbers N(clean, std^2)."""
+    def moments(self, known, std):
+        """Mean and variance of g, and mean logarithm of its slope, for numbers N(known, std^2)."""
         average, square, log_slope = 0.0, 0.0, 0.0
         for node, weight in zip(NODES, NODE_WEIGHTS):
-            y, slope = self.pointwise(clean + std * node)
+            y, slope = self.pointwise(known + std * node)
             average = average + weight * y
             square = square + weight * y**2
             log_slope = log_slope + weight * slope
@@ -341,7 +343,10 @@ class PixelConfig(NTMConfig):
 
 
 class PixelNTM(NTM):
-    """An NTM whose steps have a flow over pixels."""
+    """An NTM whose steps have a flow over pixels.
+
+    With a transporter the flow acts on u_s, whose numbers are no longer pixels: exact, but of less use.
+    """
 
     config_class = PixelConfig
     condition_width = 64  # of the embedding of s and T

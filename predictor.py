@@ -26,7 +26,7 @@ class NTMConfig:
     image_size: int | tuple = 8  # side, or (height, width)
     channels: int = 1
     patch_size: int = 2  # the transporter relates tokens, not the numbers within one: keep patches small
-    vocab_size: int = 514
+    vocab_size: int = 514  # 256 bytes, 256 merges, padding and the null caption
     text_len: int = 8
     width: int = 128  # width, depth, heads: of the predictor, or of the denoiser
     depth: int = 4
@@ -40,6 +40,7 @@ class NTMConfig:
     steps: int | tuple = 4  # T; with several, each example of training has one of them
     shift: float | None = None  # e^m of the time grid; None: from the number of tokens
 
+    # no annotation: not a field
     may_be_zero = frozenset({"transporter_blocks", "rank"})
 
     def __post_init__(self):
@@ -49,6 +50,8 @@ class NTMConfig:
         if isinstance(self.steps, int):
             self.steps = (self.steps,)
         self.steps = tuple(self.steps)
+        if self.shift is not None and self.shift <= 0:
+            raise ValueError(f"shift is {self.shift}, but must be above 0, or None for the formula")
         for name, value in vars(self).items():
             least = 0 if name in self.may_be_zero else 1
             numbers = value if isinstance(value, tuple) else (value,)
@@ -81,7 +84,7 @@ class NTMConfig:
         return grid_shift(self.num_tokens) if self.shift is None else self.shift
 
     def time_grid(self, t_min, steps=0):
-        """Eq. (6): the noise levels (T+1,) of a trajectory that ends at t_min; steps: T; 0: the first of config.steps.
+        """Eq. (6): the noise levels (T+1,) of a trajectory from t_min on; steps: T; 0: the first of config.steps.
 
         t_min: float, or (B,) for a grid each, (B, T+1). Raises ValueError for a t_min outside [0, t_1), and for 0 in
         the posterior parametrisation.
@@ -192,6 +195,7 @@ def rotations(text_len, rows, columns, pairs):
 
     Rotary positions (arXiv:2104.09864). Each pair of channels encodes one of row, column, caption position, in turn,
     in wavelengths from 6 places to 100 times as many. Caption positions start at 1: 0 means "is an image token".
+    Caption tokens stand at row 0, column 0: attention to them tells an image token its absolute place.
     """
     place = torch.zeros(text_len + rows * columns, 3)
     place[text_len:, :2] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
@@ -236,9 +240,10 @@ class CaptionedTransformer(nn.Module):
 
 
 def gaussian_head(width, num_zero_outputs, rank, token_dim):
-    """Linear layer to num_zero_outputs + R numbers per number of a token.
+    """Linear layer that emits, for every number of a token, num_zero_outputs numbers and R directions (ours).
 
-    Zero at first, but for the R directions (ours): at zero they would get no gradient.
+    The first (mean and log_std; one for sit.py) start at zero. Directions start small, at about 0.01: at zero they
+    would get no gradient.
     """
     head = zeroed(nn.Linear(width, (num_zero_outputs + rank) * token_dim))
     directions = head.weight[num_zero_outputs * token_dim :]

@@ -299,7 +299,7 @@ def train(run):
     model, ema, frozen = run.model, run.ema, run.frozen
     batches, progress = run.batches, run.progress
     network = for_training(TrainingLoss(model, config), config, device)
-    noised = getattr(ema, "noised", None)  # an NTM's
+    noised = getattr(ema, "noised", None)  # an NTM's; by the average, as a CoupledNTM's noise follows its flow
     if isinstance(ema, CoupledNTM):  # (ours) four passes of the network
         noised = for_training(ema.noised_pairs, config, device)
 
