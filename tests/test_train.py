@@ -754,6 +754,13 @@ def test_checkpoint_of_another_version_is_named(tmp_path):
         checkpoint.load_network(tmp_path / "x.pt", {"ntm": NTM})
 
 
+def test_what_a_validation_finds_is_printed(tmp_path, capsys):
+    fit(tmp_path, validate=lambda ema, i: {"val_loss": i / 4, "val_bound": 1.5}, val_interval=3)
+    printed = capsys.readouterr().out
+    for line in "iteration 3: val_loss 0.7500, val_bound 1.5000\n", "iteration 6: val_loss 1.5000, val_bound 1.5000\n":
+        assert printed.count(line) == 1
+
+
 def test_a_validation_that_fails_does_not_cost_the_weights(tmp_path):
     def validate(ema, i):
         raise OSError(errno.ENOSPC, "No space left on device")
