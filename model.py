@@ -104,7 +104,7 @@ class NTM(ImageModel):
         if len(choices) > 1:
             chosen = torch.randint(len(choices), (1,), **rng)
             T = choices[chosen.item()]  # .item() waits for the GPU
-        t_min = max_t_min * (1 - torch.rand(batch, **rng))  # never 0, where the posterior parametrisation has no density
+        t_min = max_t_min * (1 - torch.rand(batch, **rng))  # never 0: the posterior parametrisation has no density
         ts = self.config.time_grid(t_min, T)
         return self.step_count(ts), ts
 
