@@ -190,6 +190,7 @@ def test_an_even_window_is_refused():
         PixelConfig(**TINY | dict(filter_window=4))
 
 
+@pytest.mark.slow
 def test_the_scripts_train_sample_and_measure_with_it(tmp_path):
     base, out = tmp_path / "fm", tmp_path / "ntm"
     run("train.py", *SHORT, *SMALL, "--shift=1", "--objective=fm", f"--out_dir={base}")
