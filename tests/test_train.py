@@ -23,6 +23,7 @@ import data
 import train
 from losses import TrainingLoss, losses_of_batch
 from model import NTM, Denoiser
+from networks import NETWORKS
 from pixels import PixelConfig, PixelNTM
 from plumbing import checkpoint, images, optim, runtime
 from plumbing.loader import Batches, examine, key, order, validation_batches
@@ -331,6 +332,11 @@ def test_a_steps_flow_over_pixels_has_a_rate_of_its_own():
     _, adamw = make_optimizers(model, "muon", 0.0, torch.device("cpu"), pixels_lr=7.0)
     *_, group = adamw.param_groups
     assert group["factor"] == 7.0 and {id(p) for p in group["params"]} == {id(p) for p in model.pixels.parameters()}
+
+
+def test_every_network_that_samples_can_be_passed_on():
+    """plumbing imports nothing of the root, so that it lists the kinds of networks.py once more."""
+    assert set(checkpoint.KINDS) == {*NETWORKS, "denoiser"}
 
 
 def test_optimizer_that_is_not_there_is_named():
