@@ -9,8 +9,9 @@ Each piece is a function of a model, or a model of its own, and is off unless a 
     best_of           choosing by likelihood              guided_log_density
     restarts          steps taken again                   sample_with_restarts
     first_noise       a first step that keeps its noise   CoupledNTM
-    filter_window     a step's flow over pixels           pixels.py
+    filters           a step's flow over pixels           pixels.py
     logistics
+    mirrored          and its loss with little noise      losses.py
     objective         one deep flow, for comparison       TarFlow
 
 Equation numbers are those of docs/beyond.md, up to (27) of docs/method.md. x_1 is the level at t = 1, pure noise.
@@ -70,7 +71,7 @@ def expected_nll(gaussian, mean, std):
     It replaces the sampled loss: the gradients of the standard deviation and of the directions lose most of their
     noise.
     """
-    if not isinstance(gaussian, Gaussian):  # a CorrelatedGaussian or a StepFlow
+    if not isinstance(gaussian, Gaussian):  # a CorrelatedGaussian
         return gaussian.expected_nll(mean, std)
     precision = torch.exp(-2 * gaussian.log_std)
     return gaussian.nll(mean) + 0.5 * std**2 * precision.sum(dim=(-2, -1))

@@ -33,9 +33,10 @@ PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in err
 RANGES = {
     "at least 1": "batch_size grad_accum max_iters log_interval val_interval val_examples num_samples "
                   "trajectories repeats panel image_size channels text_len patch_size width heads "
-                  "transporter_width transporter_layers transporter_heads steps best_of squares scale keep",
+                  "transporter_width transporter_layers transporter_heads steps best_of squares scale keep "
+                  "filter_window",
     "at least 0 and at most 256": "workers",
-    "at least 0": "depth restarts rank filter_window logistics pixels_lr level_weight transporter_blocks warmup_iters "
+    "at least 0": "depth restarts rank filters logistics level_weight transporter_blocks warmup_iters "
                   "lr words_lr min_lr weight_decay velocity_weight aux_weight guidance chunk save_minutes",
     "above 0": "grad_clip latent_scale seconds",
     "above 0 and at most 1": "first_noise",

@@ -90,10 +90,10 @@ class FlowMatching(ImageModel):
     def hand_over(self, predictor):
         """Gives its weights to the predictor of an NTM of the same size and parametrization "posterior".
 
-        What it does not have is zero there: the weights of the times s and 1/T, and the correction to the scale. The
-        directions of a correlated Gaussian stay as they are.
+        What it does not have is zero there: the weights of the times s and 1/T, and the correction to the scale. What
+        is ours, directions and the flow over pixels, stays as it is.
         """
-        state = self.state_dict()
+        state = predictor.state_dict() | self.state_dict()
         first = "trunk.time.mlp.0.weight"
         inputs = predictor.trunk.time.mlp[0].in_features
         extra_inputs = inputs - state[first].shape[1]

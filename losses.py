@@ -21,7 +21,8 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.model = model
         self.config = config
-        self.ours = bool(config["closed_form"] or config["level_weight"] or config["velocity_weight"])
+        ours = "closed_form", "mirrored", "level_weight", "velocity_weight"
+        self.ours = any(config[name] for name in ours)
 
     def forward(self, images, text, drawn, start_means=None):
         """{name: scalar}, per dimension, of images (B, channels, H, W) with captions text (B, L).
@@ -38,12 +39,15 @@ class TrainingLoss(nn.Module):
         steps, ts, x = drawn
         u, logdet = model.transport(x, ts, steps, model.is_whole_trajectory(ts))
         gaussian = model.predict_all(u, ts, steps, text)
-        if config["closed_form"] or config["velocity_weight"]:  # (ours)
+        if config["closed_form"] or config["mirrored"] or config["velocity_weight"]:  # (ours)
             mean, std = known_step(model, x, model.patchify(images), ts)
         if config["closed_form"]:  # (ours) Eq. (31)
             nll = expected_nll(gaussian, mean, std)
         else:
             nll = gaussian.nll(u[:, :-1]) - logdet[:, :-1]
+        if config["mirrored"]:  # (ours) Eq. (40)
+            mirror_image = 2 * mean - x[:, :-1]
+            nll = 0.5 * (nll + gaussian.nll(mirror_image))
         nll = nll / x[0, 0].numel()
         losses = {"nll": nll.mean(), "minimised": nll.mean()}
         if config["level_weight"]:  # (ours) Eq. (30)

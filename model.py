@@ -156,7 +156,11 @@ class NTM(ImageModel):
 
     def predict(self, u, t, s, steps, text):
         """Eq. (10): the Gaussian p(u_s | u_t = u, text), its tensors (B, N, D); t, s, steps (B,), text (B, L)."""
-        first, second, *directions = self.predictor(u, t, s, steps, text)
+        return self.gaussian(self.predictor(u, t, s, steps, text), u, t, s)
+
+    def gaussian(self, outputs, u, t, s):
+        """The Gaussian of what the predictor emits, a tuple of tensors like u (B, N, D)."""
+        first, second, *directions = outputs
         if self.config.parametrization == "posterior":
             mean, log_std = self.from_velocity(u, t, s, velocity=first, rho=second)
         else:

@@ -25,4 +25,4 @@ def kind_of(config, is_sit):
         return "coupled_sit" if is_sit else "coupled"
     if is_sit:
         return "sit"
-    return "pixels" if config["filter_window"] or config["logistics"] else "ntm"
+    return "pixels" if config["filters"] or config["logistics"] else "ntm"

@@ -1,18 +1,17 @@
 """(ours) A step's flow over pixels: a pointwise map, then a causal filter, before the Gaussian. Beyond the paper.
 
-Given x_t, a step draws the residual K g(x_s) - K g(mu) from the Gaussian of the predictor:
+Given x_t, a step draws K sigma h((x_s - mu) / sigma) from a Gaussian of mean zero, in which all depends on x_t:
 
-- g is one monotone map for all numbers of a channel, which knows the values that clean pixels take (PointwiseMap);
-- K subtracts from every pixel what the pixels before it in raster order tell: TarFlow's autoregressive block at its
-  simplest, linear, over pixels instead of tokens, of log-determinant 0 (CausalFilter).
+- h is monotone and has its own shape at every number: a mixture of logistics, so that a pixel may be "white, or else
+  red" (Mixture). Flow++'s map (arXiv:1902.00275), conditioned on x_t instead of on earlier numbers;
+- K subtracts from every number what the numbers before it in raster order tell, by weights of its own: TarFlow's
+  autoregressive block made linear, over pixels instead of tokens, of log-determinant 0 (Filter).
 
-Both depend on the step's end s and on T alone, and are the identity at initialisation. Unlike an autoregressive
-transporter they keep the expected loss in closed form. docs/beyond.md has the mathematics. Images are
-(B, channels, H, W).
+As all of it depends on x_t alone, a step's density takes no further pass of the network, and two mirrored x_s train it
+almost without their noise (losses.py). docs/beyond.md has the mathematics. Images are (B, channels, H, W).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,81 +20,98 @@ import torch.nn.functional as F
 from torch import nn
 
 from correlated import CorrelatedGaussian
-from flow import TimeEmbedding, full_precision, zeroed
 from model import NTM
 from predictor import Gaussian, NTMConfig, without_autocast
 
-# Gauss-Hermite with 3 nodes: E f(m + std z) is the weighted sum of f(m + std node), exact for degree 5
-NODES = -math.sqrt(3), 0.0, math.sqrt(3)
-NODE_WEIGHTS = 1 / 6, 2 / 3, 1 / 6
+LOGISTIC = math.sqrt(3) / math.pi  # the scale of a logistic distribution of variance 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The pointwise map
 
 
-class PointwiseMap(nn.Module):
-    """g_s(x) = (1 - a) x + a kappa logit F_s(x), Eq. (37): F_s is the distribution function of a mixture of logistics.
+class Mixture(NamedTuple):
+    """h(z) = c logit F(z), Eq. (37): F is the distribution function of a mixture of K logistics, c a logistic's scale.
 
-    The mixture is that of the values that clean numbers take, c_k of scale tau_k, blurred by the noise of level s. Each
-    channel has its own; the share a is of the level, and 0 at first. Flow++'s map (arXiv:1902.00275), unconditioned.
+    A single logistic of variance 1 gives h(z) = z. All (..., N, D, K), in units of sigma.
     """
 
-    def __init__(self, channels, logistics, width):
-        super().__init__()
-        centres = torch.linspace(-1, 1, logistics)
-        self.centre = nn.Parameter(centres.repeat(channels, 1))
-        self.log_weight = nn.Parameter(torch.zeros(channels, logistics))
-        self.log_scale = nn.Parameter(torch.full((channels, logistics), -math.log(logistics)))
-        self.log_kappa = nn.Parameter(torch.full((channels, 1, 1), math.log(0.5)))
-        self.share = zeroed(nn.Linear(width, channels))
+    log_weight: torch.Tensor
+    centre: torch.Tensor
+    log_scale: torch.Tensor
 
-    def at(self, s, condition):
-        """The map of the level s (B,), a function of images: its values and the logarithm of its slope."""
-        share = full_precision(self.share, condition)
-        clamped = share.clamp(0, 0.999)
-        share = share + (clamped - share).detach()  # its gradient is not 0 where it is clamped, as at first
-        share = share[:, :, None, None]
-        s = s[:, None, None]
-        signal = 1 - s
-        centre = signal * self.centre
-        noise = 0.3 * s**2  # a logistic of scale sqrt(0.3) s has variance s^2, almost
-        squared_scale = noise + signal**2 * torch.exp(2 * self.log_scale)
-        scale = squared_scale.sqrt()[:, :, None, None]
-        centre = centre[:, :, None, None]  # beside images with the components last
-        log_weight = F.log_softmax(self.log_weight, dim=-1)[:, None, None]
+    def standardized(self, z):
+        """z (..., N, D) as each logistic sees it, (..., N, D, K)."""
+        distance = z[..., None] - self.centre
+        return distance * torch.exp(-self.log_scale) / LOGISTIC
 
-        def pointwise(x):
-            z = (x[..., None] - centre) / scale
-            below = F.logsigmoid(z)
-            above = F.logsigmoid(-z)
-            log_F = torch.logsumexp(log_weight + below, dim=-1)
-            log_rest = torch.logsumexp(log_weight + above, dim=-1)  # log(1 - F), without its cancellation
-            log_densities = log_weight + below + above - scale.log()
-            log_density = torch.logsumexp(log_densities, dim=-1)
-            logit = log_F - log_rest
-            logit_slope = torch.exp(log_density - log_F - log_rest)
-            kappa = self.log_kappa.exp()
-            y = (1 - share) * x + share * kappa * logit
-            slope = 1 - share + share * kappa * logit_slope
-            return y, slope.log()
+    def logit(self, z):
+        """logit F(z), log F and log(1 - F), the latter two without cancellation."""
+        standardized = self.standardized(z)
+        below = F.logsigmoid(standardized)
+        above = below - standardized  # logsigmoid(-standardized)
+        log_F = torch.logsumexp(self.log_weight + below, dim=-1)
+        log_rest = torch.logsumexp(self.log_weight + above, dim=-1)
+        log_density = torch.logsumexp(self.log_weight + below + above - self.log_scale, dim=-1)
+        return log_F - log_rest, log_density - log_F - log_rest
 
-        return pointwise
+    def map(self, z):
+        """h(z) and the logarithm of its slope, each like z (..., N, D)."""
+        logit, log_slope = self.logit(z)
+        return LOGISTIC * logit, log_slope
+
+    def invert(self, y, rounds=16):
+        """z of y = h(z), all numbers at once: half of the rounds bisect an interval, the others are Newton's.
+
+        Beyond the median 1 - F is inverted instead of F, so that what is inverted is small and precise on either side.
+        """
+        ends = self.centre + torch.exp(self.log_scale) * y[..., None]  # z, were each logistic the only one
+        low, high = ends.amin(dim=-1), ends.amax(dim=-1)
+        side = torch.where(y > 0, -1.0, 1.0)
+        wanted = F.logsigmoid(-y.abs() / LOGISTIC)
+        weight = torch.exp(self.log_weight)
+        slope = side[..., None] * torch.exp(-self.log_scale) / LOGISTIC
+        z = (low + high) / 2
+        tiny = torch.finfo(y.dtype).tiny
+        for i in range(rounds):
+            each = torch.sigmoid((z[..., None] - self.centre) * slope)
+            weighted = weight * each
+            found = weighted.sum(dim=-1)
+            density = (weighted * (1 - each) * slope).sum(dim=-1)
+            error = wanted - torch.log(found.clamp(min=tiny))
+            too_low = error * side > 0
+            low = torch.where(too_low, z, low)
+            high = torch.where(too_low, high, z)
+            newton = z + error * found / density.abs().clamp(min=tiny) * side
+            inside = (newton >= low) & (newton <= high)
+            z = (low + high) / 2
+            if i >= rounds // 2:
+                z = torch.where(inside, newton, z)
+        return z
 
 
-def invert_pointwise(pointwise, y, halvings=60):
-    """x of y = pointwise(x), by bisection, all numbers at once."""
-    low, high = y - 1, y + 1
-    while (pointwise(low)[0] > y).any():
-        low = low - (high - low)
-    while (pointwise(high)[0] < y).any():
-        high = high + (high - low)
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        too_low = pointwise(middle)[0] < y
-        low = torch.where(too_low, middle, low)
-        high = torch.where(too_low, high, middle)
-    return (low + high) / 2
+def make_mixture(outputs, log_std, C):
+    """The Mixture of 3 K outputs of the network, each (B, N, D): log-weights, centres, log-scales. log_std (B, N, D).
+
+    No logistic is narrower than x_s is uncertain once x_0 is known: C, (B,).
+    """
+    outputs = torch.stack(outputs, dim=-1)
+    log_weight, centre, log_scale = outputs.chunk(3, dim=-1)
+    floor = C[:, None, None] ** 2 * torch.exp(-2 * log_std)
+    floor = floor.clamp(max=1)[..., None]
+    square = torch.exp(2 * log_scale.clamp(-5, 5))
+    square = floor + (1 - floor) * square
+    log_weight = F.log_softmax(log_weight, dim=-1)
+    return Mixture(log_weight, centre, 0.5 * square.log())
+
+
+def start_of_mixture(logistics):
+    """3 K biases at which h is almost the identity: one logistic of variance 1, the others at weight e^-4."""
+    log_weight = torch.full((logistics,), -4.0)
+    log_weight[0] = 0.0
+    scales = torch.arange(1, logistics) % 2 * -2.0 + 1  # narrower and wider in turn, or they would stay alike
+    log_scale = F.pad(scales, (1, 0))
+    return torch.cat([log_weight, torch.zeros(logistics), log_scale])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -115,80 +131,55 @@ def causal_mask(channels, window):
     return mask
 
 
-class CausalFilter(nn.Module):
-    """The kernels K of Eq. (38), (B, channels, channels, window, window), for conditionings (B, width).
+class Filter(NamedTuple):
+    """K of Eq. (38): every number plus a weighted sum of M convolutions of the numbers before it.
 
-    1 at the number itself, learned where numbers come before, else 0.
+    weights (B, M, channels, H, W): those of each number. kernels (M, channels, channels, k, k): causal, shared.
     """
 
-    def __init__(self, channels, window, width):
-        super().__init__()
-        mask = causal_mask(channels, window)
-        self.register_buffer("mask", mask, persistent=False)
-        identity = torch.zeros_like(mask)
-        identity[:, :, window // 2, window // 2] = torch.eye(channels)
-        self.register_buffer("identity", identity, persistent=False)
-        self.head = zeroed(nn.Linear(width, mask.numel()))
+    weights: torch.Tensor
+    kernels: torch.Tensor
 
-    def forward(self, condition):
-        coefficients = full_precision(self.head, condition)
-        return self.identity + self.mask * coefficients.view(-1, *self.mask.shape)
+    def apply(self, images):
+        """K images, (B, channels, H, W)."""
+        count, channels, _, window, _ = self.kernels.shape
+        told = F.conv2d(images, self.kernels.flatten(0, 1), padding=window // 2)
+        told = told.unflatten(1, (count, channels))
+        return images + (self.weights * told).sum(dim=1)
 
+    def within_rows(self):
+        """What K does within each row of pixels, (B, H, n, n) for its n = W channels numbers: unit lower triangular."""
+        _, channels, _, window, _ = self.kernels.shape
+        width = self.weights.shape[-1]
+        n = width * channels
+        identity = torch.eye(n, dtype=self.kernels.dtype, device=self.kernels.device)
+        single = identity.view(n, width, channels).transpose(1, 2)  # n rows of pixels with one number that is not 0
+        middle = self.kernels[:, :, :, window // 2].flatten(0, 1)
+        told = F.conv1d(single, middle, padding=window // 2)  # (n, M channels, W)
+        told = told.unflatten(1, (-1, channels)).permute(1, 3, 2, 0)
+        told = told.flatten(1, 2)  # (M, n, n): by column, to row
+        weights = self.weights.permute(0, 3, 1, 4, 2).flatten(3)  # (B, H, M, n)
+        return identity + torch.einsum("bhmi,mij->bhij", weights, told)
 
-def filtered(images, kernel):
-    """K images: images (B, ..., channels, H, W), each example by its own kernel (B, channels, channels, k, k)."""
-    batch, channels = kernel.shape[:2]
-    size = images.shape[-2:]
-    rows = images.reshape(batch, -1, channels, *size).transpose(0, 1)
-    out = F.conv2d(
-        rows.flatten(1, 2),
-        kernel.flatten(0, 1),
-        padding=kernel.shape[-1] // 2,
-        groups=batch,
-    )
-    return out.unflatten(1, (batch, channels)).transpose(0, 1).reshape(images.shape)
-
-
-def filtered_transposed(images, kernel):
-    """The same by the transposed matrix."""
-    return filtered(images, kernel.transpose(1, 2).flip((3, 4)))
-
-
-def row_matrix(kernel, width):
-    """What K does within one row of `width` pixels, (B, width * channels, width * channels), unit lower triangular."""
-    batch, channels = kernel.shape[:2]
-    radius = kernel.shape[-1] // 2
-    numbers = width * channels
-    single = torch.eye(numbers, dtype=kernel.dtype, device=kernel.device)
-    rows = single.view(numbers, width, channels).transpose(1, 2)  # each with one number that is not 0
-    images = rows[None, :, :, None].expand(batch, -1, -1, -1, -1)
-    within = kernel[:, :, :, radius : radius + 1]
-    out = F.conv2d(
-        images.transpose(0, 1).flatten(1, 2),
-        within.flatten(0, 1),
-        padding=(0, radius),
-        groups=batch,
-    )
-    out = out.view(numbers, batch, channels, width)
-    return out.permute(1, 3, 2, 0).reshape(batch, numbers, numbers)
-
-
-def unfiltered(images, kernel):
-    """x of images = K x, (B, channels, H, W): row after row, the rows above subtracted and a triangle solved."""
-    batch, channels, height, width = images.shape
-    radius = kernel.shape[-1] // 2
-    triangle = row_matrix(kernel, width)
-    above = kernel[:, :, :, :radius].flatten(0, 1)
-    x = F.pad(torch.zeros_like(images), (radius, radius, radius, 0))
-    for row in range(height):
-        rows_above = x[:, :, row : row + radius].reshape(1, batch * channels, radius, -1)
-        from_above = F.conv2d(rows_above, above, groups=batch).view(batch, channels, width)
-        rest = images[:, :, row] - from_above
-        rest = rest.transpose(1, 2).reshape(batch, -1, 1)
-        solved = torch.linalg.solve_triangular(triangle, rest, upper=False, unitriangular=True)
-        solved = solved.view(batch, width, channels)
-        x[:, :, row + radius, radius : radius + width] = solved.transpose(1, 2)
-    return x[:, :, radius:, radius : radius + width]
+    def invert(self, images):
+        """x of images = K x: row after row, what the rows above tell subtracted and a triangle solved."""
+        batch, channels, height, width = images.shape
+        count, window = self.kernels.shape[0], self.kernels.shape[-1]
+        radius = window // 2
+        triangles = self.within_rows()
+        above = self.kernels[:, :, :, :radius].flatten(0, 1)
+        x = F.pad(torch.zeros_like(images), (radius, radius, radius, 0))
+        for row in range(height):
+            told = F.conv2d(x[:, :, row : row + radius], above)
+            told = told.view(batch, count, channels, width)
+            told = (self.weights[:, :, :, row] * told).sum(dim=1)
+            rest = images[:, :, row] - told
+            rest = rest.transpose(1, 2).reshape(batch, -1, 1)
+            triangle = triangles[:, row]
+            solved = torch.linalg.solve_triangular(triangle, rest, upper=False, unitriangular=True)
+            solved = solved.view(batch, width, channels)
+            x[:, :, row + radius, radius : radius + width] = solved.transpose(1, 2)
+        return x[:, :, radius:, radius : radius + width]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -196,150 +187,100 @@ def unfiltered(images, kernel):
 
 
 class StepFlow(NamedTuple):
-    """p(x_s | x_t) of Eq. (39): K g(x_s) - K g(mean) is Gaussian, with mean zero. It has the methods of a Gaussian.
+    """p(x_s | x_t) of Eq. (39): K sigma h((x_s - mean) / sigma) is Gaussian, of mean zero. It has a Gaussian's methods.
 
-    mean, log_std (..., N, D) and directions (..., R, N, D) or None are the predictor's; mean is in x-space. kernel: of
-    the filter, (M, channels, channels, k, k) for the M steps of the leading dimensions, or None. pointwise: the map of
-    M images, or None. model: the ImageModel that makes images of these tokens.
+    mean, log_std (..., N, D) and directions (..., R, N, D) or None are as in a Gaussian. mixture: h, or None. weights
+    (..., M, N, D), or None: of the filter K whose kernels are model's.
     """
 
     mean: torch.Tensor
     log_std: torch.Tensor
     directions: torch.Tensor | None
-    kernel: torch.Tensor | None
-    pointwise: Callable | None
+    mixture: Mixture | None
+    weights: torch.Tensor | None
     model: nn.Module
 
     def unflatten(self, sizes):
         """The same with its first dimension split in two."""
-        parts = [self.mean, self.log_std, self.directions]
-        parts = [part if part is None else part.unflatten(0, sizes) for part in parts]
-        return self._replace(mean=parts[0], log_std=parts[1], directions=parts[2])
 
-    def gaussian(self, mean=None):
-        """The Gaussian of the residual K g(x_s) - K g(self.mean), by default of mean zero."""
-        mean = torch.zeros_like(self.mean) if mean is None else mean
+        def split(part):
+            return None if part is None else part.unflatten(0, sizes)
+
+        return StepFlow(
+            split(self.mean),
+            split(self.log_std),
+            split(self.directions),
+            self.mixture and Mixture(*map(split, self.mixture)),
+            split(self.weights),
+            self.model,
+        )
+
+    def gaussian(self, mean):
+        """The Gaussian with this mean instead of what map and filter make of x_s."""
         if self.directions is None:
             return Gaussian(mean, self.log_std)
         return CorrelatedGaussian(mean, self.log_std, self.directions)
 
-    def images_of(self, x):
-        """Tokens (..., N, D) as M images."""
-        return self.model.unpatchify(x.reshape(-1, *x.shape[-2:]))
-
-    def tokens_of(self, images):
-        """M images as tokens (..., N, D)."""
-        return self.model.patchify(images).view(self.mean.shape)
-
-    def mapped(self, images):
-        """g of M images, and the logarithm of its slope."""
-        if self.pointwise is None:
-            return images, torch.zeros_like(images)
-        return self.pointwise(images)
-
-    def filtered(self, images):
-        """K of M images."""
-        return images if self.kernel is None else filtered(images, self.kernel)
-
-    def total(self, images):
-        """The sum over each of M images, (...)."""
-        return images.flatten(1).sum(dim=1).view(self.mean.shape[:-2])
+    def filtered(self, tokens, inverse=False):
+        """K of tokens (..., N, D), or its inverse."""
+        if self.weights is None:
+            return tokens
+        count, *token = self.weights.shape[-3:]
+        images = self.model.unpatchify(tokens.reshape(-1, *token))
+        weights = self.model.unpatchify(self.weights.reshape(-1, *token))
+        K = Filter(weights.unflatten(0, (-1, count)), self.model.kernels())
+        images = K.invert(images) if inverse else K.apply(images)
+        return self.model.patchify(images).view(tokens.shape)
 
     @without_autocast
     def nll(self, x):
         """Eq. (39): -log p(x) in nats, (...); x like mean."""
-        centre, _ = self.mapped(self.images_of(self.mean))
-        y, log_slope = self.mapped(self.images_of(x))
-        residual = self.filtered(y - centre)
-        return self.gaussian().nll(self.tokens_of(residual)) - self.total(log_slope)
-
-    @without_autocast
-    def expected_nll(self, mean, std):
-        """Eq. (40): the mean of nll(x) over x ~ N(mean, std^2), in nats, (...); mean (..., N, D), std (...).
-
-        Exact without a pointwise map; with one, its mean, variance and log-slope are by quadrature.
-        """
-        centre, _ = self.mapped(self.images_of(self.mean))
-        known = self.images_of(mean)
-        std = std.reshape(-1, 1, 1, 1)
-        if self.pointwise is None:
-            average, log_slope = known, torch.zeros_like(known)
-            variance = (std**2).expand_as(known)
-        else:
-            average, variance, log_slope = self.moments(known, std)
-        gaussian = self.gaussian()
-        residual = self.tokens_of(self.filtered(average - centre))
-        nll = gaussian.nll(residual) - self.total(log_slope)
-        return nll + 0.5 * self.trace(gaussian, variance)
-
-    def moments(self, known, std):
-        """Mean and variance of g, and mean logarithm of its slope, for numbers N(known, std^2)."""
-        average, square, log_slope = 0.0, 0.0, 0.0
-        for node, weight in zip(NODES, NODE_WEIGHTS):
-            y, slope = self.pointwise(known + std * node)
-            average = average + weight * y
-            square = square + weight * y**2
-            log_slope = log_slope + weight * slope
-        variance = (square - average**2).clamp(min=0)
-        return average, variance, log_slope
-
-    def trace(self, gaussian, variance):
-        """tr(Sigma^-1 K diag(variance) K^T), (...), for M images of variances; gaussian has the covariance Sigma."""
-        spread = variance
-        if self.kernel is not None:
-            spread = filtered(variance, self.kernel**2)
-        precision = torch.exp(-2 * self.log_std)
-        diagonal = (precision * self.tokens_of(spread)).sum(dim=(-2, -1))
-        if self.directions is None:
-            return diagonal
-        V, L_inv = gaussian.factors()
-        rows = (L_inv @ V).view_as(self.directions)
-        rows = rows * torch.exp(-self.log_std).unsqueeze(-3)
-        images = self.images_of(rows).unflatten(0, (len(variance), -1))
-        if self.kernel is not None:
-            images = filtered_transposed(images, self.kernel)
-        explained = images.square().sum(dim=1) * variance
-        return diagonal - self.total(explained)
+        residual, log_slope = x - self.mean, None
+        if self.mixture:
+            z, log_slope = self.mixture.map(residual * torch.exp(-self.log_std))
+            residual = z * torch.exp(self.log_std)
+        drawn = self.filtered(residual)
+        nll = self.gaussian(torch.zeros_like(drawn)).nll(drawn)
+        if log_slope is None:
+            return nll
+        return nll - log_slope.sum(dim=(-2, -1))
 
     @without_autocast
     def sample(self, z, xi=None):
         """x_s for standard normal z (..., N, D) and, along directions, xi (..., R); None: draws xi."""
-        return self.undone(self.gaussian().sample(z, xi))
-
-    def undone(self, residual):
-        """x of a residual K g(x) - K g(mean), tokens (..., N, D)."""
-        y = self.images_of(residual)
-        if self.kernel is not None:
-            y = unfiltered(y, self.kernel)
-        centre, _ = self.mapped(self.images_of(self.mean))
-        y = centre + y
-        if self.pointwise is not None:
-            y = invert_pointwise(self.pointwise, y)
-        return self.tokens_of(y)
+        drawn = self.gaussian(torch.zeros_like(self.mean)).sample(z, xi)
+        residual = self.filtered(drawn, inverse=True)
+        if self.mixture:
+            z = self.mixture.invert(residual * torch.exp(-self.log_std))
+            residual = z * torch.exp(self.log_std)
+        return self.mean + residual
 
     def guided(self, unconditional, guidance):
-        """Eq. (20) between two steps of the same map and filter, which depend on s and T alone."""
-        centre, _ = self.mapped(self.images_of(self.mean))
-        other, _ = self.mapped(self.images_of(unconditional.mean))
-        difference = self.tokens_of(self.filtered(other - centre))
-        theirs = unconditional.gaussian(difference)
-        guided = self.gaussian().guided(theirs, guidance)
-        return self._replace(mean=self.undone(guided.mean), log_std=guided.log_std)
+        """Eq. (20) by means and standard deviations, as without a flow; map and filter stay those of the caption."""
+        gaussian, other = self.gaussian(self.mean), unconditional.gaussian(unconditional.mean)
+        guided = gaussian.guided(other, guidance)
+        return self._replace(mean=guided.mean, log_std=guided.log_std)
 
 
 @dataclass
 class PixelConfig(NTMConfig):
     """An NTMConfig with the flow of a step over pixels."""
 
-    filter_window: int = 0  # side of the causal filter's window, odd; 0: no filter
-    logistics: int = 0  # of the pointwise map's mixture; 0: no map
+    filters: int = 0  # kernels of the causal filter, M; 0: no filter
+    filter_window: int = 5  # side of their window, odd
+    logistics: int = 0  # of the pointwise map's mixture, K; 0: no map
 
-    may_be_zero = NTMConfig.may_be_zero | {"filter_window", "logistics"}
+    may_be_zero = NTMConfig.may_be_zero | {"filters", "logistics"}
 
     def __post_init__(self):
         super().__post_init__()
-        if self.filter_window and self.filter_window % 2 == 0:
-            raise ValueError(f"filter_window is {self.filter_window}, but must be odd, such as 5, or 0 for none")
+        if self.filter_window % 2 == 0:
+            raise ValueError(f"filter_window is {self.filter_window}, but must be odd, such as 5")
+
+    @property
+    def flow_outputs(self):
+        outputs = {"mixture": 3 * self.logistics, "filter": self.filters}
+        return {purpose: count for purpose, count in outputs.items() if count}
 
 
 class PixelNTM(NTM):
@@ -349,28 +290,38 @@ class PixelNTM(NTM):
     """
 
     config_class = PixelConfig
-    condition_width = 64  # of the embedding of s and T
 
     def __init__(self, config):
         super().__init__(config)
-        self.pixels = nn.ModuleDict()
-        if config.filter_window or config.logistics:
-            self.pixels["time"] = TimeEmbedding(2, self.condition_width)
-        if config.filter_window:
-            self.pixels["filter"] = CausalFilter(config.channels, config.filter_window, self.condition_width)
+        if config.filters:
+            mask = causal_mask(config.channels, config.filter_window)
+            self.register_buffer("causal", mask, persistent=False)
+            # not zero: kernels and weights, which are zero at first, would get no gradient from each other
+            kernels = torch.randn(config.filters, *mask.shape)
+            self.filter_kernels = nn.Parameter(0.05 * kernels)
         if config.logistics:
-            self.pixels["pointwise"] = PointwiseMap(config.channels, config.logistics, self.condition_width)
+            start = start_of_mixture(config.logistics)
+            head = self.predictor.flow_heads["mixture"]
+            head.bias.data.copy_(start.repeat_interleave(config.token_dim))
+
+    def kernels(self):
+        """The filter's kernels (M, channels, channels, k, k)."""
+        return self.filter_kernels * self.causal
 
     def predict(self, u, t, s, steps, text):
         """The StepFlow of p(u_s | u_t = u, text), or NTM.predict's Gaussian where config has neither map nor filter."""
-        gaussian = super().predict(u, t, s, steps, text)
-        if not self.pixels:
+        config = self.config
+        outputs = self.predictor(u, t, s, steps, text)
+        of_gaussian = len(outputs) - sum(config.flow_outputs.values())
+        gaussian = self.gaussian(outputs[:of_gaussian], u, t, s)
+        if not config.flow_outputs:
             return gaussian
-        condition = self.pixels["time"](torch.stack([s, 1 / steps], dim=1))
-        kernel, pointwise = None, None
-        if "filter" in self.pixels:
-            kernel = self.pixels["filter"](condition)
-        if "pointwise" in self.pixels:
-            pointwise = self.pixels["pointwise"].at(s, condition)
-        directions = gaussian.directions if self.config.rank else None
-        return StepFlow(gaussian.mean, gaussian.log_std, directions, kernel, pointwise, self)
+        of_filter = len(outputs) - config.filters
+        mixture, weights = None, None
+        if config.logistics:
+            _, _, C = self.posterior(t, s)
+            mixture = make_mixture(outputs[of_gaussian:of_filter], gaussian.log_std, C)
+        if config.filters:
+            weights = torch.stack(outputs[of_filter:], dim=1)
+        directions = gaussian.directions if config.rank else None
+        return StepFlow(gaussian.mean, gaussian.log_std, directions, mixture, weights, self)

@@ -65,6 +65,11 @@ class NTMConfig:
             raise ValueError(f"parametrization {self.parametrization!r} is unknown: choose 'direct' or 'posterior'")
 
     @property
+    def flow_outputs(self):
+        """(ours) {purpose: how many numbers the predictor emits for it, for each number of a token}."""
+        return {}  # pixels.PixelConfig has some
+
+    @property
     def patches(self):
         """Rows and columns of patches, a token each."""
         height, width = self.image_size
@@ -251,6 +256,21 @@ def gaussian_head(width, num_zero_outputs, rank, token_dim):
     return head
 
 
+def flow_heads(config):
+    """(ours) A linear layer for each of config.flow_outputs, zero at first."""
+    counts = config.flow_outputs
+    return nn.ModuleDict({
+        purpose: zeroed(nn.Linear(config.width, counts[purpose] * config.token_dim)) for purpose in counts
+    })
+
+
+def emitted(predictor, h):
+    """What the heads of a predictor make of h (B, N, width), in full precision: a tuple of tensors (B, N, D)."""
+    heads = [predictor.head, *predictor.flow_heads.values()]
+    outputs = torch.cat([full_precision(head, h) for head in heads], dim=-1)
+    return outputs.split(predictor.token_dim, dim=-1)
+
+
 class Predictor(nn.Module):
     """f_P of Eq. (10): the network of the Gaussian p(u_s | u_t, y).
 
@@ -261,13 +281,15 @@ class Predictor(nn.Module):
         super().__init__()
         self.trunk = CaptionedTransformer(config, num_times=3)
         self.head = gaussian_head(config.width, 2, config.rank, config.token_dim)
+        self.flow_heads = flow_heads(config)  # (ours)
+        self.token_dim = config.token_dim
 
     def forward(self, u, t, s, steps, text):
         """u (B, N, D), t, s, steps (B,), text (B, L).
 
-        Returns mean, log_std ("direct") or velocity, rho ("posterior"), then R directions (ours); each like u, in full
-        precision.
+        Returns mean, log_std ("direct") or velocity, rho ("posterior"), then R directions and flow_outputs (ours);
+        each like u, in full precision.
         """
         times = torch.stack([t, s, 1 / steps], dim=1)
         h = self.trunk(u, text, times)
-        return full_precision(self.head, h).split(u.shape[-1], dim=-1)
+        return emitted(self, h)

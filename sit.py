@@ -16,7 +16,7 @@ from torch import nn
 from beyond import CoupledNTM
 from flow import TimeEmbedding, full_precision, normalized, zeroed
 from pixels import PixelNTM
-from predictor import gaussian_head
+from predictor import emitted, flow_heads, gaussian_head
 
 FREQUENCIES = 128
 WRAPPERS = "module", "_orig_mod"  # what DistributedDataParallel and torch.compile put before the names of parameters
@@ -155,9 +155,11 @@ class SiTPredictor(nn.Module):
         self.step = TimeEmbedding(2, config.width)
         zeroed(self.step.mlp[-1])
         self.head = gaussian_head(config.width, 1, config.rank, config.token_dim)
+        self.flow_heads = flow_heads(config)  # (ours)
+        self.token_dim = config.token_dim
 
     def forward(self, u, t, s, steps, text):
-        """Velocity, rho and R directions, each like u (B, N, D), as Predictor.forward; t, s, steps (B,).
+        """Velocity, rho, R directions and flow_outputs, each like u (B, N, D), as Predictor.forward; t, s, steps (B,).
 
         The first id of text (B, L) is 2 + class, or 1 for none.
         """
@@ -165,9 +167,9 @@ class SiTPredictor(nn.Module):
         step = torch.stack([s, 1 / steps], dim=1)
         condition = self.sit.condition(t, y) + self.step(step)
         h = self.sit.hidden(u, condition)
-        others = full_precision(self.head, normalized(h))
+        others = emitted(self, normalized(h))
         velocity = self.sit.velocity(h, condition)
-        return velocity, *others.split(u.shape[-1], dim=-1)
+        return velocity, *others
 
 
 class SiTNTM(PixelNTM):

@@ -55,8 +55,9 @@ def find_start(config, device):
         start, decided = start_from_sit(config)
     else:
         start, decided = start_from_checkpoint(config, device)
-    for name in ("rank", "filter_window", "logistics"):  # may be added, not taken away
-        decided[name] = max(decided.get(name, 0), config[name])
+    decided["rank"] = max(decided.get("rank", 0), config["rank"])  # directions may be added, not taken away
+    for name in ("filters", "logistics"):  # may be added where there are none
+        decided[name] = decided.get(name) or config[name]
     for key in config.given & decided.keys():
         if in_full(config[key]) != in_full(decided[key]):
             raise ValueError(f"{key} is {config[key]!r}, but {init_from} decides it, {decided[key]!r}: leave it out")
@@ -122,8 +123,10 @@ def start_from_checkpoint(config, device):
     decided = {key: trained["settings"][key] for key in NETWORK_SETTINGS}
     if kind not in NTMS:
         return start, decided | {"parametrization": "posterior"}
-    for key in ("parametrization", "rank", "filter_window", "logistics"):
+    for key in ("parametrization", "rank", "filters", "logistics"):
         decided[key] = getattr(network.config, key, 0)
+    if decided["filters"]:
+        decided["filter_window"] = network.config.filter_window
     if network.config.transporter_blocks:  # what has no transporter may be given one
         decided |= {key: getattr(network.config, key) for key in TRANSPORTER_SETTINGS}
     if kind.startswith("coupled"):

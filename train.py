@@ -85,12 +85,14 @@ steps: int | tuple = 4  # T; a tuple of several makes one model for all of them
 shift: float | None = 0.5  # e^m of the time grid, low for toy pictures; None: from the number of tokens
 max_t_min = 0.05  # t_0 is uniform in (0, max_t_min]
 rank = 0  # (ours) directions along which a step's Gaussian is correlated; 0, the paper's: none
-filter_window = 0  # (ours) side of a causal filter over pixels, which a step's Gaussian is drawn through; 0: none
-logistics = 0  # (ours) of the mixture of a pointwise map, which comes before the filter; 0: none
+filters = 0  # (ours) kernels of a causal filter over pixels, which a step's Gaussian is drawn through; 0: no filter
+filter_window = 5  # (ours) side of the filter's window
+logistics = 0  # (ours) of the mixture at every number, by which a step's pointwise map is made; 0: no map
 pairs = True  # train on one random step of each trajectory instead of all T
 level_weight = 0.0  # (ours) p: a step that ends at noise level s counts s^p, which balances their gradients
 first_noise = 1.0  # (ours) the share of x_1 that is fresh noise; the rest follows from the next cleaner level
-closed_form = False  # (ours) the expected loss, whose gradients have less noise; needs transporter_blocks 0
+closed_form = False  # (ours) the expected loss, whose gradients have less noise; for Gaussian steps alone
+mirrored = False  # (ours) the mean loss of x_s and its mirror image: nearly as little noise, with filters or logistics
 velocity_weight = 0.0  # (ours) weight of an added flow-matching loss; needs transporter_blocks 0
 aux_weight = 2.5  # weight of staying close to the flow-matching model it starts from; goes to 0 by a cosine
 
@@ -100,7 +102,6 @@ grad_accum = 1  # passes per update and rank
 max_iters = 2000
 optimizer = "muon"  # or "adamw"
 lr = 5e-3  # for muon; adamw wants about 2e-3
-pixels_lr = 10.0  # (ours) learning-rate factor for filter and pointwise map
 words_lr = 1.0  # learning-rate factor for word embeddings; with many rare words try 25
 min_lr = 1e-6
 warmup_iters = 100
@@ -206,7 +207,6 @@ class Run:
             self.device,
             in_bfloat16(config, self.device),
             words_lr=config["words_lr"],
-            pixels_lr=config["pixels_lr"],
         )
         resumed = start.resumed or {}
         if resumed:

@@ -8,27 +8,24 @@ import torch
 HIDDEN = "attention.qkv.weight", "attention.out.weight", "mlp.0.weight", "mlp.2.weight"  # matrices of a layer
 
 
-def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HIDDEN, words_lr=1.0, pixels_lr=1.0):
+def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HIDDEN, words_lr=1.0):
     """A list: AdamW for all weights, or for name "muon" Muon for the Transformer layers' matrices and AdamW for the
     rest: at equal time it went much further on every data set here. bfloat16: Muon's products; hidden: the endings of
-    its matrices' names; words_lr: of the words' embeddings, times lr; pixels_lr: (ours) of a step's flow over pixels.
+    its matrices' names; words_lr: of the words' embeddings, times lr.
     Raises ValueError for another name."""
     if name not in ("adamw", "muon"):
         raise ValueError(f"optimizer {name!r} is unknown: choose 'adamw' or 'muon'")
-    matrices, words, pixels, rest = [], [], [], []
+    matrices, words, rest = [], [], []
     for key, parameter in model.named_parameters():
         if name == "muon" and ".layers." in key and key.endswith(hidden):
             matrices.append(parameter)
         elif key.endswith("embed.weight"):
             words.append(parameter)
-        elif key.startswith("pixels."):
-            pixels.append(parameter)
         else:
             rest.append(parameter)
     groups = [
         {"params": rest},
         {"params": words, "factor": words_lr},
-        {"params": pixels, "factor": pixels_lr},
     ]
     fused = device.type in ("cuda", "cpu")
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)

@@ -6,11 +6,12 @@ OBJECTIVES = "ntm", "fm", "tarflow"
 # what only an NTM learns by, and the values at which it has no effect
 OF_NTM = {
     "rank": 0,
-    "filter_window": 0,
+    "filters": 0,
     "logistics": 0,
     "level_weight": 0,
     "first_noise": 1,
     "closed_form": False,
+    "mirrored": False,
     "velocity_weight": 0,
     "aux_weight": 0,
 }
@@ -40,9 +41,13 @@ def check_settings(config, model_config):
         except ValueError as error:
             raise ValueError(f"max_t_min: {error}") from error
     blocks = model_config.transporter_blocks
-    for name in ("closed_form", "velocity_weight"):
+    for name in ("closed_form", "mirrored", "velocity_weight"):
         if config[name] and blocks:
             raise ValueError(f"{name} is {config[name]}, which needs transporter_blocks 0, not {blocks}")
+    if config["closed_form"] and model_config.flow_outputs:
+        raise ValueError("closed_form is True, which a step with filters or logistics does not have: use mirrored")
+    if config["closed_form"] and config["mirrored"]:
+        raise ValueError("closed_form and mirrored are both True, but each replaces the loss: choose one")
     if config["first_noise"] < 1 and objective == "tarflow":
         raise ValueError(f"first_noise is {config['first_noise']}, but a TarFlow has no step to couple: leave it out")
     if config["first_noise"] < 1 and not config["pairs"]:

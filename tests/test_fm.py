@@ -200,7 +200,7 @@ def test_target_adds_the_distance_of_the_means(model):
     levels = levels_of(model.float(), images, TEXT, *model.draw_trajectories(3))
     steps, ts, x = levels
     means = model.predict_all(x, ts, steps, TEXT).mean  # the transporter is the identity: u = x
-    settings = dict(closed_form=False, level_weight=0.0, velocity_weight=0.0, pairs=False)
+    settings = dict(closed_form=False, mirrored=False, level_weight=0.0, velocity_weight=0.0, pairs=False)
     parts = TrainingLoss(model, settings)(images, TEXT, levels, means + 0.5)
     assert parts["minimised"] == parts["nll"]
     torch.testing.assert_close(parts["nll"], model(images, TEXT, levels))

@@ -26,7 +26,7 @@ WAYS = {
     "closed form": NO_TRANSPORTER, "coupled": NO_TRANSPORTER | dict(first_noise=0.5),
     "near its start": dict(parametrization="posterior"),
 }
-PLAIN = dict(max_t_min=0.05, closed_form=False, level_weight=0.0, velocity_weight=0.0, aux_weight=0.0)
+PLAIN = dict(max_t_min=0.05, closed_form=False, mirrored=False, level_weight=0.0, velocity_weight=0.0, aux_weight=0.0)
 # the settings of train.py that a way stands for, beside those of its network
 TRAINED = {
     "pairs": dict(pairs=True), "trajectories": dict(pairs=False), "several T": dict(pairs=True),

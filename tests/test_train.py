@@ -24,7 +24,6 @@ import train
 from losses import TrainingLoss, losses_of_batch
 from model import NTM, Denoiser
 from networks import NETWORKS
-from pixels import PixelConfig, PixelNTM
 from plumbing import checkpoint, images, optim, runtime
 from plumbing.loader import Batches, examine, key, order, validation_batches
 from plumbing.log import Log
@@ -321,17 +320,10 @@ def test_resuming_keeps_what_optimizers_gathered_but_not_their_rates(tmp_path):
     assert after[1].param_groups[1]["factor"] == 3.0 and after[0].param_groups[0]["weight_decay"] == 0.01
     for old, new in zip(before, after):
         assert all(same(old.state[parameter], new.state[parameter]) for parameter in old.state)
-    first, second, _ = held["optimizers"][1]["param_groups"]
+    first, second = held["optimizers"][1]["param_groups"]
     held["optimizers"][1]["param_groups"] = [first | {"params": first["params"] + second["params"]}]
     with pytest.raises(ValueError, match="ckpt.pt groups its weights as another version did"):
         checkpoint.resume(held, path, model, model, after, {})
-
-
-def test_a_steps_flow_over_pixels_has_a_rate_of_its_own():
-    model = PixelNTM(PixelConfig(image_size=4, width=8, depth=1, heads=2, transporter_blocks=0, filter_window=3, logistics=2))
-    _, adamw = make_optimizers(model, "muon", 0.0, torch.device("cpu"), pixels_lr=7.0)
-    *_, group = adamw.param_groups
-    assert group["factor"] == 7.0 and {id(p) for p in group["params"]} == {id(p) for p in model.pixels.parameters()}
 
 
 def test_every_network_that_samples_can_be_passed_on():
@@ -825,7 +817,7 @@ def test_what_is_logged_has_no_weights(level_weight):
     model = make_model(dtype=torch.float32)
     images, text = make_images(4), make_text(4)
     levels = levels_of(model, images, text, *model.draw_trajectories(4))
-    settings = dict(level_weight=level_weight, velocity_weight=0.0, closed_form=False, pairs=False, max_t_min=0.05)
+    settings = dict(level_weight=level_weight, velocity_weight=0.0, closed_form=False, mirrored=False, pairs=False, max_t_min=0.05)
     losses = losses_of_batch(TrainingLoss(model, settings), None, 0.0, images, text, *levels)
     torch.testing.assert_close(losses["loss"], model(images, text, levels))
     assert (losses["minimised"] != losses["loss"]) == bool(level_weight)
