@@ -42,6 +42,7 @@ from plumbing.runtime import (
 
 # ---- run
 out_dir = "out/digits"  # holds the model's ckpt.pt, and gets denoiser.pt
+init_from = ""  # the denoiser.pt of a similar model, to begin with; empty: begin anew
 resume = "no"  # "yes": continue out_dir/denoiser.pt; "auto": if there is one
 seed = 0  # with the iteration, all of a run's randomness
 device = ""  # cuda, mps or cpu; empty: the best there is
@@ -151,6 +152,8 @@ class Run:
         self.ts = self.teacher.config.time_grid(config["t_min"], config["steps"]).to(self.device)
 
         self.denoiser = build_denoiser(config, self.teacher.config).to(self.device)
+        if config["init_from"] and not resumed:
+            start_from(self.denoiser, config["init_from"])
         self.ema = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
         bfloat16 = in_bfloat16(config, self.device)
         self.optimizers = make_optimizers(
@@ -221,6 +224,12 @@ def build_denoiser(config, teacher_config):
         fields[name] = config[name]
     torch.manual_seed(config["seed"])  # the same initial weights on every rank
     return Denoiser(Denoiser.config_class(**fields))
+
+
+def start_from(denoiser, path):
+    """Gives a new denoiser the averaged weights of the checkpoint `path`. Raises ValueError if they do not fit."""
+    other = checkpoint.load(path, "denoiser")
+    checkpoint.restore(denoiser, other["ema"], path)
 
 
 def distill(run):

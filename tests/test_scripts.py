@@ -210,6 +210,18 @@ def test_every_run_leaves_its_curves(trained):
         assert width > panels * 400 and (pixels(trained / name) == (31, 119, 180)).all(axis=2).any()  # a curve's colour
 
 
+def test_a_denoiser_begins_with_a_similar_models(copied, tmp_path):
+    first = contents(copied / "denoiser.pt")
+    other = tmp_path / "earlier.pt"
+    (copied / "denoiser.pt").rename(other)
+    begin = [*DISTILL, f"--out_dir={copied}", f"--init_from={other}"]
+    run("distill.py", *begin, "--max_iters=1", "--lr=0", "--min_lr=0", "--weight_decay=0")
+    found = contents(copied / "denoiser.pt")
+    assert found["iter"] == 1 and all(torch.allclose(found["ema"][name], first["ema"][name]) for name in first["ema"])
+    (copied / "denoiser.pt").unlink()
+    assert "is of another architecture" in fails("distill.py", *begin, "--depth=2")
+
+
 @pytest.mark.parametrize("script, name", [("train.py", "ckpt.pt"), ("distill.py", "denoiser.pt")])
 def test_a_resumed_run_reads_its_settings_from_the_checkpoint(trained, copied, script, name):
     """No more is given than the folder; then more iterations, which the command line may change."""
