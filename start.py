@@ -45,7 +45,6 @@ def find_start(config, device):
     resumed = checkpoint.find_resumable(config["resume"], path, *NETWORKS)
     if resumed:
         return continue_run(config, resumed, path)
-    config["parametrization"] = "direct"
     if init_from == "scratch":
         check_size_of_shards(config)
         return Start(kind_of(config, is_sit=False))
@@ -150,7 +149,8 @@ def build_model(config, start, vocab_size, device):
         take_weights(model, start.base)
     elif start.base is not None:
         start.base.hand_over(model.predictor)
-    if model_config.parametrization == "direct" or not config["aux_weight"]:
+    near_its_start = config["init_from"] != "scratch" and config["aux_weight"]
+    if model_config.parametrization == "direct" or not near_its_start:
         return model, None
     frozen = network(replace(model_config, transporter_blocks=0)).to(device)
     frozen.predictor.load_state_dict(model.predictor.state_dict())

@@ -81,6 +81,7 @@ transporter_width = 64
 transporter_blocks = 3  # 0: no transporter, the plain Gaussian step of a diffusion model
 transporter_layers = 2  # in each block
 transporter_heads = 2
+parametrization = "direct"  # from scratch; or "posterior": the head emits a velocity, as after flow matching
 steps: int | tuple = 4  # T; a tuple of several makes one model for all of them
 shift: float | None = 0.5  # e^m of the time grid, low for toy pictures; None: from the number of tokens
 max_t_min = 0.05  # t_0 is uniform in (0, max_t_min]

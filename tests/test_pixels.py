@@ -241,7 +241,7 @@ def test_the_scripts_train_sample_and_measure_with_it(tmp_path):
     base, out = tmp_path / "fm", tmp_path / "ntm"
     run("train.py", *SHORT, *SMALL, "--shift=1", "--objective=fm", f"--out_dir={base}")
     settings = [*SHORT, *SMALL, "--shift=1", "--transporter_blocks=0", "--aux_weight=0", "--rank=2", "--mirrored=True",
-                "--velocity_weight=1", f"--init_from={base / 'ckpt.pt'}"]
+                "--velocity_weight=1", f"--init_from={base / 'ckpt.pt'}"]  # the last is left out for a run from scratch
     flow = ["--filters=2", "--filter_window=3", "--logistics=3"]
     for name, kind, more in ("plain", "pixels", []), ("coupled", "coupled", ["--first_noise=0.5"]):
         out = tmp_path / name
@@ -263,5 +263,10 @@ def test_the_scripts_train_sample_and_measure_with_it(tmp_path):
     assert "filters is 4" in line and "decides it, 2" in line
     line = fails("train.py", *settings, *flow, "--closed_form=True", "--mirrored=False", f"--out_dir={tmp_path / 'x'}")
     assert "closed_form is True" in line and "use mirrored" in line
+    scratch = [*settings[:-1], *flow, "--parametrization=posterior", f"--out_dir={tmp_path / 'scratch'}"]
+    run("train.py", *scratch, "--aux_weight=2.5")  # which has nothing to stay close to
+    run("train.py", *scratch, "--resume=yes", "--max_iters=8")
+    held = contents(tmp_path / "scratch" / "ckpt.pt")
+    assert held["iter"] == 8 and held["model_config"]["parametrization"] == "posterior" and "frozen" not in held
     line = fails("train.py", *SHORT, "--objective=fm", "--filters=3", f"--out_dir={tmp_path / 'x'}")
     assert "filters 3 is for an NTM" in line
