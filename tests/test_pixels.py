@@ -1,10 +1,13 @@
 """A step's flow over pixels is a density, a mirrored pair has the mean of its loss, and its samples are its own."""
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import randomize
-from helpers import SHORT, SMALL, contents, fails, run
+from helpers import ENVIRONMENT, ROOT, SHORT, SMALL, contents, fails, run
 from torch.autograd.functional import jacobian
 from torch.distributions import MultivariateNormal
 
@@ -270,3 +273,21 @@ def test_the_scripts_train_sample_and_measure_with_it(tmp_path):
     assert held["iter"] == 8 and held["model_config"]["parametrization"] == "posterior" and "frozen" not in held
     line = fails("train.py", *SHORT, "--objective=fm", "--filters=3", f"--out_dir={tmp_path / 'x'}")
     assert "filters 3 is for an NTM" in line
+
+
+@pytest.mark.slow
+def test_what_the_flow_buys_is_measured(tmp_path):
+    """Two variants for as short a time as there is."""
+    base = tmp_path / "fm"
+    run("train.py", *SHORT, *SMALL, "--shift=1", "--objective=fm", f"--out_dir={base}")
+    command = [sys.executable, "-m", "evidence.transporter", "config/digits_tune.py", "--minutes=0.001", f"--out={tmp_path / 'out'}",
+               "--only=gaussian,both", "--device=cpu", f"--init_from={base / 'ckpt.pt'}", "--val_examples=8", "--num_samples=1",
+               "--level_weight=1", "--rank=2", "--transporter_blocks=0", "--aux_weight=0"]
+    subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT)
+    curves = json.loads((tmp_path / "out" / "transporter.json").read_text())
+    assert list(curves) == ["gaussian", "both"] and (tmp_path / "out" / "transporter.png").exists()
+    for curve in curves.values():
+        minutes, bounds = zip(*curve)
+        assert len(curve) >= 6 and list(minutes) == sorted(minutes) and all(math.isfinite(bound) for bound in bounds)
+    wrong = subprocess.run([*command, "--only=magic"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert wrong.returncode and "variant 'magic' is unknown" in wrong.stderr and "Traceback" not in wrong.stderr
