@@ -267,6 +267,15 @@ def make_figure(models, ts, clean, samples):
     return sheet
 
 
+def last_step_of(sheet):
+    """The titles, the last step and the samples of make_figure's sheet: where the difference is."""
+    above = (steps - 1) * (panel + GAP)
+    short = Image.new("RGB", (sheet.width, sheet.height - above), PAPER)
+    short.paste(sheet.crop((0, above, sheet.width, sheet.height)))
+    short.paste(sheet.crop((0, 0, sheet.width, TITLE)))
+    return short
+
+
 def draw_densities(sheet, left, top, models, s, t, place, clean):
     """Puts p(x_s | x_t), where x_t = (1 - t) place, into a row of panels: the true one, then those of the models."""
     half = 1.1 * (1 + s.item())  # a panel shows [-half, half]^2
@@ -351,8 +360,12 @@ def main(config):
     for name, model, count, remark in zip(NAMES, models, updates, remarks):
         denoised, bound_of_it, on_support = measure(name, model, count, ts, generator)
         samples.append((denoised, f"{bound_of_it}{remark}\n{on_support}"))
-    save_image(make_figure(models, ts, grid_inside(400), samples), figure)
-    print(f"wrote {figure}")
+    sheet = make_figure(models, ts, grid_inside(400), samples)
+    save_image(sheet, figure)
+    last = Path(figure)
+    last = last.with_name(f"{last.stem}_last{last.suffix}")
+    save_image(last_step_of(sheet), last)
+    print(f"wrote {figure}, and its last step alone, {last}")
     return models, updates
 
 

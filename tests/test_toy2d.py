@@ -161,19 +161,26 @@ def test_prints_its_numbers_and_leaves_the_figure(ran):
     assert first.startswith(f"Checkerboard: entropy {toy2d.ENTROPY:.3f} nats")
     assert gaussian.startswith("Gaussian: 3 updates, bound ") and ntm.startswith("NTM: 3 updates, bound ")
     assert len(estimates) == 3 and estimates[0].startswith("Flow matching's estimate in 4 Euler steps")
-    assert last == f"wrote {path}"
+    shorter = path.with_name(f"{path.stem}_last.png")
+    assert last == f"wrote {path}, and its last step alone, {shorter}"
     assert updates == (3, 3)
     assert len(models[0].transporter.blocks) == 0 and len(models[1].transporter.blocks) == 2
     with Image.open(path) as image:
         assert image.width > 6 * 40 and image.height > 6 * 40
         assert len(image.getcolors(1 << 24)) > 100
+        height = image.height
+        below = image.crop((0, height - 60, image.width, height))
+    with Image.open(shorter) as image:  # three rows of panels less
+        assert image.height == height - 3 * (40 + toy2d.GAP)
+        assert image.crop((0, image.height - 60, image.width, image.height)).tobytes() == below.tobytes()
 
 
 @pytest.mark.parametrize("ran", [2], indirect=True)
 def test_the_same_updates_give_the_same_numbers_and_figure(ran, tmp_path):
     path = tmp_path / "toy2d.png"
     again = run("toy2d.py", *SHORT, f"--figure={path}")[1]
-    assert again.replace(str(path), str(ran[3])) == ran[2] and path.read_bytes() == ran[3].read_bytes()
+    stems = [str(figure.with_suffix("")) for figure in (path, ran[3])]
+    assert again.replace(*stems) == ran[2] and path.read_bytes() == ran[3].read_bytes()
 
 
 @pytest.mark.parametrize("ran", [2], indirect=True)
