@@ -1,7 +1,7 @@
-# An NTM of emoji, 32x32, from the flow-matching model of config/emoji_fm.py: correlated Gaussian steps, in closed form, the
-# first step coupled to its noise (docs/beyond.md).
-# An hour on one core at 256 wide (38 images/s, --bfloat16=True). The model in assets/ took the same settings in two stages:
-# 2,000 iterations with first_noise 1, then 800 at lr 5e-4 with 0.5 (docs/data.md). As one stage it is trained at 64x64 only.
+# An NTM of emoji, 32x32, from the flow-matching model of config/emoji_fm.py: steps with a flow over pixels, the first step
+# coupled to its noise (docs/beyond.md).
+# An hour on one core at 256 wide (--bfloat16=True). The model in assets/ reached these settings in three stages, which
+# docs/data.md lists.
 init_from = "out/emoji_fm/ckpt.pt"
 out_dir = "out/emoji"
 dataset = "shards"
@@ -11,9 +11,11 @@ flip = True
 first_noise = 0.5
 transporter_blocks = 0
 rank = 24
+filters = 16
+logistics = 3
+mirrored = True
 shift = 1.0
 level_weight = 0.5
-closed_form = True
 velocity_weight = 1.0
 aux_weight = 0.0
 

@@ -1,6 +1,6 @@
 # (ours) TarFlow as a special case of NTM: one step from noise, deep blocks, and no predictor, on Fashion-MNIST, 14x14.
-objective = "tarflow"
 # val_bound is the exact -log p(x at t_min), in nats per dimension. Captions, at most 2.3 nats of an image, it does not see.
+objective = "tarflow"
 out_dir = "out/fashion_tarflow"
 dataset = "fashion"
 image_size = 14

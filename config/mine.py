@@ -10,9 +10,11 @@ flip = False  # as in config/mine_fm.py
 first_noise = 0.5  # 1: a first step from pure noise, of which the likelihood is a tighter bound
 transporter_blocks = 0
 rank = 24  # directions along which the numbers of an image vary together
+filters = 16  # a step's flow over pixels: kernels of its filter
+logistics = 3  # and of the mixture at every number; 0 and 0 with closed_form = True: Gaussian steps
+mirrored = True
 shift = 1.0  # 2 for images of 64x64 and more, which are decided at noisier levels
 level_weight = 0.5
-closed_form = True
 velocity_weight = 1.0
 aux_weight = 0.0
 
