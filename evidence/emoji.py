@@ -2,6 +2,7 @@
 
     python data.py emoji                                      14,000 images in four styles, fetched by npm
     python data.py emoji --styles=google,twitter,fluent       without OpenMoji, the only one drawn from SVG
+    python data.py emoji --pictures=out/emoji.zip             keeps them in a file of 35 MB, for where no network is
 
 Names and tags are those of the Unicode CLDR, by way of the openmoji package, which is fetched for them in any case.
 Held out, in every tone of skin, are emoji that are never trained on, out/val, and emoji in a style in which they are
@@ -10,12 +11,15 @@ not trained on, but in another, out/combinations/val.
 
 import io
 import json
+import os
 import re
 import subprocess
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from plumbing.examples import decode_image
@@ -35,6 +39,7 @@ PACKAGES = {  # style: the npm package, where its pictures are in it, and what t
                "Fluent Emoji, https://github.com/microsoft/fluentui-emoji, MIT License, copyright Microsoft"),
 }
 NAMES = "data/openmoji.json"  # in the package openmoji
+WORDS = "words.json"  # in a file of --pictures
 SIZE = 64  # pixels
 RASTERIZER = "@resvg/resvg-js@2.6.2"
 RASTERIZE = """const svg = require("@resvg/resvg-js"), fs = require("fs");
@@ -174,35 +179,92 @@ def splits_of(pairs):
     return {pair: split if pair[0] in known else "val" for pair, split in splits.items()}
 
 
+def pictures_of_packages(styles, sources):
+    """What npm's packages hold: read_words' result, and {(code, style): PNG bytes on white}.
+
+    sources: paths of .tgz files, or None: npm fetches them. Raises ValueError where a package is missing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        needed = dict.fromkeys(PACKAGES[style][0] for style in (*styles, "openmoji"))  # which has the names
+        packages = read_packages(sources or fetch(needed, folder))
+    for package in needed:
+        if package.rpartition("@")[0] not in packages:
+            raise ValueError(f"--source has no {package}, which --styles={','.join(styles)} needs for names or "
+                             "pictures")
+    words = read_words(json.loads(packages["openmoji"][NAMES]))
+    pictures = {}
+    for style in styles:
+        package, pattern, _ = PACKAGES[style]
+        found = {}
+        for path, data in packages[package.rpartition("@")[0]].items():
+            match = re.fullmatch(pattern, path)
+            if match and code_of(match[1]) in words:
+                found[code_of(match[1])] = path.rpartition(".")[2], data
+        if style == "openmoji":
+            drawn = rasterize({code: svg for code, (_, svg) in found.items()})
+            found = {code: ("png", png) for code, png in drawn.items()}
+        for code, (suffix, data) in tqdm(found.items(), desc=style, leave=False):
+            pictures[code, style] = on_white(suffix, data)
+    return words, pictures
+
+
+def pack(path, words, pictures):
+    """Writes words and pictures {(code, style): PNG bytes} to a zip: WORDS, and STYLE/CODE.webp without loss."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with zipfile.ZipFile(part, "w") as file:
+        file.writestr(zipfile.ZipInfo(WORDS), json.dumps(words))
+        for (code, style), png in tqdm(pictures.items(), desc="pack", leave=False):
+            webp = io.BytesIO()
+            Image.open(io.BytesIO(png)).save(webp, "webp", lossless=True)
+            file.writestr(zipfile.ZipInfo(f"{style}/{code}.webp"), webp.getvalue())
+    os.replace(part, path)
+
+
+def unpack(path, styles):
+    """What pack() has written of some styles: words, and {(code, style): webp bytes}. Raises ValueError."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            words = json.loads(file.read(WORDS))
+            pictures = {}
+            for name in file.namelist():
+                style, _, picture = name.partition("/")
+                if style in styles:
+                    pictures[picture.removesuffix(".webp"), style] = file.read(name)
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ValueError(f"--pictures={path} is no file of pictures that this command wrote ({error}): remove it, to "
+                         "have it made anew") from error
+    missing = set(styles) - {style for _, style in pictures}
+    if missing:
+        raise ValueError(f"--pictures={path} has no pictures of the style {min(missing)}: leave it out of --styles, or "
+                         "remove the file, to have it made anew")
+    return words, pictures
+
+
 def prepare_emoji(args):
     styles = args.styles.split(",")
     if unknown := [style for style in styles if style not in PACKAGES]:
         raise ValueError(f"--styles has {unknown[0]!r}: choose among {','.join(PACKAGES)}")
-    with tempfile.TemporaryDirectory() as folder:
-        needed = dict.fromkeys(PACKAGES[style][0] for style in (*styles, "openmoji"))  # which has the names
-        packages = read_packages(args.source or fetch(needed, folder))
-    for package in needed:
-        if package.rpartition("@")[0] not in packages:
-            raise ValueError(f"--source has no {package}, which --styles={args.styles} needs for names or pictures")
-    words, pictures = read_words(json.loads(packages["openmoji"][NAMES])), {}
-    for style in styles:
-        package, pattern, _ = PACKAGES[style]
-        found = {code_of(match[1]): (path.rpartition(".")[2], data) for path, data in
-                 packages[package.rpartition("@")[0]].items() if (match := re.fullmatch(pattern, path))}
-        found = {code: found[code] for code in words.keys() & found.keys()}
-        if style == "openmoji":
-            found = {code: ("png", png) for code, png in rasterize({c: svg for c, (_, svg) in found.items()}).items()}
-        for code, (suffix, data) in tqdm(found.items(), desc=style, leave=False):
-            pictures[code, style] = on_white(suffix, data)
-    splits, examples = splits_of((words[code][1]["concept"], style) for code, style in pictures), []
-    for (code, style), png in pictures.items():
+    if args.pictures and Path(args.pictures).exists():
+        words, pictures = unpack(args.pictures, styles)
+        suffix = "webp"
+    else:
+        words, pictures = pictures_of_packages(styles, args.source)
+        suffix = "png"
+        if args.pictures:
+            pack(Path(args.pictures), words, pictures)
+    splits = splits_of((words[code][1]["concept"], style) for code, style in pictures)
+    examples = []
+    for (code, style), data in pictures.items():
         names, about = words[code]
         record = {"captions": captions_of(names, style), "style": style, **about}
         split = splits[about["concept"], style]
-        for copy in range(COPIES if split == "train" and "skin tone" not in names[0] else 1):
-            members = {"png": png, "json": json.dumps(record | {"copy": copy}).encode()}
+        copies = COPIES if split == "train" and "skin tone" not in names[0] else 1
+        for copy in range(copies):
+            members = {suffix: data, "json": json.dumps(record | {"copy": copy}).encode()}
             examples.append((f"{style}-{code}" + f"-{copy}" * (copy > 0), split, members))
-    write_splits(Path(args.out), sorted(examples, key=lambda example: hashed(example[0])))  # for readers that stream
+    examples.sort(key=lambda example: hashed(example[0]))  # for readers that stream
+    write_splits(Path(args.out), examples)
     licences = "".join(f"{style}: {PACKAGES[style][2]}, from npm's {PACKAGES[style][0]}.\n" for style in styles)
     (Path(args.out) / "LICENCES.txt").write_text(licences + "Names: Unicode CLDR, Unicode License v3.\n")
     print(f"wrote {args.out}")
@@ -214,4 +276,6 @@ def add_commands(command):
     sub.add_argument("--styles", default=",".join(PACKAGES), help="which, default %(default)s")
     sub.add_argument("--source", type=at_home, action="append", metavar="FILE",
                      help="a .tgz that `npm pack` made; may be repeated")
+    sub.add_argument("--pictures", type=at_home, metavar="FILE",
+                     help="a .zip of all pictures: taken from it if it exists, else kept in it")
     sub.add_argument("--out", default="out/data/emoji")

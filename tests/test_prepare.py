@@ -83,7 +83,8 @@ def prepared(packages, out, monkeypatch, *arguments):
         for name in members:
             if name.endswith(".json"):
                 key, split = name.removesuffix(".json"), path.parent.relative_to(out).as_posix()
-                image = np.asarray(Image.open(io.BytesIO(members[f"{key}.png"])))
+                picture = members.get(f"{key}.png") or members[f"{key}.webp"]
+                image = np.asarray(Image.open(io.BytesIO(picture)))
                 found.append(({"key": key, "split": split, **json.loads(members[name])}, image))
     return printed, found
 
@@ -134,6 +135,28 @@ def test_styles_of_emoji_can_be_left_out(packages, tmp_path, monkeypatch):
     source = f"--source={packages[0]}"
     assert "needs for names" in fails("data.py", "emoji", source, "--styles=google", f"--out={tmp_path / 'out'}")
     assert "'apple': choose among google," in fails("data.py", "emoji", source, "--styles=apple")
+
+
+@pytest.mark.slow
+def test_emoji_are_kept_in_a_file_and_taken_from_it(packages, tmp_path, monkeypatch):
+    kept = tmp_path / "emoji.zip"
+    _, fetched = prepared(packages, tmp_path / "fetched", monkeypatch, f"--pictures={kept}")
+    monkeypatch.setattr(evidence.emoji, "fetch", None)  # no npm, no network
+    printed, taken = prepared([], tmp_path / "taken", monkeypatch, f"--pictures={kept}")
+    assert [record for record, _ in taken] == [record for record, _ in fetched]
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(taken, fetched, strict=True))
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".zip"}
+    _, fluent = prepared([], tmp_path / "fluent", monkeypatch, f"--pictures={kept}", "--styles=fluent")
+    assert {record["style"] for record, _ in fluent} == {"fluent"}
+
+
+def test_a_file_of_emoji_that_is_none_is_named(tmp_path):
+    kept, out = tmp_path / "emoji.zip", f"--out={tmp_path / 'out'}"
+    kept.write_bytes(b"PK")
+    assert "is no file of pictures" in fails("data.py", "emoji", f"--pictures={kept}", out)
+    evidence.emoji.pack(kept, {}, {("1f34e", "google"): png()})
+    line = fails("data.py", "emoji", f"--pictures={kept}", "--styles=google,fluent", out)
+    assert "has no pictures of the style fluent: leave it out" in line
 
 
 @pytest.mark.parametrize("annotation, name, having", [
