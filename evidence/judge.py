@@ -18,7 +18,7 @@ from tqdm import trange
 from plumbing import checkpoint
 from plumbing.loader import collate
 from plumbing.paths import at_home
-from plumbing.runtime import one_line_errors
+from plumbing.runtime import find_device, one_line_errors
 from plumbing.shards import Shards
 
 LABELS = "style", "group", "concept"
@@ -150,11 +150,13 @@ def compare(path, images, dataset, train_set):
 
 def train(judge, images, targets, iterations, batch_size=128, lr=3e-3):
     """Trains by cross-entropy of all labels, on images (n, 3, size, size) that are moved by up to SHIFT pixels and have
-    some noise, since samples are not clean either. targets: {label: class numbers (n,)}."""
+    some noise, since samples are not clean either. targets: {label: class numbers (n,)}. On the judge's device."""
+    device = next(judge.parameters()).device
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations)
-    images = F.pad(images, [SHIFT] * 4, value=1.0)
-    generator = torch.Generator().manual_seed(0)
+    images = F.pad(images, [SHIFT] * 4, value=1.0).to(device)
+    targets = {label: classes.to(device) for label, classes in targets.items()}
+    generator = torch.Generator().manual_seed(0)  # on the CPU: the same judge wherever it is trained, but for rounding
     bar = trange(iterations, desc="judge", leave=False)
     for _ in bar:
         chosen = torch.randint(len(images), (batch_size,), generator=generator)
@@ -162,7 +164,7 @@ def train(judge, images, targets, iterations, batch_size=128, lr=3e-3):
         batch = images[chosen, :, down:down + judge.size, across:across + judge.size]
         noise = torch.randn(batch.shape, generator=generator)
         noise = noise * torch.rand(batch_size, 1, 1, 1, generator=generator)
-        features = judge.features(batch + 0.1 * noise)
+        features = judge.features(batch + 0.1 * noise.to(device))
         loss = 0.0
         for label, classes in targets.items():
             logits = judge.heads[label](features)
@@ -194,6 +196,7 @@ def main(arguments=None):
     parser.add_argument("--out", type=at_home, default="out/emoji_judge.pt")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--iterations", type=int, default=3000)
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     dataset = Shards(args.data_dir, "train", 3, args.image_size, args.image_size)
@@ -204,9 +207,9 @@ def main(arguments=None):
         names, numbers = np.unique([record[label] for record in records], return_inverse=True)
         classes[label] = names.tolist()
         targets[label] = torch.from_numpy(numbers)
-    judge = Judge(args.image_size, classes)
+    judge = Judge(args.image_size, classes).to(find_device(args.device))
     train(judge, images_of(dataset, len(dataset)), targets, args.iterations)
-    judge.eval()
+    judge.cpu().eval()
     for folder in args.data_dir, f"{args.data_dir}/combinations":
         report(judge, folder)
     checkpoint.save(args.out, kind="judge", judge=judge, size=judge.size, classes=classes, width=judge.width)
