@@ -55,7 +55,7 @@ resume = "no"  # "yes": continue out_dir/ckpt.pt, wherever it started from; "aut
 seed = 0  # with the iteration, all of a run's randomness
 device = ""  # cuda, mps or cpu; empty: the best there is
 bfloat16: bool | None = None  # autocast; None: on CUDA only
-compile: bool | None = None  # torch.compile; None: on CUDA only
+compile: bool | str | None = None  # torch.compile; "layers": layer by layer, sooner done; None: on CUDA only
 workers = 0  # processes that load data, per rank; 0: load in the training process
 
 # ---- data

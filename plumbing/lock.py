@@ -5,7 +5,7 @@ import os
 import socket
 from pathlib import Path
 
-from plumbing.runtime import gathered, note, one_line_errors, rank_and_world, start_ranks
+from plumbing.runtime import check_compile, gathered, note, one_line_errors, rank_and_world, start_ranks
 
 try:
     import fcntl
@@ -78,6 +78,7 @@ def run_alone(config, Run, loop):
     A mistake in the settings is one line.
     """
     with one_line_errors():
+        check_compile(config)
         ranks = start_ranks(config["device"])
         lock = lock_folder(config["out_dir"])
     with lock:

@@ -197,11 +197,24 @@ def exact_products(device):
         torch.set_float32_matmul_precision(before)
 
 
+def check_compile(config):
+    """Raises ValueError for a way to compile that is none."""
+    if config["compile"] not in (None, True, False, "layers"):
+        raise ValueError(f"compile is {config['compile']!r}: choose True, False or 'layers'")
+
+
 def for_training(model, config, device):
-    """The model, or a method of one, as training calls it: compiled, and a model wrapped where several ranks train."""
+    """The model, or a method of one, as training calls it: compiled, and a model wrapped where several ranks train.
+
+    With compile "layers" the Transformer's layers are compiled instead of the whole: all of them are one graph.
+    """
     compiled = device.type == "cuda" if config["compile"] is None else config["compile"]
     warnings.filterwarnings("ignore", "TensorFloat32")  # it is slower, but a likelihood wants all of float32
-    network = torch.compile(model) if compiled else model
+    network = model
+    if compiled == "layers":
+        compile_layers(getattr(model, "__self__", model))
+    elif compiled:
+        network = torch.compile(model)
     if dist.is_initialized() and isinstance(model, torch.nn.Module):
         # No second copy of the gradients; and there are no buffers that training changes, an option that torch 2.13
         # gave another name.
@@ -210,6 +223,13 @@ def for_training(model, config, device):
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
                                           gradient_as_bucket_view=True, **{sync: False})
     return network
+
+
+def compile_layers(model):
+    """Compiles each of a model's Transformer layers in place; they have the same code and shapes, and share a graph."""
+    for name, module in model.named_modules():
+        if name.split(".")[-2:-1] == ["layers"]:
+            module.compile()
 
 
 def alike(*networks):

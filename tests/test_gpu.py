@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DISTILL, SAMPLE, TRAIN, contents, run, torchrun, training_lines
+from conftest import randomize
+from helpers import DISTILL, SAMPLE, TRAIN, contents, fails, run, torchrun, training_lines
 from tiny import Encoder, of_config
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -17,7 +18,7 @@ from losses import TrainingLoss, draw_levels, losses_of_batch
 from model import NTM, NTMConfig
 from plumbing import rng
 from plumbing.optim import make_optimizers, update_average, update_weights
-from plumbing.runtime import autocast
+from plumbing.runtime import autocast, for_training
 
 TINY = dict(image_size=4, width=16, depth=1, heads=2, transporter_width=8, transporter_blocks=1)
 NO_TRANSPORTER = dict(transporter_blocks=0, rank=2, parametrization="posterior")
@@ -119,6 +120,36 @@ def test_a_graph_is_whole_and_compiled_once(tmp_path, monkeypatch, way):
         "--num_samples=1", f"--out_dir={tmp_path}")
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1 + (way == "coupled")
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", ["flow matching", "closed form"])
+@pytest.mark.slow
+def test_layers_compiled_one_by_one_are_one_graph_and_compute_the_same(monkeypatch, way):
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: original(function, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    model = randomize(make_network(way, TINY | dict(depth=3)), scale=0.3)
+    config = model.config
+    settings = PLAIN | TRAINED[way] | dict(batch_size=4, bfloat16=False, compile="layers")
+    loss = TrainingLoss(model, settings)
+    images = torch.rand(4, config.channels, *config.image_size)
+    text = torch.ones(4, config.text_len, dtype=torch.long)
+    batches = SimpleNamespace(rows=slice(None), randn=rng.randn)
+    levels = draw_levels(model, getattr(model, "noised", None), images, text, settings, batches, None)
+    plain = loss(images, text, levels)["minimised"]
+    network = for_training(loss, settings, torch.device("cpu"))
+    compiled = network(images, text, levels)["minimised"]
+    torch.testing.assert_close(compiled, plain)
+    compiled.backward()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_a_way_to_compile_that_is_none_is_named(tmp_path):
+    for script in "train.py", "distill.py":
+        line = fails(script, "--compile=layer", "--device=cpu", f"--out_dir={tmp_path}")
+        assert line == "compile is 'layer': choose True, False or 'layers'"
 
 
 # ---------------------------------------------------------------------------------------------------------------
