@@ -1,0 +1,383 @@
+"""From pictures to a judged model of 64x64 emoji in a given time, on one device: what speedrun.sh calls.
+
+    bash speedrun.sh                              ten minutes, into out/speedrun
+    MINUTES=60 bash speedrun.sh --width=512       an hour, with a wider network
+
+pictures -> judge -> flow matching -> NTM -> denoiser -> sheet -> judged samples. Each stage takes its share of the time
+that is left: train.py's own first updates are timed, and its iterations set by their speed. After each stage
+RESULTS (default OUT/results) holds weights in float16, a sheet and report.md; each file is whole, whenever the run is
+killed.
+Run again, it goes on after the last stage that has ended; remove the folder OUT to start anew.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from evidence.report import report
+from evidence.update import EMOJI64, OF_NTM, cost_of, matrix_product_rate
+from plumbing import checkpoint
+from plumbing.log import read_record
+from plumbing.paths import at_home
+from plumbing.runtime import find_device, one_line_errors
+
+ROOT = Path(__file__).parent.parent
+# Shares of the time. Flow matching gets most: of equal images, a long stage of it and a short NTM kept the styles, the
+# other way round lost them (docs/log.md, 2026-11-26). The NTM's updates cost about twice as much, and its last steps go
+# on improving; the denoiser is level after a few hundred updates. Fifty steps of flow matching are most of the judging.
+SHARES = {"fm": 0.54, "ntm": 0.24, "denoiser": 0.08, "sheet": 0.03, "judged": 0.11}
+# Iterations over those of its warm-up, as in config/emoji64_fm.py, config/emoji64.py and distill.py.
+WARMUPS = {"fm": 12, "ntm": 40, "denoiser": 10}
+FRACTION = 0.97  # of a stage's time that is planned: one that ends before its last update has not lowered its rate
+LONG = 20  # minutes from which the whole network is compiled
+CACHED = 0.5  # of the first compilation's time, for the second, whose kernels are on disk: 0.2 to 0.4 on a CPU
+COMBINATIONS = 735  # all that are held out
+PASSES = 2 * (4 + 8 + 50) + 2 * 4 + 1  # of the network, for a judged image: flow matching's, the NTM's, the denoiser's
+# Results that a stage has better ones of: of which stage, what of it, and the names of its files.
+SUPERSEDED = {"ntm": ("fm", "files", "fm.pt*"), "sheet": ("ntm", "sheet", "ntm.png")}
+PART = 15_000_000  # bytes of a result at most: what mail and such take
+
+
+class Size(NamedTuple):
+    """What suits a device."""
+
+    network: dict  # settings of train.py
+    batch: int
+    first: int  # updates that are timed; more than workers have loaded before the first
+    validation: int
+    samples: int  # on train.py's sheets
+    judge: int  # iterations, where there is none yet
+    slower: float  # a pass for samples, in float32 and not compiled, than one of training
+
+
+# On a GPU: what fits into 40 MB in float16, and 20 GFLOP an image keep the chip busy in batches of 512; docs/scaling.md
+SIZES = {
+    "cuda": Size(dict(width=384, depth=6, heads=6, patch_size=4), 512, 60, 400, 25, 3000, 4.0),
+    "cpu": Size(dict(width=48, depth=2, heads=2, patch_size=8), 16, 8, 24, 6, 20, 1.0),
+}
+
+
+class Speed(NamedTuple):
+    """What a run of the first updates took: seconds of an update, of compilation, and of all before and after them."""
+
+    update: float
+    compilation: float
+    start: float
+
+
+def speed_of(log, batch, seconds):
+    """The Speed by the lines of a log.jsonl of a run that took so many seconds in all.
+
+    The first line's updates wait for compilation, and those of the first half have batches that were loaded meanwhile.
+    """
+    records = [read_record(line) for line in Path(log).read_text().splitlines()]
+    lines = [record for record in records if record and "images_per_s" in record]
+    before = 0
+    durations = []
+    rates = []
+    for line in lines:
+        rate = max(line["images_per_s"], 0.05)  # which is rounded to a tenth
+        durations.append((line["iter"] - before) * batch / rate)
+        rates.append(rate)
+        before = line["iter"]
+    update = batch / statistics.median(rates[len(rates) // 2 :])
+    compilation = max(0.0, durations[0] - lines[0]["iter"] * update)
+    return Speed(update, compilation, max(0.0, seconds - sum(durations)))
+
+
+def iterations_for(seconds, speed, after=0.0):
+    """How many updates fit into so many seconds, of which `after` go to validation; at least ten."""
+    free = seconds * FRACTION - speed.start - CACHED * speed.compilation - after
+    return max(10, int(free / speed.update))
+
+
+def share_of(stage, left):
+    """Seconds of a stage, where so many are left for it and those that follow."""
+    names = list(SHARES)
+    following = names[names.index(stage) :]
+    return left * SHARES[stage] / sum(SHARES[name] for name in following)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def write_whole(path, data):
+    """Writes bytes to a file by way of another, so that there is no half of it."""
+    part = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+def place(data, folder, name, size=PART):
+    """Writes bytes to folder/name, or where that would be larger than `size` to name.00, name.01, ...: the names."""
+    parts = [data[start : start + size] for start in range(0, len(data), size)]
+    names = [name] if len(parts) == 1 else [f"{name}.{i:02d}" for i in range(len(parts))]
+    for own, part in zip(names, parts):
+        write_whole(folder / own, part)
+    for other in folder.glob(f"{name}*"):  # of an earlier run
+        if other.name not in names:
+            other.unlink()
+    return names
+
+
+class Speedrun:
+    """A run: its folder, what is known of its stages, and its clock. args: main()'s."""
+
+    def __init__(self, args):
+        self.args = args
+        self.folder = Path(args.out)
+        self.results = Path(args.results or self.folder / "results")
+        self.data = Path(args.data_dir)
+        self.device = find_device(args.device)
+        self.size = SIZES["cuda" if self.device.type == "cuda" else "cpu"]
+        own = {name: getattr(args, name) for name in self.size.network if getattr(args, name)}
+        self.network = self.size.network | own
+        self.batch = args.batch_size or self.size.batch
+        self.path = self.folder / "speedrun.json"
+        self.state = {"minutes": args.minutes, "spent": 0.0, "stages": {}}
+        if self.path.exists():
+            self.state = json.loads(self.path.read_text()) | {"minutes": args.minutes}
+        self.started = time.perf_counter()
+        self.spent = self.state["spent"]
+
+    def seconds(self):
+        """Since the beginning, but for those of stages that were interrupted."""
+        return self.spent + time.perf_counter() - self.started
+
+    def left(self):
+        return max(0.0, 60 * self.args.minutes - self.seconds())
+
+    def call(self, *command, limit=None):
+        """Runs a script, which is asked to save and end after `limit` seconds. Returns how long it took.
+
+        Raises ValueError where it fails.
+        """
+        before = time.perf_counter()
+        command = [str(word) for word in command]
+        print("$ python", *command, flush=True)
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        finally:
+            if process.poll() is None:  # Ctrl-C here
+                process.terminate()
+                process.wait()
+        if process.returncode:
+            raise ValueError(f"{command[0]} ended with status {process.returncode}, as it says above: mend that and "
+                             f"run again; what has ended is in {self.results}")
+        return time.perf_counter() - before
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Before the clock matters
+
+    def prepare(self):
+        """Pictures and judge, if they are not there; and how fast the chip multiplies matrices."""
+        if not (self.data / "train").is_dir():
+            pictures = Path(self.args.pictures)
+            if not pictures.exists() and not shutil.which("npm"):
+                raise ValueError(f"there are neither shards in {self.data} nor pictures in {pictures}, nor npm to "
+                                 f"fetch them: where npm is, run `python data.py emoji --pictures={pictures}`, and "
+                                 "bring that file here")
+            self.call("data.py", "emoji", f"--pictures={pictures}", f"--out={self.data}")
+        if not Path(self.args.judge).exists():
+            self.call("-m", "evidence.judge", f"--data_dir={self.data}", f"--out={self.args.judge}",
+                      f"--iterations={self.size.judge}", f"--device={self.device}")
+        if "card" not in self.state:
+            self.measure_card()
+        self.passes = self.passes_of_an_update()
+        self.keep()
+
+    def passes_of_an_update(self):
+        """In how many parts a batch is passed, so that what the NTM's backward pass needs fits into the memory."""
+        if self.device.type != "cuda":
+            return 1
+        room = 0.6 * torch.cuda.get_device_properties(self.device).total_memory
+        kept = cost_of("coupled", EMOJI64 | OF_NTM | self.network).kept
+        passes = 1
+        while kept * self.batch / passes > room and passes < self.batch:
+            passes *= 2
+        return passes
+
+    def measure_card(self):
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name() if cuda else f"{self.device.type}, {torch.get_num_threads()} threads"
+        rates = {"float32": matrix_product_rate(self.device, torch.float32)}
+        rates["bfloat16"] = matrix_product_rate(self.device, torch.bfloat16)
+        self.state |= {"card": name, "torch": torch.__version__, "rates": rates}
+        self.state["precision"] = "bfloat16" if cuda else "float32"  # of training, by train.py's default
+
+    def keep(self):
+        self.state["spent"] = self.seconds()
+        write_whole(self.path, json.dumps(self.state, indent=1).encode())
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Stages
+
+    def train(self, stage, script, out, log, *settings):
+        """A stage of train.py or distill.py: its first updates, then as many as fit into its share of the time."""
+        ends = time.perf_counter() + share_of(stage, self.left())
+        batch, passes = self.batch, self.passes
+        if stage == "denoiser":  # its targets cost much, and more updates of fewer serve it better
+            batch, passes = max(8, batch // 8), 1
+        common = [script, *settings, f"--out_dir={out}", f"--device={self.device}", f"--batch_size={batch}",
+                  f"--grad_accum={passes}", f"--workers={self.workers()}", f"--compile={self.compile()}"]
+        first = self.size.first
+        self.forget(stage, out)
+        seconds = self.call(*common, f"--max_iters={first}", f"--val_interval={first}", "--val_examples=1",
+                            "--num_samples=1", f"--log_interval={max(1, first // 8)}", f"--warmup_iters={first}")
+        speed = speed_of(log, batch, seconds)
+        self.forget(stage, out)
+        seconds = max(0.0, ends - time.perf_counter())
+        after = self.after(speed.update / batch)
+        iterations = iterations_for(seconds, speed, after)
+        planned = speed.start + speed.compilation + iterations * speed.update + after
+        print(f"{stage}: {speed.update:.3g} s an update, {speed.compilation:.3g} s of compilation, {speed.start:.3g} s "
+              f"around them: {iterations} iterations in {planned:.0f} s, of {seconds:.0f} s that are left", flush=True)
+        self.call(*common, f"--max_iters={iterations}", f"--val_interval={iterations}",
+                  f"--val_examples={self.size.validation}", f"--num_samples={self.size.samples}",
+                  f"--log_interval={max(1, iterations // 50)}",
+                  f"--warmup_iters={max(1, iterations // WARMUPS[stage])}", limit=30 + max(1.2 * seconds, 2 * planned))
+
+    def after(self, an_image):
+        """Seconds of the validation and the sheet at the end, by the passes that they take.
+
+        an_image: seconds that training takes for one, which is three passes.
+        """
+        passes = 4 * self.size.validation + 50 * self.size.samples
+        return passes / 3 * self.size.slower * an_image
+
+    def compile(self):
+        """What train.py is told: layers are compiled sooner, which is worth more than faster updates in a short run."""
+        if self.device.type != "cuda":
+            return False
+        return "layers" if self.args.minutes < LONG else True
+
+    def workers(self):
+        return max(1, (os.cpu_count() or 3) - 2) if self.device.type == "cuda" else 0
+
+    def forget(self, stage, out):
+        """Removes what an unfinished run of a stage has left."""
+        if stage == "denoiser":
+            for path in Path(out).glob("denoiser*"):
+                path.unlink()
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+
+    def fm(self):
+        out = self.folder / "fm"
+        sizes = [f"--{name}={value}" for name, value in self.network.items()]
+        self.train("fm", "train.py", out, out / "log.jsonl", "config/emoji64_fm.py", f"--data_dir={self.data}", *sizes)
+        return self.trained(out / "ckpt.pt", out / "log.jsonl", "fm.pt") | {"sheet": self.sheet_of(out, "fm.png")}
+
+    def ntm(self):
+        out = self.folder / "ntm"
+        self.train("ntm", "train.py", out, out / "log.jsonl", "config/emoji64.py", f"--data_dir={self.data}",
+                   f"--init_from={self.folder / 'fm' / 'ckpt.pt'}")
+        return self.trained(out / "ckpt.pt", out / "log.jsonl", "ckpt.pt") | {"sheet": self.sheet_of(out, "ntm.png")}
+
+    def denoiser(self):
+        out = self.folder / "ntm"
+        self.train("denoiser", "distill.py", out, out / "denoiser_log.jsonl", "--ema=0.99")
+        return self.trained(out / "denoiser.pt", out / "denoiser_log.jsonl", "denoiser.pt")
+
+    def trained(self, path, log, name):
+        """Puts the weights in float16 among the results. Returns what the log says of the run, and names of files."""
+        half = path.with_name("half.pt")
+        checkpoint.slim(path, half)
+        files = place(half.read_bytes(), self.results, name)
+        half.unlink()
+        records = [record for record in map(read_record, log.read_text().splitlines()) if record]
+        lines = [record for record in records if "images_per_s" in record]
+        values = {key: value for record in records for key, value in record.items() if key.startswith("val_")}
+        contents = checkpoint.load(path, *checkpoint.KINDS)
+        images = contents["iter"] * contents["settings"]["batch_size"]
+        found = {"iterations": contents["iter"], "images": images, "files": files}
+        found["images_per_s"] = statistics.median(line["images_per_s"] for line in lines[1:] or lines)
+        found["data_wait"] = statistics.median(line["data_wait"] for line in lines[1:] or lines)
+        found["loss"] = lines[-1]["loss"]
+        if contents["kind"] != "denoiser":
+            cost = cost_of(contents["kind"], contents["model_config"])
+            found |= {"flop": cost.flop, "weights": cost.weights}
+        return found | values
+
+    def sheet_of(self, out, name):
+        """Puts a run's last sheet among the results, if there is one."""
+        sheets = sorted((out / "samples").glob("[0-9]*.png"))
+        return place(sheets[-1].read_bytes(), self.results, name)[0] if sheets else None
+
+    def sheet(self):
+        folder = self.folder / "sheet"
+        self.call("sample.py", f"--out_dir={self.folder / 'ntm'}", f"--prompts={ROOT / 'assets/emoji/prompts.txt'}",
+                  "--num_samples=1", f"--folder={folder}", f"--device={self.device}")
+        return {"sheet": place((folder / "sheet.png").read_bytes(), self.results, "sheet.png")[0]}
+
+    def judged(self):
+        """As many of the unseen combinations as fit into the time, the same for both models; the NTM's first."""
+        update = 1 / self.state["stages"]["fm"]["images_per_s"]
+        each = PASSES / 3 * self.size.slower * update
+        count = min(COMBINATIONS, max(24, int(0.6 * self.left() / each)))
+        found = {"count": count}
+        for name, settings in ("ntm", ["--denoise=learned"]), ("fm", ["--steps=4,8,50"]):
+            out = self.folder / name
+            self.call("evaluate.py", f"--out_dir={out}", "--parts=samples", f"--data_dir={self.data / 'combinations'}",
+                      f"--judge={self.args.judge}", f"--num_samples={count}", f"--device={self.device}", *settings)
+            evaluated = json.loads((out / "evaluate.json").read_text())
+            found[name] = evaluated["curves"]
+        return found
+
+    def go(self):
+        """All that has not ended before, and a report after each stage."""
+        self.prepare()
+        for stage in SHARES:
+            if stage in self.state["stages"]:
+                print(f"{stage} has ended before", flush=True)
+                continue
+            before = self.seconds()
+            found = getattr(self, stage)()
+            self.state["stages"][stage] = found | {"seconds": self.seconds() - before}
+            other, what, pattern = SUPERSEDED.get(stage, (stage, "", ""))
+            self.state["stages"][other].pop(what, None)
+            write_whole(self.results / "report.md", report(self.state).encode())
+            self.keep()
+            if pattern:
+                for path in self.results.glob(pattern):  # which no report names any more
+                    path.unlink()
+            print(f"{stage}: {self.seconds() - before:.0f} s; wrote {self.results / 'report.md'}", flush=True)
+
+
+@one_line_errors()
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="bash speedrun.sh", allow_abbrev=False,
+                                     description="64x64 emoji from pictures to a judged model in MINUTES.")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--out", type=at_home, default="out/speedrun")
+    parser.add_argument("--results", type=at_home, default="", help="default OUT/results")
+    parser.add_argument("--data_dir", type=at_home, default="out/data/emoji", help="shards of `python data.py emoji`")
+    parser.add_argument("--pictures", type=at_home, default="out/emoji.zip", help="of which shards are made")
+    parser.add_argument("--judge", type=at_home, default="out/emoji_judge.pt", help="trained if there is none")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
+    for name in ("width", "depth", "heads", "patch_size", "batch_size"):
+        parser.add_argument(f"--{name}", type=int, default=0, help="of the network; default: what suits the device")
+    args = parser.parse_args(arguments)
+    if not 0 < args.minutes < math.inf:
+        raise ValueError(f"minutes is {args.minutes}, but must be above 0: set MINUTES=10")
+    Speedrun(args).go()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What an update of training costs: operations and bytes by count, the least time on a card, and where time goes.
+
+    python -m evidence.update                          counts for the networks of speedrun.sh
+    python -m evidence.update --width=256 --depth=8    or of another size
+    python -m evidence.update --profile=10             the time of ten updates by stage and by operator, on this device
+
+Counts need neither the memory nor the time of what they count: tensors have shapes, but no values.
+"""
+
+import argparse
+import time
+from collections import Counter
+from dataclasses import fields
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import clip_grad_norm_
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from beyond import expected_nll, known_step, velocity_error
+from fm import FlowMatching
+from networks import NETWORKS
+from plumbing.optim import make_optimizers, update_average, update_weights
+from plumbing.runtime import autocast, find_device, for_training, one_line_errors
+
+SIZE = {"width": 384, "depth": 6, "heads": 6, "patch_size": 4}
+# the networks of config/emoji64_fm.py and config/emoji64.py, but for their size
+EMOJI64 = {"image_size": 64, "channels": 3, "vocab_size": 4055, "text_len": 16}
+OF_NTM = {
+    "transporter_blocks": 0,
+    "rank": 24,
+    "shift": 2.0,
+    "first_noise": 0.5,
+    "parametrization": "posterior",
+}
+# An H100, measured: a product of 8192 x 8192 in bfloat16, a copy in its memory; the maker's figure for float32.
+H100 = {"bfloat16": 790e12, "float32": 67e12, "bytes/s": 3e12}
+OF_WEIGHTS = 48  # bytes an update moves for each weight: weight, gradient, momentum, square and average in float32
+
+
+class Cost(NamedTuple):
+    """Of an update, by image: operations of matrix products, those of them in float32, and bytes kept for the backward
+    pass; whatever the batch, Muon's operations; and the number of weights."""
+
+    flop: float
+    in_float32: float
+    kept: float
+    muon: float
+    weights: int
+
+    def floor(self, batch, card):
+        """Least seconds of an update of `batch` images: by operations, and by bytes."""
+        coarse = (self.flop - self.in_float32 + self.muon / batch) / card["bfloat16"]
+        moved = 2 * batch * self.kept + OF_WEIGHTS * self.weights  # what is kept is written once and read once
+        return batch * (coarse + self.in_float32 / card["float32"]), moved / card["bytes/s"]
+
+
+class Products(TorchDispatchMode):
+    """In its context operations of matrix products are counted, {precision: count}, as FlopCounterMode counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        count = flop_registry.get(function._overloadpacket)
+        if count:
+            first = result[0] if isinstance(result, tuple) else result
+            self.count[first.dtype] += count(*args, **kwargs or {}, out_val=result)
+        return result
+
+
+def build(kind, config):
+    """A network of a kind in networks.py; config: a dict that holds its fields, and may hold more."""
+    network = NETWORKS[kind]
+    known = {field.name for field in fields(network.config_class)}
+    return network(network.config_class(**{name: value for name, value in config.items() if name in known}))
+
+
+def loss_of(model, images, text):
+    """What an update of config/emoji64_fm.py or config/emoji64.py differentiates, without the weights of levels."""
+    with record_function("levels, coupling"):
+        x0 = model.patchify(images)
+        if isinstance(model, FlowMatching):
+            drawn = model.draw_times(len(images), device=images.device), torch.randn_like(x0)
+        else:
+            steps, ts = model.draw_pairs(len(images), device=images.device)
+            noise = torch.randn(*ts.shape, *x0.shape[1:], device=images.device)
+            noised = getattr(model, "noised_pairs", model.noised)
+            x = noised(x0, text, ts, noise)
+    with record_function("forward"):
+        if isinstance(model, FlowMatching):
+            return model(images, text, drawn)
+        gaussian = model.predict_all(x, ts, steps, text)
+        mean, std = known_step(model, x, x0, ts)
+        nll = expected_nll(gaussian, mean, std) / x0[0].numel()
+        return nll.mean() + velocity_error(gaussian, mean, ts)
+
+
+def inputs(config, batch, device):
+    """Random images and captions, as many as a batch."""
+    images = torch.rand(batch, config.channels, *config.image_size, device=device) * 2 - 1
+    return images, torch.ones(batch, config.text_len, dtype=torch.long, device=device)
+
+
+def counted(kind, config, batch):
+    """Of an update of `batch` images: Products' count, bytes kept for the backward pass, Muon's count, and weights."""
+    kept = {}
+
+    def keep(tensor):
+        is_attention = tensor.dim() == 4 and tensor.shape[-1] == tensor.shape[-2]  # which a fused kernel does not keep
+        if not is_attention:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        model = build(kind, config)
+        images, text = inputs(model.config, batch, "cpu")
+        with Products() as products, saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, images, text)
+            loss.backward()
+        optimizers = make_optimizers(model, "muon", 1e-4, torch.device("cpu"), bfloat16=True)
+        with Products() as of_muon:
+            update_weights(optimizers, 1e-4)
+        weights = sum(weight.numel() for weight in model.parameters())
+    return products.count, sum(kept.values()), sum(of_muon.count.values()), weights
+
+
+def cost_of(kind, config):
+    """The Cost of a network's update in bfloat16."""
+    few, many = 20, 40
+    count, kept, muon, weights = counted(kind, config, many)
+    kept_of_few = counted(kind, config, few)[1]
+    per_image = (kept - kept_of_few) / (many - few)  # without copies of the weights, which do not grow with the batch
+    return Cost(sum(count.values()) / many, count[torch.float32] / many, per_image, muon, weights)
+
+
+def matrix_product_rate(device, dtype):
+    """FLOP/s of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(8):
+        start = clock(device)
+        torch.mm(a, b)
+        seconds.append(clock(device) - start)
+    return 2 * n**3 / sorted(seconds)[len(seconds) // 2]
+
+
+def clock(device):
+    """Seconds, once the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def updates(kind, config, batch, device):
+    """A function that makes an update as train.py does, with Muon; in bfloat16 and layers compiled on CUDA."""
+    settings = {"bfloat16": None, "compile": "layers" if device.type == "cuda" else False}
+    model = build(kind, config).to(device)
+    average = build(kind, config).to(device).requires_grad_(False)
+    optimizers = make_optimizers(model, "muon", 1e-4, device, bfloat16=device.type == "cuda")
+    images, text = inputs(model.config, batch, device)
+    for_training(model, settings, device)
+
+    def update(i):
+        with autocast(settings, device):
+            loss = loss_of(model, images, text)
+        with record_function("backward"):
+            loss.backward()
+        with record_function("clipping, Muon, AdamW"):
+            clip_grad_norm_(model.parameters(), 1.0)
+            update_weights(optimizers, 1e-4)
+        with record_function("average"):
+            update_average(average, model, 0.999, i)
+        model.zero_grad(set_to_none=True)
+
+    return update
+
+
+def print_counts(config, batch):
+    """What an update of flow matching and of the NTM costs, and the least time it can take on an H100."""
+    for kind in "fm", "coupled":
+        cost = cost_of(kind, config)
+        by_products, by_bytes = cost.floor(batch, H100)
+        print(f"{kind}: {cost.weights / 1e6:.1f} million weights; an image takes {cost.flop / 1e9:.1f} GFLOP, "
+              f"{cost.in_float32 / 1e9:.2f} of them in float32, and keeps {cost.kept / 1e6:.0f} MB; "
+              f"Muon takes {cost.muon / 1e9:.0f} GFLOP an update")
+        print(f"    an update of {batch} images on an H100: at least {1e3 * by_products:.1f} ms by products, "
+              f"{1e3 * by_bytes:.1f} ms by bytes that are kept; "
+              f"{batch / max(by_products, by_bytes):,.0f} images/s at most")
+
+
+def print_profile(kind, config, batch, count, device):
+    """Where the time of `count` updates goes: by stage, and by operator."""
+    update = updates(kind, config, batch, device)
+    for i in range(3):
+        update(i)
+    start = clock(device)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiled:
+        for i in range(count):
+            update(i)
+        seconds = clock(device) - start
+    print(f"{kind}: {batch * count / seconds:.1f} images/s on {device.type}, profiled")
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiled.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=40))
+
+
+@one_line_errors()
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m evidence.update", allow_abbrev=False,
+                                     description="What an update of training costs.")
+    for name, value in SIZE.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--batch_size", type=int, default=512)
+    parser.add_argument("--profile", type=int, default=0, metavar="UPDATES", help="run and profile so many")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
+    args = parser.parse_args(arguments)
+    config = EMOJI64 | OF_NTM | vars(args)
+    if not args.profile:
+        print_counts(config, args.batch_size)
+        return
+    for kind in "fm", "coupled":
+        print_profile(kind, config, args.batch_size, args.profile, find_device(args.device))
+
+
+if __name__ == "__main__":
+    main()
