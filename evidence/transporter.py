@@ -68,7 +68,7 @@ def curve_of(name, config, out, minutes, settings):
     """[(minutes, val_bound)] of a variant, trained for so many minutes."""
     batch_size = 32
     settings = [*settings, *VARIANTS[name], f"--batch_size={batch_size}", "--save_minutes=0"]
-    trial = [f"--max_iters={TRIAL}", f"--val_interval={TRIAL}", "--log_interval=5", "--val_examples=1", "--num_samples=1"]
+    trial = [f"--max_iters={TRIAL}", f"--val_interval={TRIAL}", "--log_interval=5", "--val_examples=1"]
     log = train(config, out / f"{name}_trial", [*settings, *trial])
     speed = log[-2]["images_per_s"]
     iterations = max(6, int(minutes * 60 * speed / batch_size))
