@@ -11,7 +11,7 @@ Each piece is a function of a model, or a model of its own, and is off unless a 
     first_noise       a first step that keeps its noise   CoupledNTM
     filters           a step's flow over pixels           pixels.py
     logistics
-    mirrored          and its loss with little noise      losses.py
+    mirrored          and its loss with little noise      mirrored_nll
     objective         one deep flow, for comparison       TarFlow
 
 Equation numbers are those of docs/beyond.md, up to (27) of docs/method.md. x_1 is the level at t = 1, pure noise.
@@ -75,6 +75,15 @@ def expected_nll(gaussian, mean, std):
         return gaussian.expected_nll(mean, std)
     precision = torch.exp(-2 * gaussian.log_std)
     return gaussian.nll(mean) + 0.5 * std**2 * precision.sum(dim=(-2, -1))
+
+
+def mirrored_nll(gaussian, x_s, mean):
+    """Eq. (40): the mean -log p of x_s and of its mirror image about mean (known_step's), in nats, (B, K-1).
+
+    As likely as x_s itself, the mirror image cancels what is odd in the noise. All like mean (B, K-1, N, D).
+    """
+    mirror_image = 2 * mean - x_s
+    return 0.5 * (gaussian.nll(x_s) + gaussian.nll(mirror_image))
 
 
 def velocity_error(gaussian, mean, ts):

@@ -137,7 +137,7 @@ def test_what_is_counted_is_what_training_multiplies(kind):
     cost = update.cost_of(kind, config)
     model = update.build(kind, config)
     images, text = update.inputs(model.config, 20, "cpu")
-    settings = {"closed_form": True, "mirrored": False, "level_weight": 0.5, "velocity_weight": 1.0, "max_t_min": 0.05}
+    settings = {"closed_form": False, "mirrored": True, "level_weight": 0.5, "velocity_weight": 1.0, "max_t_min": 0.05}
     loss = TrainingLoss(model, settings)
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         if kind == "fm":
