@@ -28,26 +28,26 @@ from plumbing import checkpoint
 from plumbing.optim import make_optimizers, update_weights
 from plumbing.runtime import autocast, find_device, one_line_errors
 
-out_dir = ""  # of a trained model to take size and weights from; empty: the sizes below, and random weights
-image_size: int | tuple = 16
-channels = 3
-patch_size = 2
-text_len = 8
-width = 128
-depth = 4
-heads = 4
-transporter_width = 64
-transporter_blocks = 3
-transporter_layers = 2
-transporter_heads = 2
-steps = 4
-shift: float | None = 0.5
-batch_size = 64
-image_sizes = (8, 16)  # for inversion
-tolerances = (1e-2, 1e-3, 1e-4)  # of sweeps
-repeats = 5  # of each figure, of which the median counts
-bfloat16: bool | None = None  # autocast; None: on CUDA only
-device = ""  # cuda, mps or cpu; empty: the best there is
+out_dir = ""  # the folder of a model whose size and weights are used; empty: the sizes below, random weights
+image_size: int | tuple = 16  # pixels a side; or height,width
+channels = 3  # 1: grey, 3: RGB
+patch_size = 2  # pixels a side of the square that becomes one token
+text_len = 8  # tokens of a caption
+width = 128  # numbers per token in the predictor
+depth = 4  # layers of the predictor
+heads = 4  # attention heads of the predictor
+transporter_width = 64  # numbers per token in the transporter
+transporter_blocks = 3  # autoregressive blocks of the transporter
+transporter_layers = 2  # layers of each block
+transporter_heads = 2  # attention heads of each block
+steps = 4  # T, the number of reverse steps
+shift: float | None = 0.5  # e^m of the time grid; None: from the number of tokens
+batch_size = 64  # images of an update, and images sampled at once
+image_sizes = (8, 16)  # sizes in pixels at which inversion is timed
+tolerances = (1e-2, 1e-3, 1e-4)  # tolerances of the Jacobi sweeps that are timed
+repeats = 5  # measurements of each figure, which is their median
+bfloat16: bool | None = None  # train in bfloat16 by autocast; None: on CUDA only
+device = ""  # cuda, mps or cpu; empty: the best available
 
 
 def medians(functions, device):
@@ -259,7 +259,7 @@ def main(config):
         report(title, results[title])
     path = Path(out_dir or "out") / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1))
+    path.write_text(json.dumps(results, indent=1), "utf-8")
     print(f"wrote {path}")
 
 

@@ -6,7 +6,7 @@
 
 Then `python script.py config/small.py --steps=8` runs config/small.py, an ordinary Python file, takes its
 public names as overrides, and after them steps = 8. Arguments apply from left to right, so the last one
-wins; `--help` shows them as the script has them, with the comment beside each.
+wins; `--help` shows how the script is called, examples, and each setting with its default and the comment behind it.
 
 A setting keeps the type of its default. Where that says too little (None, or an int that may also be a
 tuple of ints) an annotation decides instead. RANGES holds what is sensible for a setting of a name, in whatever script.
@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
+from plumbing.console import help_text, print_all_text
 from plumbing.paths import at_home
 
 KINDS = "None", "bool", "int", "float", "tuple", "str"  # the types a setting may have
@@ -129,6 +130,18 @@ class Settings(dict):
     """{name: value} of a script's settings; `given` holds the names that the command line set, a config file's too."""
 
 
+def settings_of(source, values):
+    """{name: (value, node)} of the settings that the text of a script assigns; values: its globals()."""
+    found = {}
+    for node in ast.parse(source).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                public = not name.startswith("_") and not name.isupper()
+                if public and name not in found and kind(values.get(name, ...)) in KINDS:
+                    found[name] = values[name], node
+    return found
+
+
 def configure(settings):
     """Overrides a script's settings, its globals(), from sys.argv, in place; returns them as Settings, in its order.
 
@@ -138,23 +151,17 @@ def configure(settings):
     annotates a setting with a type that no text can become.
     """
     source = Path(settings["__file__"]).read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    lines, kinds = [], {}  # of every setting: first and last line, and by name the types it may have
-    for node in tree.body:
-        match node:
-            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
-                public = not name.startswith("_") and not name.isupper()
-                if public and name not in kinds and kind(settings.get(name, ...)) in KINDS:
-                    lines += [node.lineno, node.end_lineno]
-                    hint = getattr(node, "annotation", None)
-                    kinds[name] = admitted(hint) if hint else [kind(settings[name])]
-
+    found = settings_of(source, settings)
+    print_all_text()
     if {"-h", "--help"} & set(sys.argv[1:]):
-        paragraph, (first, *_, last) = (ast.get_docstring(tree) or "").split("\n\n")[0], lines or [1, 0]
-        print(paragraph, "", *source.splitlines()[first - 1:last], sep="\n")
+        print(help_text(Path(settings["__file__"]).name, source, found))
         raise SystemExit(0)
 
-    config = Settings({name: settings[name] for name in kinds})
+    kinds = {}  # the types that each setting may have
+    for name, (value, node) in found.items():
+        hint = getattr(node, "annotation", None)
+        kinds[name] = admitted(hint) if hint else [kind(value)]
+    config = Settings({name: value for name, (value, _) in found.items()})
     config.given = set()
     for argument in sys.argv[1:]:
         key, equals, text = argument[2:].partition("=")

@@ -14,7 +14,6 @@ centre (2v + 1)/256 - 1 of its bin. Captions are a function of (seed, i); plumbi
     python data.py --help     the commands that make data sets and vocabularies (plumbing/prepare.py and latents.py)
 """
 
-import argparse
 import gzip
 import sys
 import zlib
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from plumbing.console import parser_with_examples, print_all_text
 from plumbing.images import contact_sheet, fit, save_image, thumbnail, to_pixels
 from plumbing.paths import at_home
 from plumbing.rng import uniforms
@@ -245,31 +245,49 @@ def show_tokens(captions, tokenizer):
         print(f"  {caption}" if len(caption) <= 500 else f"  {caption[:500]}…")
 
 
-def main():
+def make_parser():
+    """The parser of the command line, with a command for every data set and for everything that makes one."""
     from evidence import emoji
     from plumbing import latents, prepare  # which make data sets; training does not need them
-    parser = argparse.ArgumentParser(description="Checks data sets and makes them.", allow_abbrev=False)
+    parser = parser_with_examples(
+        prog="data.py",
+        description="Checks data sets and makes them.",
+        examples=["python data.py shapes --count=10", "python data.py folder ~/pictures --out=out/data/pictures"],
+    )
     parser.error = lambda message: sys.exit(f"data.py: {message}")
-    commands = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    commands = parser.add_subparsers(dest="name", metavar="NAME", required=True, help="what to check or make:")
 
-    def command(name, function, help):
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    def command(name, function, help, examples):
+        description = help[0].upper() + help[1:] + "."
+        sub = parser_with_examples(commands.add_parser, name, help=help, description=description, examples=examples)
         sub.error = parser.error
         sub.set_defaults(function=function)
         return sub
 
     for name in DATASETS:
-        sub = command(name, show, f"checks {name} and shows some of it")
-        sub.add_argument("--image_size", type=int, help="default: 16 for shapes, 28 for fashion, or as stored")
-        sub.add_argument("--split", default="train", help="train or val: which to show")
-        sub.add_argument("--data_dir", default="", help=f"fashion's files, default {FASHION_DIR}; or which shards")
-        sub.add_argument("--seed", type=int, default=0)
-        sub.add_argument("--tokenizer", default="captions", help="captions, emoji, gpt2 or NAME.tiktoken")
-        sub.add_argument("--count", type=int, default=36, help="images on the contact sheet; up to 10 make one row")
-        sub.add_argument("--out", help="the contact sheet, default out/NAME.png")
+        source = " --data_dir=out/data/pictures" if name == "shards" else ""
+        examples = [f"python data.py {name}{source}", f"python data.py {name}{source} --split=val --count=10"]
+        sub = command(name, show, f"checks {name} and shows some of it", examples)
+        sub.add_argument("--image_size", type=int,
+                         help="pixels a side; default: 16 for shapes, 28 for fashion, or as stored")
+        sub.add_argument("--split", default="train", help="which part to show, train or val; default train")
+        sub.add_argument("--data_dir", default="", help="the shards: a folder, a glob or NAME-{00000..00099}.tar; or "
+                                                        f"the folder of fashion's files, default {FASHION_DIR}")
+        sub.add_argument("--seed", type=int, default=0, help="the seed of the captions, and of shapes; default 0")
+        sub.add_argument("--tokenizer", default="captions",
+                         help="captions, emoji, gpt2 or NAME.tiktoken; default %(default)s")
+        sub.add_argument("--count", type=int, default=36,
+                         help="images on the contact sheet, of which up to 10 make one row; default %(default)s")
+        sub.add_argument("--out", help="the file of the contact sheet; default out/NAME.png")
     prepare.add_commands(command)
     emoji.add_commands(command)
     latents.add_commands(command)
+    return parser
+
+
+def main():
+    print_all_text()
+    parser = make_parser()
     args = parser.parse_args()
     for name, value in vars(args).items():
         if isinstance(value, str):

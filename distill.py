@@ -41,47 +41,47 @@ from plumbing.runtime import (
 )
 
 # ---- run
-out_dir = "out/digits"  # holds the model's ckpt.pt, and gets denoiser.pt
-init_from = ""  # the denoiser.pt of a similar model, to begin with; empty: begin anew
-resume = "no"  # "yes": continue out_dir/denoiser.pt; "auto": if there is one
-seed = 0  # with the iteration, all of a run's randomness
-device = ""  # cuda, mps or cpu; empty: the best there is
-bfloat16: bool | None = None  # autocast; None: on CUDA only
-compile: bool | str | None = None  # torch.compile; "layers": layer by layer, sooner done; None: on CUDA only
-workers = 0  # processes that load data, per rank; 0: load in the training process
-data_dir = ""  # where the model's data are now; empty: as for the model
-bad_limit = 0.01  # the fraction of unusable examples, replaced by others, at which a run stops
+out_dir = "out/digits"  # the folder of the model's ckpt.pt, which gets denoiser.pt
+init_from = ""  # denoiser.pt of a similar model to start from; empty: start from random weights
+resume = "no"  # "yes": continue out_dir/denoiser.pt; "auto": continue it if it exists
+seed = 0  # the seed and the iteration determine every random number of a run
+device = ""  # cuda, mps or cpu; empty: the best available
+bfloat16: bool | None = None  # train in bfloat16 by autocast; None: on CUDA only
+compile: bool | str | None = None  # use torch.compile; "layers": layer by layer, sooner done; None: on CUDA with Triton
+workers = 0  # processes per rank that load data; 0: the training process loads them
+data_dir = ""  # where the model's data are now; empty: where they were when it was trained
+bad_limit = 0.01  # stop if more than this fraction of the examples is unusable; others replace those that are
 caption_dropout = 0.1  # fraction of captions replaced by the null caption
 
 # ---- denoiser
-width = 96
-depth = 4
-heads = 4
+width = 96  # numbers per token in the denoiser
+depth = 4  # layers of the denoiser
+heads = 4  # attention heads of the denoiser
 steps = 0  # T of the trajectories it learns from; 0: the first that the model was trained with
-t_min = 0.02  # the noise level it starts from
+t_min = 0.02  # noise level of the samples that it denoises
 
 # ---- optimisation
 batch_size = 64  # examples per update, over all ranks and accumulation passes
-grad_accum = 1  # passes per update and rank
-max_iters = 200
+grad_accum = 1  # forward and backward passes per update on each rank
+max_iters = 200  # updates in all
 optimizer = "muon"  # or "adamw"
-lr = 5e-3  # for muon; adamw wants about 2e-3
-min_lr = 1e-6
-warmup_iters = 20
-weight_decay = 1e-4
-grad_clip = 1.0
-ema = 0.98  # decay of the averaged weights that sampling uses
+lr = 5e-3  # peak learning rate of muon; adamw needs about 2e-3
+min_lr = 1e-6  # learning rate at the end of its cosine schedule
+warmup_iters = 20  # updates in which the learning rate rises from 0 to its peak
+weight_decay = 1e-4  # decoupled weight decay of all weights
+grad_clip = 1.0  # scale the gradient down to this norm if it is larger
+ema = 0.98  # decay of the averaged weights, which sampling uses
 
 # ---- log
-log_interval = 50
+log_interval = 50  # iterations between lines of the log
 val_interval = 100  # iterations between validations, each with a sheet of samples and a checkpoint
-save_minutes = 15.0  # also save when so many minutes have passed since the last checkpoint; 0: at validations only
-keep = 1  # checkpoints of validations that stay, as denoiser_000100.pt and so on; 1: denoiser.pt alone, the newest
-val_examples = 297
-num_samples = 25  # on the sheet
-decoder = ""  # of latents, for the sheet: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
-chunk = 0  # examples that are score-denoised at once; 0: what fits into about 4 GB
-wandb_log = False  # the log and the sheets to Weights & Biases as well
+save_minutes = 15.0  # also save if so many minutes have passed since the last checkpoint; 0: at validations only
+keep = 1  # checkpoints of validations to keep, as denoiser_000100.pt and so on; 1: denoiser.pt alone, the newest
+val_examples = 297  # held-out examples that a validation reads
+num_samples = 25  # images on the sheet of samples
+decoder = ""  # for the sheet of a model of latents: a torch.export program, latents (B, C, h, w) to images in [-1, 1]
+chunk = 0  # examples that are score-denoised at once; 0: as many as fit into about 4 GB
+wandb_log = False  # send the log and the sheets to Weights & Biases as well
 
 
 # ---------------------------------------------------------------------------------------------------------------

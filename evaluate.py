@@ -45,26 +45,26 @@ from plumbing.plots import plot_quality
 from plumbing.runtime import (exact_products, from_first_rank, gathered, leave_ranks, note, one_line_errors,
                               rank_and_world, start_ranks)
 
-out_dir = "out/digits"  # holds ckpt.pt and, for denoise "learned", denoiser.pt
+out_dir = "out/digits"  # the folder of ckpt.pt and denoiser.pt; gets evaluate.json
 parts = ""  # some of likelihood,samples,classifier; empty: all that the model has
-val_examples = 500  # held-out images for the likelihood, and for what it is good for
-num_samples = 1000  # for each step count and way to denoise
-steps: int | tuple = 0  # T, or for samples several; 0: as trained, or 50 for flow matching
-denoise = "none,score,learned"  # of an NTM's samples; "learned" is left out where there is no denoiser.pt
-guidance: float | tuple = 1.0  # of samples; or several
-beside = ""  # evaluate.json of another model, whose samples join the figure
-restarts = 0  # (ours) times that each step of a sample's first half but the first is taken again
-best_of = 1  # (ours) candidates for each sample, of which the likeliest is kept
-judge = ""  # of shards with labels: a file of `python -m evidence.judge`, which says what samples show
-decoder = ""  # of a model of latents: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
-real_dir = ""  # with decoder: shards of the real images; empty: those that `data.py encode` made the latents of
-t_min = 0.02  # where trajectories end
-shift = 1.0  # e^m of the time grid of flow matching's samples
-trajectories = 4  # of each image, for the classifier, its captions sharing them, and for the tighter bound
-data_dir = ""  # where fashion's files are; empty: as for the model
-seed = 0
-batch_size = 100
-device = ""  # cuda, mps or cpu; empty: the best there is
+val_examples = 500  # held-out images for likelihood and classifier
+num_samples = 1000  # samples for each number of steps, way to denoise and guidance
+steps: int | tuple = 0  # T, for samples several; 0: as trained, or 50 for flow matching
+denoise = "none,score,learned"  # ways to denoise an NTM's samples; "learned" is left out without a denoiser.pt
+guidance: float | tuple = 1.0  # weight of classifier-free guidance, for samples; or several
+beside = ""  # evaluate.json of another model, whose samples are added to the figure
+restarts = 0  # (ours) times that noise is added back and a step repeated, for the first half's steps except the first
+best_of = 1  # (ours) candidates per sample; the model keeps the one that it finds likeliest
+judge = ""  # for shards with labels: a file that `python -m evidence.judge` made, which names what samples show
+decoder = ""  # for a model of latents: a torch.export program, latents (B, C, h, w) to images in [-1, 1]
+real_dir = ""  # with decoder: shards of the real images; empty: those that `data.py encode` read
+t_min = 0.02  # noise level where trajectories end
+shift = 1.0  # e^m of the time grid of flow matching's samples; 1: equal steps
+trajectories = 4  # trajectories per image for the tighter bound and the classifier, whose captions share them
+data_dir = ""  # where the model's data are now; empty: where they were when it was trained
+seed = 0  # the seed of samples and of the noise of held-out images
+batch_size = 100  # images that are sampled or scored at once
+device = ""  # cuda, mps or cpu; empty: the best available
 
 # ---------------------------------------------------------------------------------------------------------------
 # The likelihood
@@ -353,7 +353,7 @@ def main(config):
         if figure:
             save_image(figure, folder / "quality.png")
         path = Path(out_dir) / "evaluate.json"
-        path.write_text(json.dumps(results, indent=1, allow_nan=False))
+        path.write_text(json.dumps(results, indent=1, allow_nan=False), "utf-8")
         print(f"wrote {path}")
     leave_ranks()
 

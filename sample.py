@@ -33,25 +33,25 @@ from plumbing.layouts import (LAYOUTS, goes_on, make_folder, path_of, read_promp
                               write_sheet)
 from plumbing.runtime import from_first_rank, gathered, leave_ranks, note, one_line_errors, start_ranks
 
-out_dir = ""  # holds ckpt.pt and, for --denoise=learned, denoiser.pt; empty: assets/emoji. Nothing goes into assets/
-prompt = ""  # one caption; empty, and without `prompts`: out_dir/prompts.txt, or captions of the data it was trained on
-prompts = ""  # a text file with one caption a line, an empty line asking for anything; or .jsonl, a "prompt" each
-num_samples = 16  # images of the one prompt or of each line of the file; without either, images in all
-steps = 0  # T; 0: as trained, or 50 for flow matching
+out_dir = ""  # the folder of ckpt.pt and denoiser.pt; empty: assets/emoji. Nothing is written into assets/
+prompt = ""  # one caption; if it and `prompts` are empty: out_dir/prompts.txt, or captions of the model's data set
+prompts = ""  # a text file with one caption a line, empty for any image; or a .jsonl file with a "prompt" a line
+num_samples = 16  # images of each prompt; without prompts, images in all
+steps = 0  # T, the number of reverse steps; 0: as trained, or 50 for flow matching
 guidance = 1.0  # weight of classifier-free guidance; 0: none
-restarts = 0  # (ours) times that each step of the first half but the first is taken again, from noise added anew
-best_of = 1  # (ours) candidates for each image, of which the one is kept that the model finds likeliest
-denoise = "learned"  # by the denoiser in one pass; "score": by the model's own score; "none": as sampled, at t_min
-t_min = 0.02  # the noise level where sampling ends; the denoiser knows its own
-shift = 1.0  # e^m of the time grid of flow matching, 1: equal steps; an NTM keeps the one that it was trained on
+restarts = 0  # (ours) times that noise is added back and a step repeated, for the first half's steps except the first
+best_of = 1  # (ours) candidates per image; the model keeps the one that it finds likeliest
+denoise = "learned"  # "learned": by denoiser.pt in one pass; "score": by the model's score; "none": leave the noise
+t_min = 0.02  # noise level where sampling ends; the denoiser sets its own
+shift = 1.0  # e^m of flow matching's time grid; 1: equal steps. An NTM keeps the grid of its training
 seed = 0  # the same seed gives the same images, whatever the batch size
-batch_size = 64
-show_trajectory = False  # also a strip and a film of every level for each image
-scale = 1  # how many times single images are enlarged
-layout = "sheet"  # "flat": single images and nothing else; "geneval": a folder for each prompt
-folder = ""  # where the images go; empty: out_dir/images, or of a model in assets/ out/images/NAME
-decoder = ""  # of a model of latents: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
-device = ""  # cuda, mps or cpu; empty: the best there is
+batch_size = 64  # images that are sampled at once
+show_trajectory = False  # also write a strip and a GIF of all noise levels for each image
+scale = 1  # enlarge single images so many times
+layout = "sheet"  # "sheet": with a contact sheet; "flat": single images alone; "geneval": a folder for each prompt
+folder = ""  # where the images go; empty: out_dir/images, or out/images/NAME for a model in assets/
+decoder = ""  # for a model of latents: a torch.export program, latents (B, C, h, w) to images in [-1, 1]
+device = ""  # cuda, mps or cpu; empty: the best available
 
 
 def captions_to_sample(model):

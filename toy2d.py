@@ -6,6 +6,7 @@ diffusion model's step is a Gaussian, here an NTM without a transporter: it cove
 them, however long it trains. NTM's step is a flow and has pieces where the data have them.
 
     python toy2d.py --squares=4
+    python toy2d.py --max_iters=200 --num_samples=1000    # a first look
 
 Both models train for the same processor time, side by side, each on one core. Leaves the figure in out/toy2d.png.
 """
@@ -30,25 +31,25 @@ from plumbing.optim import HIDDEN, make_optimizers, update_average, update_weigh
 from plumbing.runtime import one_line_errors
 from predictor import standard_normal_nll
 
-squares = 2  # a side of the checkerboard, of which the data are the dark squares; 4: many more pieces, and harder
-figure = "out/toy2d.png"
-seed = 0
-steps = 4  # T
-shift = 2.0  # e^m of the time grid; at 1, even spacing, several levels have fine structure to model: 0.07 nats worse
-t_min = 0.02  # the cleanest level
-width = 32  # of the predictor, as depth
-depth = 1
-transporter_width = 16
-transporter_blocks = 10  # each stretches one pixel as a function of the other, in turn
-seconds = 150.0  # processor time that each model trains for
-max_iters = 0  # updates of each model instead, for a result that does not depend on the clock
-batch_size = 256
-lr = 8e-3
-weight_decay = 1e-4
-warmup_iters = 100
+squares = 2  # squares on a side of the checkerboard; 4 has more pieces and is harder
+figure = "out/toy2d.png"  # the file of the figure
+seed = 0  # the seed of data, weights and samples
+steps = 4  # T, the number of reverse steps
+shift = 2.0  # e^m of the time grid; at 1, equal steps, the bound is 0.07 nats worse
+t_min = 0.02  # the cleanest noise level
+width = 32  # numbers per token in the predictor
+depth = 1  # layers of the predictor
+transporter_width = 16  # numbers per token in the transporter
+transporter_blocks = 10  # blocks of the transporter; each stretches one pixel as a function of the other, in turn
+seconds = 150.0  # processor time in seconds that each model trains for
+max_iters = 0  # updates of each model, for a result that does not depend on the clock; 0: `seconds` decides
+batch_size = 256  # points per update
+lr = 8e-3  # peak learning rate
+weight_decay = 1e-4  # decoupled weight decay of all weights
+warmup_iters = 100  # updates in which the learning rate rises from 0 to its peak
 ema = 0.998  # decay of the averaged weights, which everything below uses
-panel = 180  # pixels, the side of a density in the figure
-num_samples = 10_000  # of each model; its bound is measured on ten times as many fresh examples
+panel = 180  # side in pixels of a density in the figure
+num_samples = 10_000  # samples of each model; its bound is measured on ten times as many fresh examples
 
 NAMES = ["Gaussian", "NTM"]
 ENTROPY = math.log(2)  # of the data, in nats: half of [-1, 1]^2 is dark

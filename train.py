@@ -48,79 +48,79 @@ from plumbing.runtime import (
 from start import NETWORK_SETTINGS, TRANSPORTER_SETTINGS, build_model, find_start
 
 # ---- run
-out_dir = "out/digits"
-objective = "ntm"  # or "fm": flow matching, with the same network; or (ours) "tarflow": no predictor, with steps 1
-init_from = "scratch"  # or a ckpt.pt of flow matching or of an NTM; or sit:PATH, published weights
-resume = "no"  # "yes": continue out_dir/ckpt.pt, wherever it started from; "auto": if there is one
-seed = 0  # with the iteration, all of a run's randomness
-device = ""  # cuda, mps or cpu; empty: the best there is
-bfloat16: bool | None = None  # autocast; None: on CUDA only
-compile: bool | str | None = None  # torch.compile; "layers": layer by layer, sooner done; None: on CUDA only
-workers = 0  # processes that load data, per rank; 0: load in the training process
+out_dir = "out/digits"  # the folder of the run: checkpoint, log, sheets of samples
+objective = "ntm"  # "fm": flow matching with the same network; "tarflow" (ours): no predictor, and steps must be 1
+init_from = "scratch"  # or a ckpt.pt of flow matching or of an NTM; or sit:PATH, published SiT weights
+resume = "no"  # "yes": continue out_dir/ckpt.pt, wherever it started from; "auto": continue it if it exists
+seed = 0  # the seed and the iteration determine every random number of a run
+device = ""  # cuda, mps or cpu; empty: the best available
+bfloat16: bool | None = None  # train in bfloat16 by autocast; None: on CUDA only
+compile: bool | str | None = None  # use torch.compile; "layers": layer by layer, sooner done; None: on CUDA with Triton
+workers = 0  # processes per rank that load data; 0: the training process loads them
 
 # ---- data
-dataset = "digits"
-data_dir = ""  # which shards: a folder, a glob, or NAME-{00000..00099}.tar; or where fashion's files are
-crop = "center"  # of the shards' images that are not square; or "random"
-flip = False  # mirror images of the shards at random, half of them
-latent_scale = 0.0  # what latents are multiplied by; 0: what `data.py encode` measured. SiT's want 0.18215
-bad_limit = 0.01  # the fraction of unusable examples, replaced by others, at which a run stops
+dataset = "digits"  # or "fashion", "shapes", or "shards": captioned images or latents of your own
+data_dir = ""  # the shards: a folder, a glob or NAME-{00000..00099}.tar; or the folder of Fashion-MNIST's files
+crop = "center"  # where shards' images that are not square are cropped; or "random"
+flip = False  # mirror half of the shards' images, chosen at random
+latent_scale = 0.0  # factor that normalises latents; 0: as `data.py encode` measured it; SiT's need 0.18215
+bad_limit = 0.01  # stop if more than this fraction of the examples is unusable; others replace those that are
 bad_captions = 0.1  # refuse to start if more than this fraction of captions is truncated or unreadable
-image_size: int | tuple = 8
-channels = 1
+image_size: int | tuple = 8  # pixels a side; or height,width
+channels = 1  # 1: grey, 3: RGB; latents have as many as their encoder makes
 tokenizer = "captions"  # or "emoji", "gpt2", a file NAME.tiktoken; or "classes": captions are "class 0" to "class 999"
-text_len = 4  # caption tokens; longer captions are cut
+text_len = 4  # tokens of a caption that the model reads; longer captions are cut
 caption_dropout = 0.1  # fraction of captions replaced by the null caption, which guidance needs
 
 # ---- model
-patch_size = 2
-width = 96  # of the predictor, as depth and heads
-depth = 4
-heads = 4
-transporter_width = 64
-transporter_blocks = 3  # 0: no transporter, the plain Gaussian step of a diffusion model
-transporter_layers = 2  # in each block
-transporter_heads = 2
+patch_size = 2  # pixels a side of the square that becomes one token
+width = 96  # numbers per token in the predictor
+depth = 4  # layers of the predictor
+heads = 4  # attention heads of the predictor
+transporter_width = 64  # numbers per token in the transporter
+transporter_blocks = 3  # autoregressive blocks of the transporter; 0: none, the Gaussian step of a diffusion model
+transporter_layers = 2  # layers of each block
+transporter_heads = 2  # attention heads of each block
 parametrization = "direct"  # from scratch; or "posterior": the head emits a velocity, as after flow matching
-steps: int | tuple = 4  # T; a tuple of several makes one model for all of them
-shift: float | None = 0.5  # e^m of the time grid, low for toy pictures; None: from the number of tokens
-max_t_min = 0.05  # t_0 is uniform in (0, max_t_min]
-rank = 0  # (ours) directions along which a step's Gaussian is correlated; 0, the paper's: none
-filters = 0  # (ours) kernels of a causal filter over pixels, which a step's Gaussian is drawn through; 0: no filter
-filter_window = 5  # (ours) side of the filter's window
-logistics = 0  # (ours) of the mixture at every number, by which a step's pointwise map is made; 0: no map
-pairs = True  # train on one random step of each trajectory instead of all T
-level_weight = 0.0  # (ours) p: a step that ends at noise level s counts s^p, which balances their gradients
-first_noise = 1.0  # (ours) the share of x_1 that is fresh noise; the rest follows from the next cleaner level
-closed_form = False  # (ours) the expected loss, whose gradients have less noise; for Gaussian steps alone
-mirrored = False  # (ours) the mean loss of x_s and its mirror image: nearly as little noise, with filters or logistics
+steps: int | tuple = 4  # T, the number of reverse steps; several, such as 4,8, make one model for all of them
+shift: float | None = 0.5  # e^m of the time grid; small images need a small one; None: from the number of tokens
+max_t_min = 0.05  # t_0, the cleanest noise level, is uniform in (0, max_t_min]
+rank = 0  # (ours) rank of the learned covariance of a step's Gaussian; 0: diagonal, as in the paper
+filters = 0  # (ours) kernels of the causal filter over pixels in a step's flow; 0: no filter
+filter_window = 5  # (ours) side of the filter's window in pixels
+logistics = 0  # (ours) logistics per number in the pointwise map of a step's flow; 0: no map
+pairs = True  # train on one random step of each trajectory; False: on all T steps
+level_weight = 0.0  # (ours) p: a step that ends at noise level s has weight s^p, which balances the gradients
+first_noise = 1.0  # (ours) fraction of x_1 that is fresh noise; the rest follows from the next cleaner level
+closed_form = False  # (ours) train on the expected loss: its gradients have less variance; needs Gaussian steps
+mirrored = False  # (ours) train on the mean loss of x_s and its mirror image: nearly as little variance, for any step
 velocity_weight = 0.0  # (ours) weight of an added flow-matching loss; needs transporter_blocks 0
-aux_weight = 2.5  # weight of staying close to the flow-matching model it starts from; goes to 0 by a cosine
+aux_weight = 2.5  # weight of staying close to the flow-matching model it starts from; decays to 0 by a cosine
 
 # ---- optimisation
 batch_size = 64  # examples per update, over all ranks and accumulation passes
-grad_accum = 1  # passes per update and rank
-max_iters = 2000
+grad_accum = 1  # forward and backward passes per update on each rank
+max_iters = 2000  # updates in all
 optimizer = "muon"  # or "adamw"
-lr = 5e-3  # for muon; adamw wants about 2e-3
+lr = 5e-3  # peak learning rate of muon; adamw needs about 2e-3
 words_lr = 1.0  # learning-rate factor for word embeddings; with many rare words try 25
-min_lr = 1e-6
-warmup_iters = 100
-weight_decay = 1e-4
-grad_clip = 1.0
-ema = 0.999  # decay of the averaged weights that sampling uses
+min_lr = 1e-6  # learning rate at the end of its cosine schedule
+warmup_iters = 100  # updates in which the learning rate rises from 0 to its peak
+weight_decay = 1e-4  # decoupled weight decay of all weights
+grad_clip = 1.0  # scale the gradient down to this norm if it is larger
+ema = 0.999  # decay of the averaged weights, which sampling uses
 
 # ---- log
-log_interval = 50
+log_interval = 50  # iterations between lines of the log
 val_interval = 500  # iterations between validations, each with a sheet of samples and a checkpoint
-save_minutes = 15.0  # also save when so many minutes have passed since the last checkpoint; 0: at validations only
-keep = 1  # checkpoints of validations that stay, as ckpt_000500.pt and so on; 1: ckpt.pt alone, the newest
-val_examples = 297
-t_min = 0.02  # where validation's trajectories and its samples end
-num_samples = 25  # on the sheet
-decoder = ""  # of latents, for the sheet: a program saved by torch.export, latents (B, C, h, w) to images in [-1, 1]
-chunk = 0  # examples that are validated or score-denoised at once; 0: what fits into about 4 GB
-wandb_log = False  # the log and the sheets to Weights & Biases as well
+save_minutes = 15.0  # also save if so many minutes have passed since the last checkpoint; 0: at validations only
+keep = 1  # checkpoints of validations to keep, as ckpt_000500.pt and so on; 1: ckpt.pt alone, the newest
+val_examples = 297  # held-out examples that a validation reads
+t_min = 0.02  # noise level where the trajectories of validation and the samples end
+num_samples = 25  # images on the sheet of samples
+decoder = ""  # for the sheet of a model of latents: a torch.export program, latents (B, C, h, w) to images in [-1, 1]
+chunk = 0  # examples that are validated or score-denoised at once; 0: as many as fit into about 4 GB
+wandb_log = False  # send the log and the sheets to Weights & Biases as well
 
 # ---------------------------------------------------------------------------------------------------------------
 # Validation

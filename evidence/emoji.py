@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -41,6 +42,7 @@ PACKAGES = {  # style: the npm package, where its pictures are in it, and what t
 NAMES = "data/openmoji.json"  # in the package openmoji
 WORDS = "words.json"  # in a file of --pictures
 SIZE = 64  # pixels
+NPM = shutil.which("npm") or "npm"  # on Windows a script, npm.cmd, which subprocess finds by its full name alone
 RASTERIZER = "@resvg/resvg-js@2.6.2"
 RASTERIZE = """const svg = require("@resvg/resvg-js"), fs = require("fs");
 const options = { fitTo: { mode: "width", value: %d } };
@@ -113,7 +115,7 @@ def read_words(table):
 
 def fetch(packages, folder):
     """Has npm put packages, by name, into a folder. Returns {name: path of its .tgz}."""
-    command = ["npm", "pack", "--json", *packages]
+    command = [NPM, "pack", "--json", *packages]
     try:
         packed = json.loads(subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
@@ -144,7 +146,7 @@ def rasterize(svgs):
         for code, svg in svgs.items():
             (Path(folder) / f"{code}.svg").write_bytes(svg)
         try:
-            for command in ["npm", "install", "--silent", RASTERIZER], ["node", "-e", RASTERIZE]:
+            for command in [NPM, "install", "--silent", RASTERIZER], ["node", "-e", RASTERIZE]:
                 subprocess.run(command, cwd=folder, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise OSError(f"OpenMoji's SVG cannot be drawn ({error}): install npm and node, or leave it out, "
@@ -266,16 +268,17 @@ def prepare_emoji(args):
     examples.sort(key=lambda example: hashed(example[0]))  # for readers that stream
     write_splits(Path(args.out), examples)
     licences = "".join(f"{style}: {PACKAGES[style][2]}, from npm's {PACKAGES[style][0]}.\n" for style in styles)
-    (Path(args.out) / "LICENCES.txt").write_text(licences + "Names: Unicode CLDR, Unicode License v3.\n")
+    (Path(args.out) / "LICENCES.txt").write_text(licences + "Names: Unicode CLDR, Unicode License v3.\n", "utf-8")
     print(f"wrote {args.out}")
 
 
 def add_commands(command):
-    """The command of data.py, by command(name, function, help) -> parser."""
-    sub = command("emoji", prepare_emoji, "makes shards of emoji in four styles, fetched by npm")
-    sub.add_argument("--styles", default=",".join(PACKAGES), help="which, default %(default)s")
+    """The command of data.py, by command(name, function, help, examples) -> parser."""
+    examples = ["python data.py emoji", "python data.py emoji --styles=google,twitter,fluent"]
+    sub = command("emoji", prepare_emoji, "makes shards of emoji in four styles, fetched by npm", examples)
+    sub.add_argument("--styles", default=",".join(PACKAGES), help="the styles; default %(default)s")
     sub.add_argument("--source", type=at_home, action="append", metavar="FILE",
-                     help="a .tgz that `npm pack` made; may be repeated")
+                     help="a .tgz that `npm pack` made, instead of fetching it; may be repeated")
     sub.add_argument("--pictures", type=at_home, metavar="FILE",
                      help="a .zip of all pictures: taken from it if it exists, else kept in it")
-    sub.add_argument("--out", default="out/data/emoji")
+    sub.add_argument("--out", default="out/data/emoji", help="the folder of the shards; default %(default)s")

@@ -5,7 +5,6 @@ labels in KEY.json, such as emoji, a small convolutional network that has learne
     python evaluate.py --out_dir=out/emoji --data_dir=out/data/emoji/combinations --judge=out/emoji_judge.pt
 """
 
-import argparse
 import json
 import math
 
@@ -16,6 +15,7 @@ from torch import nn
 from tqdm import trange
 
 from plumbing import checkpoint
+from plumbing.console import parser_with_examples, print_all_text
 from plumbing.loader import collate
 from plumbing.paths import at_home
 from plumbing.runtime import find_device, one_line_errors
@@ -188,16 +188,27 @@ def report(judge, folder):
     print(f"{folder}/val, {count} images: {accuracies}")
 
 
+def make_parser():
+    program = "python -m evidence.judge"
+    parser = parser_with_examples(
+        prog=program,
+        description="Trains a judge of labelled shards on their training images.",
+        examples=[f"{program} --data_dir=out/data/emoji --out=out/emoji_judge.pt", f"{program} --image_size=64"],
+    )
+    parser.add_argument("--data_dir", type=at_home, default="out/data/emoji", help="the shards; default %(default)s")
+    parser.add_argument("--out", type=at_home, default="out/emoji_judge.pt",
+                        help="the judge's checkpoint; default %(default)s")
+    parser.add_argument("--image_size", type=int, default=32,
+                        help="pixels a side of the images that it judges; default %(default)s")
+    parser.add_argument("--iterations", type=int, default=3000, help="updates in training; default %(default)s")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best available")
+    return parser
+
+
 @one_line_errors()
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m evidence.judge", allow_abbrev=False,
-                                     description="Trains a judge of labelled shards on their training images.")
-    parser.add_argument("--data_dir", type=at_home, default="out/data/emoji")
-    parser.add_argument("--out", type=at_home, default="out/emoji_judge.pt")
-    parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--iterations", type=int, default=3000)
-    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
-    args = parser.parse_args(arguments)
+    print_all_text()
+    args = make_parser().parse_args(arguments)
     torch.manual_seed(0)
     dataset = Shards(args.data_dir, "train", 3, args.image_size, args.image_size)
     records = labels_of(dataset, len(dataset))

@@ -77,7 +77,7 @@ def scores_of_tasks(images, captions, tasks):
 def curves_of(path):
     """What evaluate.json holds of samples, for plot_quality. Raises ValueError for another file."""
     try:
-        return json.loads(Path(path).read_text())["curves"]
+        return json.loads(Path(path).read_text("utf-8"))["curves"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"beside is {path}, which is no evaluate.json with samples ({error!r})") from error
 

@@ -16,7 +16,6 @@ as they are drawn the power of the likelihood rises from 0 to 1, and at every st
 moved. The estimate of the integral is unbiased, and knows nothing of the scene that x_t was made from.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -32,6 +31,7 @@ from flow import forward_trajectory, reverse_posterior
 from model import forward_log_prob
 from networks import NTMS
 from plumbing import checkpoint
+from plumbing.console import parser_with_examples, print_all_text
 from plumbing.loader import validation_batches
 from plumbing.rng import uniforms
 from plumbing.runtime import find_device, one_line_errors
@@ -206,16 +206,26 @@ def summary(rows):
     return results
 
 
-def parse(arguments):
-    parser = argparse.ArgumentParser(prog="python -m evidence.truth", allow_abbrev=False,
-                                     description="Measures how far the steps of a model of shapes are from the truth.")
+def make_parser():
+    program = "python -m evidence.truth"
+    parser = parser_with_examples(
+        prog=program,
+        description="Measures how far the steps of a model of shapes are from the truth.",
+        examples=[f"{program} assets/shapes", f"{program} out/shapes_plain --examples=50"],
+    )
     parser.error = lambda message: sys.exit(f"evidence.truth: {message}")
-    parser.add_argument("out_dir", help="holds ckpt.pt of an NTM")
-    parser.add_argument("--examples", type=int, default=50, help="held-out images, default %(default)s")
-    parser.add_argument("--steps", type=int, default=0, help="T, default: as trained")
-    parser.add_argument("--t_min", type=float, default=0.02, help="where trajectories end, default %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
+    parser.add_argument("out_dir", help="the folder of an NTM's ckpt.pt; gets truth.json")
+    parser.add_argument("--examples", type=int, default=50, help="held-out images; default %(default)s")
+    parser.add_argument("--steps", type=int, default=0, help="T, the number of reverse steps; default: as trained")
+    parser.add_argument("--t_min", type=float, default=0.02,
+                        help="noise level where trajectories end; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of noise and scenes; default %(default)s")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best available")
+    return parser
+
+
+def parse(arguments):
+    parser = make_parser()
     args = parser.parse_args(arguments)
     for name, least in ("examples", 1), ("steps", 0), ("seed", 0):
         if vars(args)[name] < least:
@@ -238,6 +248,7 @@ def check(path, settings, config, steps):
 
 @one_line_errors()
 def main(arguments=None):
+    print_all_text()
     args = parse(arguments)
     folder = Path(args.out_dir)
     path = folder / "ckpt.pt"
@@ -253,7 +264,7 @@ def main(arguments=None):
         error = f" ± {nats['standard_error']:.2f}" if "standard_error" in nats else ""
         print(f"{name:32} {nats['mean']:8.2f}{error} nats above the truth")
     record = {"config": vars(args), "iteration": trained["iter"], "truth": results}
-    (folder / "truth.json").write_text(json.dumps(record, indent=1, allow_nan=False))
+    (folder / "truth.json").write_text(json.dumps(record, indent=1, allow_nan=False), "utf-8")
     print(f"wrote {folder / 'truth.json'}")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from plumbing.console import parser_with_examples
 from plumbing.runtime import gathered, job, one_line_errors, restarts
 
 # of the networks that are sampled from
@@ -218,12 +219,28 @@ def slim(path, out):
     save(out, **kept, settings=settings, ema=ema)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m plumbing.checkpoint OUT_DIR NEW_DIR")
-    if Path(sys.argv[1]).resolve() == Path(sys.argv[2]).resolve():
-        sys.exit(f"{sys.argv[2]} would lose what resuming needs: name another folder to write to")
+def make_parser():
+    program = "python -m plumbing.checkpoint"
+    parser = parser_with_examples(
+        prog=program,
+        description="Copies what sampling needs of a model and its denoiser, in float16.",
+        examples=[f"{program} out/shapes assets/shapes", f"{program} out/digits out/digits_small"],
+    )
+    parser.error = lambda message: sys.exit(f"plumbing.checkpoint: {message}")
+    parser.add_argument("out_dir", type=Path, help="the folder of ckpt.pt and, if there is one, denoiser.pt")
+    parser.add_argument("new_dir", type=Path, help="the folder that gets the copies")
+    return parser
+
+
+@one_line_errors()
+def main():
+    args = make_parser().parse_args()
+    if args.out_dir.resolve() == args.new_dir.resolve():
+        raise ValueError(f"{args.new_dir} would lose what resuming needs: name another folder to write to")
     for name in ("ckpt.pt", "denoiser.pt"):
-        if name == "ckpt.pt" or (Path(sys.argv[1]) / name).exists():  # not every model has a denoiser
-            with one_line_errors():
-                slim(Path(sys.argv[1]) / name, Path(sys.argv[2]) / name)
+        if name == "ckpt.pt" or (args.out_dir / name).exists():  # not every model has a denoiser
+            slim(args.out_dir / name, args.new_dir / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,7 @@ def source_of(latents):
     shard = latents.paths[0]
     for folder in shard.parent, shard.parent.parent:
         try:
-            return json.loads((folder / "encoding.json").read_text())["data_dir"]
+            return json.loads((folder / "encoding.json").read_text("utf-8"))["data_dir"]
         except (OSError, ValueError, LookupError, TypeError):
             continue
     return ""

@@ -1,19 +1,22 @@
 """Which shards there are, and the index of where in them each example begins."""
 
-import fcntl
+import contextlib
 import hashlib
 import io
 import json
 import multiprocessing
 import os
 import tarfile
+import uuid
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from plumbing.examples import Unusable, key_and_suffix, split_examples
+from plumbing.lock import lock_file
 from plumbing.paths import at_home, expand, wildcards
+from plumbing.runtime import CAN_FORK
 
 BLOCK = 512  # bytes, of a tar
 VERSION = 2  # of what an index holds; one of another version is built anew
@@ -143,25 +146,29 @@ def load_index(paths):
     path = folder / f"shards-{digest}.index"
     if not read_index(path, shards):
         try:
-            lock = open(path.with_suffix(".lock"), "w")
+            lock = open(path.with_suffix(".lock"), "w", encoding="utf-8")
         except OSError as error:
             raise OSError(f"the index of the shards cannot be written beside them ({error}): make the folder writable, "
                           "or link the shards into one that is") from error
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # without locks every process builds the index, and all build the same
+                lock_file(lock, wait=True)
             if not read_index(path, shards):
                 build_index(path, paths, shards)
     return read_index(path, shards)
 
 
 def build_index(path, paths, shards):
-    # forked, since a fresh interpreter would run the calling script once more
-    with multiprocessing.get_context("fork").Pool(min(len(paths), os.cpu_count())) as pool:
-        scanned = list(tqdm(pool.imap(scan, paths), total=len(paths), desc="index", unit="shard", leave=False))
+    with contextlib.ExitStack() as stack:
+        scan_all = map
+        if CAN_FORK:  # a fresh interpreter, as on Windows, would run the calling script once more
+            pool = multiprocessing.get_context("fork").Pool(min(len(paths), os.cpu_count()))
+            scan_all = stack.enter_context(pool).imap
+        scanned = list(tqdm(scan_all(scan, paths), total=len(paths), desc="index", unit="shard", leave=False))
     text = json.dumps({"version": VERSION, "shards": shards,
                        "counts": [len(starts) - 1 for starts, _ in scanned],
                        "faults": {name: fault for (name, _, _), (_, fault) in zip(shards, scanned) if fault}})
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{uuid.uuid4().hex[:8]}.part")  # which no other process writes
     with open(part, "wb") as file:
         file.write((text + " " * (-(len(text) + 1) % 4) + "\n").encode())  # padded: the numbers are aligned
         file.write(np.concatenate([starts for starts, _ in scanned]).tobytes())

@@ -4,7 +4,6 @@
     torchrun --nproc_per_node=8 data.py encode ...     # the same by eight GPUs
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -18,7 +17,8 @@ from tqdm import tqdm
 
 from plumbing.examples import IMAGES, TEXTS, Unusable, last, pick
 from plumbing.loader import read_ahead
-from plumbing.runtime import claim, gathered, leave_ranks, start_ranks
+from plumbing.lock import lock_file
+from plumbing.runtime import claim, gathered, leave_ranks, note, start_ranks
 from plumbing.shards import Shards, find_shards, first_example, write_shard
 
 PATIENCE = timedelta(days=1)  # of a rank whose shards are encoded, for the others
@@ -154,12 +154,14 @@ def take_folder(out, sources, args):
     taken as long as the file that this returns is open. Raises ValueError where another job has taken it, or it holds
     other latents."""
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / "encoding.lock", "w")
+    lock = open(out / "encoding.lock", "w", encoding="utf-8")
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by the processes that load
-    except BlockingIOError:
+        lock_file(lock)
+    except (BlockingIOError, PermissionError):
         raise ValueError(f"another process encodes into {out}: wait until it ends, or stop it and start one job of all "
                          "GPUs, torchrun --nproc_per_node=8 data.py encode ...") from None
+    except OSError as error:
+        note(f"{out} cannot be locked ({error}): see to it that no other process encodes into it")
     shards = {split: source.header["shards"] for split, source in sources.items()}
     settings = {"data_dir": args.data_dir, "encoder": args.encoder, "image_size": args.image_size,
                 "encoder_sha256": hashlib.sha256(Path(args.encoder).read_bytes()).hexdigest(),
@@ -189,7 +191,7 @@ def prepare_latents(args):
     left_out = encode_shards(sources, folders, encoder, ranks, args)
     if rank == 0:
         mean, scale = measure_latents(str(out))
-        (out / "latents.json").write_text(json.dumps({"mean": mean, "scale": scale}) + "\n")
+        (out / "latents.json").write_text(json.dumps({"mean": mean, "scale": scale}) + "\n", "utf-8")
         print(f"means {', '.join(f'{m:.3f}' for m in mean)}; scales {', '.join(f'{s:.4f}' for s in scale)}")
         print(f"wrote {out}" + (f"; {left_out} unusable images were left out" if left_out else ""))
         lock.close()
@@ -197,12 +199,15 @@ def prepare_latents(args):
 
 
 def add_commands(command):
-    """A command of data.py, by command(name, function, help) -> parser."""
-    sub = command("encode", prepare_latents, "makes shards of latents from shards of images")
-    sub.add_argument("--data_dir", required=True, help="which shards")
-    sub.add_argument("--encoder", required=True, help="saved by torch.export: (B, 3, H, W) in [-1, 1] to latents")
-    sub.add_argument("--out", required=True)
-    sub.add_argument("--image_size", type=int, default=256)
-    sub.add_argument("--batch_size", type=int, default=32)
-    sub.add_argument("--workers", type=int, default=0, help="processes that decode images")
-    sub.add_argument("--device", default="", help="cuda, mps or cpu; the best available by default")
+    """A command of data.py, by command(name, function, help, examples) -> parser."""
+    start = "data.py encode --data_dir=out/data/cats --encoder=encoder.pt2 --out=out/latents"
+    examples = [f"python {start}", f"torchrun --nproc_per_node=8 {start} --batch_size=64 --workers=8"]
+    sub = command("encode", prepare_latents, "makes shards of latents from shards of images", examples)
+    sub.add_argument("--data_dir", required=True, help="the shards: a folder, a glob or NAME-{00000..00099}.tar")
+    sub.add_argument("--encoder", required=True, help="a program saved by torch.export: images (B, 3, H, W) in [-1, 1] "
+                                                      "to latents (B, C, h, w)")
+    sub.add_argument("--out", required=True, help="the folder of the latents' shards")
+    sub.add_argument("--image_size", type=int, default=256, help="pixels a side of what is encoded; default 256")
+    sub.add_argument("--batch_size", type=int, default=32, help="images that are encoded at once; default 32")
+    sub.add_argument("--workers", type=int, default=0, help="processes that decode images; default 0: this one does")
+    sub.add_argument("--device", default="", help="cuda, mps or cpu; default: the best available")

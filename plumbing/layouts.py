@@ -109,7 +109,7 @@ def goes_on(folder, settings, own):
 def layout_of(path):
     """The layout that a file of settings has recorded, or "" if it is damaged."""
     try:
-        return json.loads(path.read_text())["layout"]
+        return json.loads(path.read_text("utf-8"))["layout"]
     except (ValueError, LookupError, TypeError):
         return ""
 
@@ -144,6 +144,6 @@ def write_geneval_sheets(folder, entries, per_prompt):
     """What GenEval's scorer expects beside the samples of each prompt."""
     for number, entry in enumerate(entries):
         home = folder / f"{number:05d}"
-        (home / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
+        (home / "metadata.jsonl").write_text(json.dumps(entry) + "\n", "utf-8")
         images = np.stack([read_image(home / "samples" / f"{k:04d}.png") for k in range(per_prompt)])
         save_image(contact_sheet(to_pixels(images).permute(0, 3, 1, 2), scale=1), home / "grid.png")

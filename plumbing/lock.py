@@ -15,6 +15,18 @@ except ImportError:  # Windows
 NAME = ".lock"
 
 
+def lock_file(file, wait=False):
+    """Locks an open file until it is closed.
+
+    Raises BlockingIOError or PermissionError where another process holds the lock, unless `wait` is True, and OSError
+    where files cannot be locked: on Windows and on some network file systems.
+    """
+    if fcntl is None:
+        raise OSError("this platform has no fcntl")
+    # not flock: the processes that load data would inherit it, and may outlive the run
+    fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class Lock:
     """The lock of a folder, held until its context ends. Raises ValueError where another process holds it, or where the
     folder cannot be written to; what cannot be locked, as on some network file systems, is noted."""
@@ -28,10 +40,7 @@ class Lock:
         except OSError as error:
             raise ValueError(f"out_dir {folder} cannot be written to ({error}): choose another --out_dir") from error
         try:
-            if fcntl is None:
-                raise OSError("there is no fcntl here")
-            # not flock: the processes that load data would inherit it, and may outlive the run
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self.file)
         except (BlockingIOError, PermissionError):
             self.file.seek(0)
             holder = self.file.read(200).strip() or "another process"

@@ -43,7 +43,7 @@ class Log:
         if start and path.exists():
             self.go_back_to(start)
         else:
-            path.write_text("")
+            path.write_text("", "utf-8")
 
     def go_back_to(self, start):
         """Drops what a resumed run does not continue: lines of iterations after `start`, and damaged ones."""
@@ -56,7 +56,7 @@ class Log:
         kept = [(line, record) for line, record in zip(lines, records) if record and record["iter"] <= start]
         if rest or len(kept) < len(lines):
             part = self.path.with_name(self.path.name + ".part")
-            part.write_text("".join(line + "\n" for line, _ in kept))
+            part.write_text("".join(line + "\n" for line, _ in kept), "utf-8")
             os.replace(part, self.path)
         # a run may have been killed between a checkpoint and its validation
         self.lacks_validation = bool(kept) and "loss" in kept[-1][1]
@@ -66,7 +66,7 @@ class Log:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         if not self.fault:
             try:
-                with open(self.path, "a") as file:
+                with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(finite) + "\n")
             except OSError as error:
                 self.fault = f"cannot write {self.path}, is the disk full? {error}"
@@ -94,7 +94,7 @@ def start_wandb(path, start, config):
     place = {}
     if start and path.exists():
         try:
-            place = dict(json.loads(path.read_text()))
+            place = dict(json.loads(path.read_text("utf-8")))
         except (ValueError, TypeError):
             note(f"{path} is damaged: Weights & Biases gets a new run")
     try:
@@ -105,7 +105,7 @@ def start_wandb(path, start, config):
                          "leave it out") from error
     named = {name: getattr(run, name, None) for name in ("entity", "project", "id")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({name: value for name, value in named.items() if value}) + "\n")
+    path.write_text(json.dumps({name: value for name, value in named.items() if value}) + "\n", "utf-8")
     return run
 
 

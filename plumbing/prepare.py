@@ -88,12 +88,16 @@ def prepare_vocabulary(args):
 
 
 def add_commands(command):
-    """Commands of data.py, by command(name, function, help) -> parser."""
-    sub = command("folder", prepare_folder, "makes shards of a folder of captioned images")
+    """Commands of data.py, by command(name, function, help, examples) -> parser."""
+    examples = ["python data.py folder ~/pictures", "python data.py folder ~/pictures --out=out/data/cats --val=0.05"]
+    sub = command("folder", prepare_folder, "makes shards of a folder of captioned images", examples)
     sub.add_argument("folder", metavar="DIR", help="images with .txt sidecars, metadata.jsonl or metadata.csv")
-    sub.add_argument("--out", help="default out/data/NAME")
-    sub.add_argument("--val", type=float, help="fraction held out; default 0.01, or for small sets up to 0.1")
-    sub = command("vocab", prepare_vocabulary, "makes a vocabulary of some shards' captions")
-    sub.add_argument("--data_dir", required=True, help="which shards")
-    sub.add_argument("--size", type=int, default=4096, help="in tokens; default 4096")
-    sub.add_argument("--out", required=True, help="a file NAME.tiktoken")
+    sub.add_argument("--out", help="the folder of the shards; default out/data/NAME")
+    sub.add_argument("--val", type=float, help="fraction of the images to hold out; default 0.01, or for small sets up "
+                                               "to 0.1")
+    examples = ["python data.py vocab --data_dir=out/data/cats --out=out/cats.tiktoken",
+                "python data.py vocab --data_dir=out/data/cats --size=1024 --out=out/cats.tiktoken"]
+    sub = command("vocab", prepare_vocabulary, "makes a vocabulary of the captions in shards", examples)
+    sub.add_argument("--data_dir", required=True, help="the shards: a folder, a glob or NAME-{00000..00099}.tar")
+    sub.add_argument("--size", type=int, default=4096, help="tokens of the vocabulary; default 4096")
+    sub.add_argument("--out", required=True, help="the file of the vocabulary, NAME.tiktoken")

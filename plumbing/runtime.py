@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -17,7 +19,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 launched = {"job": ""}
-ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # which ask for an end; SLURM sends the last some time before it
+CAN_FORK = "fork" in multiprocessing.get_all_start_methods()  # Windows cannot
+# Signals that ask for an end. SLURM sends SIGUSR1 some time before a job's; Windows does not have it.
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
@@ -41,7 +45,7 @@ def claim(path, settings, message):
     Raises ValueError(message) if what is there already was made with other settings, and where no one can tell."""
     part = path.with_name(path.name + ".part")
     try:
-        theirs = json.loads(path.read_text()) if path.exists() else settings
+        theirs = json.loads(path.read_text("utf-8")) if path.exists() else settings
     except ValueError as error:
         if set(os.listdir(path.parent)) - {path.name, part.name}:
             raise ValueError(f"{path} is damaged ({error}): remove it if all beside it was made with the settings of "
@@ -50,7 +54,7 @@ def claim(path, settings, message):
     if theirs != settings:
         raise ValueError(message)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps(settings) + "\n")
+    part.write_text(json.dumps(settings) + "\n", "utf-8")
     os.replace(part, path)
 
 
@@ -197,6 +201,11 @@ def exact_products(device):
         torch.set_float32_matmul_precision(before)
 
 
+def can_compile():
+    """Whether torch.compile works for CUDA: it needs Triton, which torch for Windows does not install."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def check_compile(config):
     """Raises ValueError for a way to compile that is none."""
     if config["compile"] not in (None, True, False, "layers"):
@@ -208,7 +217,9 @@ def for_training(model, config, device):
 
     With compile "layers" the Transformer's layers are compiled instead of the whole: all of them are one graph.
     """
-    compiled = device.type == "cuda" if config["compile"] is None else config["compile"]
+    compiled = config["compile"]
+    if compiled is None:
+        compiled = device.type == "cuda" and can_compile()
     warnings.filterwarnings("ignore", "TensorFloat32")  # it is slower, but a likelihood wants all of float32
     network = model
     if compiled == "layers":

@@ -191,7 +191,7 @@ def latent_statistics(shard, channels, scale):
             raise ValueError(f"the encoding in {folder} is not finished: run `python data.py encode` again")
         if path.exists():
             try:
-                stored = json.loads(path.read_text())
+                stored = json.loads(path.read_text("utf-8"))
                 mean, scales = (torch.tensor(stored[name], dtype=torch.float32) for name in ("mean", "scale"))
                 if not (mean.isfinite().all() and scales.isfinite().all() and (scales > 0).all()):
                     raise ValueError("means are to be finite, and scales positive")

@@ -15,7 +15,7 @@ from multiprocessing.queues import Queue
 
 from torch.utils.data import DataLoader
 
-from plumbing.runtime import ENDING
+from plumbing.runtime import CAN_FORK, ENDING, note
 
 LONGEST_WAIT = 480  # seconds for a batch: less than the ten minutes after which other ranks give up on this one
 SHARED_MEMORY = "/dev/shm"
@@ -30,6 +30,9 @@ class ReadAhead:
     """
 
     def __init__(self, dataset, batches, workers, asked=lambda: False, **settings):
+        if workers and not CAN_FORK:
+            note(f"workers is {workers}, but this platform cannot fork processes: the training process loads the data")
+            workers = 0
         self.workers, self.asked, self.in_order = workers, asked, True
         others = multiprocessing.active_children()
         # It forks: a fresh interpreter would run the script once more. A wait ends every second, to look at signals.

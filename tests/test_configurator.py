@@ -3,13 +3,18 @@ import ast
 import importlib
 import inspect
 import os
+import pathlib
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 import configurator
+import data
+from plumbing import console
 
 SCRIPT = '''\
 """
@@ -404,13 +409,47 @@ def test_a_config_file_that_raises_is_one_line(fails, write, text, line, reason)
 # ---- help
 
 
-HELP = "Trains a thing,\nslowly.\n\n" + SCRIPT[SCRIPT.index("batch_size"):SCRIPT.index("\n_private")]
+HELP = """\
+usage: python script.py [CONFIG.py ...] [--NAME=VALUE ...]
+
+Trains a thing,
+slowly.
+
+examples:
+  python script.py --lr=1e-2      # faster
+  python script.py small.py
+
+settings and their defaults; if several arguments set one, the last counts:
+
+shape of the model:
+  --batch_size=64             images a step
+  --steps=4                   reverse steps # or several
+  --shift=None                None takes the formula
+
+optimizer:
+  --lr=0.001                  peak learning rate
+  --compile=False
+  --prompt="a red circle"
+  --sizes=8,16                one a stage
+  --note="#no"                the hash in the text is no comment
+  --tag=1
+  --odd=1,
+  --even=2
+  --flag=None
+  --empty=()
+  --decay=0
+"""
+EXAMPLES = """slowly.
+
+    python script.py --lr=1e-2      # faster
+    python script.py small.py
+"""
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--batch_size=many", "--help"], ["nowhere.py", "-h"]])
-def test_help_shows_the_settings_as_the_script_has_them(run, capsys, arguments):
+def test_help_shows_usage_examples_and_every_setting_with_its_comment(run, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
-        run(*arguments)
+        run(*arguments, script=SCRIPT.replace("slowly.\n", EXAMPLES))
     assert stop.value.code == 0
     assert capsys.readouterr().out == HELP
 
@@ -419,7 +458,90 @@ def test_help_of_a_script_without_docstring_or_settings(run, capsys):
     with pytest.raises(SystemExit) as stop:
         run("--help", script="from configurator import configure\n# ---- nothing\nconfigure(globals())\n")
     assert stop.value.code == 0
-    assert capsys.readouterr().out.strip() == ""
+    assert capsys.readouterr().out.strip() == "usage: python script.py [CONFIG.py ...] [--NAME=VALUE ...]"
+
+
+@pytest.mark.parametrize("columns", ["80", "100", "200"])
+def test_help_wraps_sentences_beside_their_settings(run, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    words = " ".join(["word"] * 60)
+    script = f"from configurator import configure\na_setting_with_a_long_name = 1  # {words}\nb = 2  # {words}\n"
+    with pytest.raises(SystemExit):
+        run("--help", script=script + "configure(globals())\n")
+    lines = capsys.readouterr().out.split("settings")[1].splitlines()[1:]
+    assert all(len(line) <= min(110, int(columns)) for line in lines)
+    assert lines[0] == "  --a_setting_with_a_long_name=1" and lines[1].startswith(" " * 30 + "word")
+    assert " ".join(lines).count("word") == 120
+
+
+SCRIPTS = ["train", "distill", "sample", "evaluate", "bench", "toy2d"]
+
+
+def settings_with_comments(script):
+    """{name: (default, its comment)} of a script of the repository, and its text."""
+    module = importlib.import_module(script)
+    source = inspect.getsource(module)
+    behind, _ = console.comments_of(source)
+    found = {}
+    for name, (default, node) in configurator.settings_of(source, vars(module)).items():
+        found[name] = default, behind.get(node.lineno, "")
+    return found, source
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_setting_of_every_script_has_a_sentence(script):
+    found, source = settings_with_comments(script)
+    assert [name for name, (_, sentence) in found.items() if len(sentence) < 8] == []
+    text = console.help_text(f"{script}.py", source, configurator.settings_of(source, vars(sys.modules[script])))
+    assert text.startswith(f"usage: python {script}.py")
+    examples = re.findall(r"^  (?:python|torchrun) .*", text.partition("settings")[0], re.MULTILINE)
+    assert len(examples) >= 2
+    for name in re.findall(rf"{script}\.py.*? --(\w+)=", "\n".join(examples)):
+        assert name in found
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_the_paper_does_not_have_is_tagged(script):
+    """docs/beyond.md begins with a table of the settings that are ours."""
+    page = (pathlib.Path(configurator.__file__).parent / "docs" / "beyond.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page, re.MULTILINE)
+    ours = set(re.findall(r"\w+", " ".join(rows)))
+    assert {"rank", "first_noise", "restarts", "best_of", "closed_form"} <= ours
+    found, _ = settings_with_comments(script)
+    tagged = {name for name, (_, sentence) in found.items() if sentence.startswith("(ours)")}
+    assert tagged == ours & found.keys()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_that_help_shows_are_what_one_may_type(script):
+    for name, (default, _) in settings_with_comments(script)[0].items():
+        typed, = shlex.split(console.as_argument(default)) or [""]
+        kinds = [configurator.kind(default)]
+        assert configurator.from_text(typed, kinds) == default, name
+
+
+def parsers():
+    from evidence import judge, truth
+    from plumbing import checkpoint
+    commands = data.make_parser()
+    found = {"data.py": commands}
+    for action in commands._actions:
+        if isinstance(action.choices, dict):
+            found |= {f"data.py {name}": parser for name, parser in action.choices.items()}
+    makers = judge, truth, checkpoint
+    return found | {maker.__name__: maker.make_parser() for maker in makers}
+
+
+@pytest.mark.parametrize("name, parser", parsers().items(), ids=parsers())
+def test_every_argument_of_every_command_has_a_sentence(name, parser):
+    assert [action.dest for action in parser._actions if len(action.help or "") < 8] == []
+    text = parser.format_help()
+    examples = re.findall(r"^  (?:python|torchrun) .*", text.partition("examples:")[2], re.MULTILINE)
+    assert text.startswith("usage: ") and len(examples) >= 2 and parser.description.endswith(".")
+    if name.startswith("data.py "):
+        for example in examples:
+            command, *arguments = shlex.split(example.partition("data.py ")[2])
+            assert command == name.split()[1] and parser.parse_args(arguments)
 
 
 # ---- as the user meets it

@@ -563,7 +563,7 @@ def test_a_disk_that_is_full_for_the_checkpoint_too_is_one_line(tmp_path, monkey
 def test_ranks_end_together_where_the_log_cannot_be_written(tmp_path):
     program = script(tmp_path, "")
     program.write_text(program.read_text().replace("from model import NTM", "from model import NTM; from plumbing import log; "
-                                                   "log.open = lambda path, mode: open('/dev/full', mode)"))
+                                                   "log.open = lambda path, mode, **_: open('/dev/full', mode)"))
     status, _, err = torchrun(2, program, *TRAIN, "--val_interval=50", f"--out_dir={tmp_path / 'run'}")
     assert status != 0 and "Traceback" not in err.partition("torch/distributed/elastic")[0]
     assert f"{tmp_path / 'run' / 'log.jsonl'}, is the disk full?" in err
