@@ -16,9 +16,13 @@ test-scripts: .venv/ready
 test-parts: .venv/ready
 	$(RUN) -m pytest -q tests $(SCRIPTS:%=--ignore=%)
 
+# The notebook, from docs/tour.py, with its outputs; under three minutes.
+tour: .venv/ready
+	$(RUN) -m evidence.notebook docs/tour.py tour.ipynb
+
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --requirement requirements.txt
 	touch $@
 
-.PHONY: demo test test-scripts test-parts
+.PHONY: demo tour test test-scripts test-parts

@@ -521,14 +521,14 @@ def test_defaults_that_help_shows_are_what_one_may_type(script):
 
 
 def parsers():
-    from evidence import judge, truth
+    from evidence import judge, notebook, truth
     from plumbing import checkpoint
     commands = data.make_parser()
     found = {"data.py": commands}
     for action in commands._actions:
         if isinstance(action.choices, dict):
             found |= {f"data.py {name}": parser for name, parser in action.choices.items()}
-    makers = judge, truth, checkpoint
+    makers = judge, truth, notebook, checkpoint
     return found | {maker.__name__: maker.make_parser() for maker in makers}
 
 
