@@ -80,7 +80,7 @@ def speed_of(log, batch, seconds):
 
     The first line's updates wait for compilation, and those of the first half have batches that were loaded meanwhile.
     """
-    records = [read_record(line) for line in Path(log).read_text().splitlines()]
+    records = [read_record(line) for line in Path(log).read_text("utf-8").splitlines()]
     lines = [record for record in records if record and "images_per_s" in record]
     before = 0
     durations = []
@@ -148,7 +148,7 @@ class Speedrun:
         self.path = self.folder / "speedrun.json"
         self.state = {"minutes": args.minutes, "spent": 0.0, "stages": {}}
         if self.path.exists():
-            self.state = json.loads(self.path.read_text()) | {"minutes": args.minutes}
+            self.state = json.loads(self.path.read_text("utf-8")) | {"minutes": args.minutes}
         self.started = time.perf_counter()
         self.spent = self.state["spent"]
 
@@ -301,7 +301,7 @@ class Speedrun:
         checkpoint.slim(path, half)
         files = place(half.read_bytes(), self.results, name)
         half.unlink()
-        records = [record for record in map(read_record, log.read_text().splitlines()) if record]
+        records = [record for record in map(read_record, log.read_text("utf-8").splitlines()) if record]
         lines = [record for record in records if "images_per_s" in record]
         values = {key: value for record in records for key, value in record.items() if key.startswith("val_")}
         contents = checkpoint.load(path, *checkpoint.KINDS)
@@ -336,7 +336,7 @@ class Speedrun:
             out = self.folder / name
             self.call("evaluate.py", f"--out_dir={out}", "--parts=samples", f"--data_dir={self.data / 'combinations'}",
                       f"--judge={self.args.judge}", f"--num_samples={count}", f"--device={self.device}", *settings)
-            evaluated = json.loads((out / "evaluate.json").read_text())
+            evaluated = json.loads((out / "evaluate.json").read_text("utf-8"))
             found[name] = evaluated["curves"]
         return found
 

@@ -95,7 +95,7 @@ def main():
     for name in args.only.split(","):
         curves[name] = curve_of(name, args.config, out, args.minutes, settings)
         print(name, *(f"{minutes:.1f}: {bound:.4f}" for minutes, bound in curves[name]), sep="  ")
-        (out / "transporter.json").write_text(json.dumps(curves))
+        (out / "transporter.json").write_text(json.dumps(curves), "utf-8")
         plot({f"val_bound, {args.config}": curves}, "minutes").save(out / "transporter.png")
 
 
