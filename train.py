@@ -1,7 +1,8 @@
 """Trains a Normalizing Trajectory Model; without arguments, on handwritten digits, minutes on a CPU.
 
     python train.py config/shapes_scratch.py --batch_size=32
-    torchrun --nproc_per_node=8 train.py config/t2i.py
+    torchrun --nproc_per_node=8 train.py config/t2i_fm.py
+    torchrun --nproc_per_node=8 train.py config/t2i.py               # from flow matching's checkpoint
     python train.py --out_dir=out/shapes --resume=yes                # goes on, with the settings of the checkpoint
     python train.py config/digits_fm.py                              # flow matching instead: the baseline
     python train.py config/digits_tune.py --resume=auto              # an NTM from it; run again, it resumes

@@ -1,37 +1,33 @@
-# Text to image, 256x256 as 4x32x32 latents: 256 tokens of 16 numbers, 1.25 billion parameters; for eight GPUs of 80 GB.
-#   torchrun --nproc_per_node=8 data.py encode --data_dir=IMAGES --encoder=encoder.pt2 --workers=8 --out=out/data/cc12m
+# An NTM of text to image from the flow-matching model of config/t2i_fm.py, as config/emoji.py; for eight GPUs of 80 GB.
+#   torchrun --nproc_per_node=8 train.py config/t2i_fm.py --decoder=decoder.pt2
 #   torchrun --nproc_per_node=8 train.py config/t2i.py --decoder=decoder.pt2
-# docs/data.md has the way from a list of URLs to here.
-# Computed, not measured. Memory of each: 25 GB for weights, gradients, AdamW and the average in float32; 2.3 GB for
-# weights in bfloat16, and 0.91 GB an image for what back-propagation keeps, 29 GB for the 32 of a pass (both counted in
-# tests/test_memory.py); validation takes 4 GB. Gradients are DDP's buckets, no second copy. An update is 1.67 TFLOP an
-# image (counted by torch.utils.flop_counter): at 40% of an H100's 989 TFLOP/s, 240 images/s a GPU and 1,900 on eight.
+# Counted, not measured: 1.10 billion parameters. Memory is that of config/t2i_fm.py, 19.3 GB and 2.04 GB for weights
+# and what belongs to them, and 0.67 GB an image: 43 GB in all. An image takes 1.79 TFLOP (python -m evidence.update
+# config/t2i.py), a fifth of it for the coupled first step. On every GPU Muon takes 24.4 TFLOP an update. At 40% of an
+# H100's 989 TFLOP/s that is 200 images/s a GPU and 1,600 on eight, 11 hours in all.
+init_from = "out/t2i_fm/ckpt.pt"
 out_dir = "out/t2i"
 dataset = "shards"
 data_dir = "out/data/cc12m"
-image_size = 32
-channels = 4
-tokenizer = "gpt2"
-text_len = 77
 
-patch_size = 2
-width = 1536
-depth = 24
-heads = 24
-transporter_width = 1024
-transporter_blocks = 2
-transporter_layers = 4
-transporter_heads = 16
-steps = 4
-shift = None
+first_noise = 0.5  # which costs four more passes, without gradients, of a fifth of the batch
+transporter_blocks = 0
+rank = 24
+filters = 16
+logistics = 3
+mirrored = True
+shift = 2.0  # as config/emoji64.py: larger images are decided at noisier levels
+level_weight = 0.5
+velocity_weight = 1.0
+aux_weight = 0.0
 
+lr = 2.5e-4  # a quarter of flow matching's, as on emoji; not measured at this size
+words_lr = 25.0  # as on emoji; their vectors move at a quarter of flow matching's rate
 batch_size = 1024
 grad_accum = 4  # 32 images a pass on each of eight GPUs
-max_iters = 300000
-optimizer = "adamw"
-lr = 1e-4
-warmup_iters = 5000
-ema = 0.9999
+max_iters = 60000  # a fifth of the images: a longer NTM stage lost style on emoji
+warmup_iters = 1000
+ema = 0.9999  # also what couples the first step, so it moves slowly
 workers = 8
 log_interval = 100
 val_interval = 5000

@@ -2,6 +2,7 @@
 
     python -m evidence.update                          counts for the networks of speedrun.sh
     python -m evidence.update --width=256 --depth=8    or of another size
+    python -m evidence.update config/t2i_fm.py config/t2i.py --batch_size=128    or for those of config files
     python -m evidence.update --profile=10             the time of ten updates by stage and by operator, on this device
 
 Counts need neither the memory nor the time of what they count: tensors have shapes, but no values.
@@ -11,6 +12,7 @@ import argparse
 import time
 from collections import Counter
 from dataclasses import fields
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,11 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from beyond import known_step, mirrored_nll, velocity_error
+from configurator import run_config
 from fm import FlowMatching
-from networks import NETWORKS
+from networks import NETWORKS, kind_of
 from plumbing.optim import make_optimizers, update_average, update_weights
 from plumbing.runtime import autocast, find_device, for_training, one_line_errors
 
+ROOT = Path(__file__).parent.parent
 SIZE = {"width": 384, "depth": 6, "heads": 6, "patch_size": 4}
 # the networks of config/emoji64_fm.py and config/emoji64.py, but for their size
 EMOJI64 = {"image_size": 64, "channels": 3, "vocab_size": 4055, "text_len": 16}
@@ -39,6 +43,7 @@ OF_NTM = {
     "first_noise": 0.5,
     "parametrization": "posterior",
 }
+VOCABULARIES = {"emoji": 4055, "gpt2": 50259}
 # An H100, measured: a product of 8192 x 8192 in bfloat16, a copy in its memory; the maker's figure for float32.
 H100 = {"bfloat16": 790e12, "float32": 67e12, "bytes/s": 3e12}
 OF_WEIGHTS = 48  # bytes an update moves for each weight: weight, gradient, momentum, square and average in float32
@@ -84,8 +89,27 @@ def build(kind, config):
     return network(network.config_class(**{name: value for name, value in config.items() if name in known}))
 
 
+def of_config(path):
+    """(kind, settings) of the network that a config file trains.
+
+    One with an init_from "out/START/ckpt.pt" has the size of what the file START.py beside it trains.
+    """
+    path = Path(path)
+    own = run_config(str(path))
+    settings = run_config(str(ROOT / "train.py"))  # its defaults
+    if "init_from" in own:
+        trained = Path(own["init_from"]).parent.name
+        settings |= run_config(str(path.with_name(f"{trained}.py")))
+        settings |= {"objective": "ntm", "parametrization": "posterior"}
+    settings |= own
+    vocabulary = VOCABULARIES.get(settings["tokenizer"])
+    if vocabulary:
+        settings["vocab_size"] = vocabulary
+    return kind_of(settings, is_sit=False), settings
+
+
 def loss_of(model, images, text):
-    """What an update of config/emoji64_fm.py or config/emoji64.py differentiates, without the weights of levels."""
+    """What an update differentiates, without the weights of levels."""
     with record_function("levels, coupling"):
         x0 = model.patchify(images)
         if isinstance(model, FlowMatching):
@@ -187,9 +211,9 @@ def updates(kind, config, batch, device):
     return update
 
 
-def print_counts(config, batch):
-    """What an update of flow matching and of the NTM costs, and the least time it can take on an H100."""
-    for kind in "fm", "coupled":
+def print_counts(networks, batch):
+    """What an update of each network costs, and the least time it can take on an H100; networks: [(kind, config)]."""
+    for kind, config in networks:
         cost = cost_of(kind, config)
         by_products, by_bytes = cost.floor(batch, H100)
         print(f"{kind}: {cost.weights / 1e6:.1f} million weights; an image takes {cost.flop / 1e9:.1f} GFLOP, "
@@ -220,17 +244,19 @@ def print_profile(kind, config, batch, count, device):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m evidence.update", allow_abbrev=False,
                                      description="What an update of training costs.")
+    parser.add_argument("config", nargs="*", help="config files; default: the networks of speedrun.sh")
     for name, value in SIZE.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"of speedrun.sh's networks; default: {value}")
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--profile", type=int, default=0, metavar="UPDATES", help="run and profile so many")
     parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
     args = parser.parse_args(arguments)
-    config = EMOJI64 | OF_NTM | vars(args)
+    of_speedrun = EMOJI64 | OF_NTM | vars(args)
+    networks = [of_config(path) for path in args.config] or [("fm", of_speedrun), ("coupled", of_speedrun)]
     if not args.profile:
-        print_counts(config, args.batch_size)
+        print_counts(networks, args.batch_size)
         return
-    for kind in "fm", "coupled":
+    for kind, config in networks:
         print_profile(kind, config, args.batch_size, args.profile, find_device(args.device))
 
 

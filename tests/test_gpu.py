@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import randomize
-from helpers import DISTILL, SAMPLE, TRAIN, contents, fails, run, torchrun, training_lines
-from tiny import Encoder, of_config
+from helpers import DISTILL, ROOT, SAMPLE, TRAIN, contents, fails, run, torchrun, training_lines
+from tiny import Encoder, network_of
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
 from beyond import CoupledConfig, CoupledNTM
+from evidence.update import of_config
 from fm import FlowMatching
 from losses import TrainingLoss, draw_levels, losses_of_batch
 from model import NTM, NTMConfig
@@ -25,6 +26,7 @@ NO_TRANSPORTER = dict(transporter_blocks=0, rank=2, parametrization="posterior")
 WAYS = {
     "pairs": {}, "trajectories": {}, "several T": dict(steps=(2, 4)), "flow matching": {}, "directions": dict(rank=2),
     "closed form": NO_TRANSPORTER, "coupled": NO_TRANSPORTER | dict(first_noise=0.5),
+    "coupled flow over pixels": NO_TRANSPORTER | dict(first_noise=0.5, filters=2, logistics=2),
     "near its start": dict(parametrization="posterior"),
 }
 PLAIN = dict(max_t_min=0.05, closed_form=False, mirrored=False, level_weight=0.0, velocity_weight=0.0, aux_weight=0.0)
@@ -36,26 +38,33 @@ TRAINED = {
     "near its start": dict(pairs=True, aux_weight=2.5),
 }
 TRAINED["coupled"] = TRAINED["closed form"]
+TRAINED["coupled flow over pixels"] = dict(pairs=True, mirrored=True, level_weight=0.5, velocity_weight=1.0)
 
 
 def make_network(way, size):
     if way == "flow matching":
         return FlowMatching(NTMConfig(**size))
-    if way == "coupled":
+    if way.startswith("coupled"):
         return CoupledNTM(CoupledConfig(**size | WAYS[way]))
     return NTM(NTMConfig(**size | WAYS[way]))
 
 
 def an_update(way, device, size=TINY, batch=8):
-    """A function that makes one update as train.py does, with Muon, and returns the gradient's norm."""
+    """update_of a network of the size, trained that way."""
     with device:
         model = make_network(way, size)
-        average = make_network(way, size).requires_grad_(False)
+        average = make_network(way, size)
+    return update_of(model, average, TRAINED[way], device, batch)
+
+
+def update_of(model, average, trained, device, batch):
+    """A function that makes one update as train.py does, with Muon, and returns the gradient's norm."""
+    average.requires_grad_(False)
     config = model.config
     optimizers = make_optimizers(model, "muon", 1e-4, device, bfloat16=True)
     images = torch.zeros(batch, config.channels, *config.image_size, device=device)
     text = torch.ones(batch, config.text_len, dtype=torch.long, device=device)
-    settings = PLAIN | TRAINED[way] | dict(batch_size=batch, bfloat16=True)
+    settings = PLAIN | trained | dict(batch_size=batch, bfloat16=True)
     loss = TrainingLoss(model, settings)
     noised = getattr(average, "noised_pairs", getattr(average, "noised", None))
     frozen = average if settings["aux_weight"] else None
@@ -101,12 +110,12 @@ def test_the_training_loop_waits_once_an_update(tmp_path, monkeypatch):
     assert counts[1]["sums"] - counts[0]["sums"] == 4 and counts[1]["torch.float32"] == counts[0]["torch.float32"]
 
 
-@pytest.mark.parametrize("way", ["pairs", "closed form", "flow matching", "coupled"])
+@pytest.mark.parametrize("way", ["pairs", "closed form", "flow matching", "coupled", "coupled flow over pixels"])
 @pytest.mark.slow
 def test_a_graph_is_whole_and_compiled_once(tmp_path, monkeypatch, way):
     """Captured as on CUDA, and run by Python. What couples noise, from a flow-matching model, is another graph."""
     start = []
-    if way == "coupled":
+    if way.startswith("coupled"):
         run("train.py", *TRAIN, "--objective=fm", "--max_iters=1", "--num_samples=1", f"--out_dir={tmp_path}/fm")
         start = [f"--init_from={tmp_path}/fm/ckpt.pt", "--aux_weight=0"]
     original = torch.compile
@@ -118,7 +127,7 @@ def test_a_graph_is_whole_and_compiled_once(tmp_path, monkeypatch, way):
     run("train.py", *TRAIN, *(f"--{name}={value}" for name, value in settings.items()),
         *start, f"--objective={objective}", "--compile=True", "--max_iters=5", "--val_interval=100", "--val_examples=2",
         "--num_samples=1", f"--out_dir={tmp_path}")
-    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1 + (way == "coupled")
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1 + way.startswith("coupled")
     torch._dynamo.reset()
 
 
@@ -239,9 +248,13 @@ class TestCuda:
         one, two = ([line["loss"] for line in training_lines(tmp_path / ranks / "log.jsonl")] for ranks in "12")
         assert two == pytest.approx(one, abs=0.03)
 
-    def test_t2i_small_fits_into_24_gb(self):
-        config = of_config("t2i_small")
-        update = an_update("pairs", torch.device("cuda"), {name: getattr(config, name) for name in vars(config)}, 32)
+    @pytest.mark.parametrize("name", ["t2i_small_fm", "t2i_small"])
+    def test_t2i_small_fits_into_24_gb(self, name):
+        _, settings = of_config(ROOT / "config" / f"{name}.py")
+        device = torch.device("cuda")
+        with device:
+            model, average = network_of(name), network_of(name)
+        update = update_of(model, average, settings, device, 32)
         torch.cuda.reset_peak_memory_stats()
         update(0)
         assert torch.cuda.max_memory_allocated() < 24e9

@@ -1,7 +1,6 @@
 """What must fit does: validation and score denoising at the size of real models, and no copy of the weights too many."""
 import gc
 import re
-import runpy
 from dataclasses import replace
 
 import pytest
@@ -9,16 +8,24 @@ import torch
 import torch.nn.functional as F
 from conftest import randomize
 from helpers import DISTILL, ROOT, TRAIN, load, run
-from tiny import make_model, make_trajectory, of_config
+from tiny import make_model, make_trajectory, network_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distill
 import flow
 import train
+from configurator import run_config
+from evidence import update
+from losses import TrainingLoss
 from model import NTM, Denoiser, NTMConfig
 from plumbing.memory import examples_at_once, in_chunks
+from plumbing.optim import make_optimizers
 
 LIMIT = 4e9  # bytes, beside the weights
+# of 1.25 billion parameters, with a transporter; width 768, depth 12 and a transporter half as wide: 205 million
+TRANSPORTED = NTMConfig(image_size=32, channels=4, patch_size=2, vocab_size=50259, text_len=77, width=1536, depth=24,
+                        heads=24, transporter_width=1024, transporter_blocks=2, transporter_layers=4, transporter_heads=16)
+SMALLER = replace(TRANSPORTED, width=768, depth=12, heads=12, transporter_width=512, transporter_heads=8)
 
 
 class Kept:
@@ -53,11 +60,13 @@ class Kept:
 
 
 @pytest.mark.slow
-def test_score_denoising_fits_beside_the_weights():
+@pytest.mark.parametrize("network, least", [(lambda: NTM(TRANSPORTED), 0.5), (lambda: network_of("t2i"), 0.4)],
+                         ids=["transported", "t2i"])
+def test_score_denoising_fits_beside_the_weights(network, least):
     """Tensors of the real size, without their numbers: samples of a sheet, and as many of the denoiser's targets. All
-    of them at once would take more than the limit."""
+    of them at once would take more than the limit. A coupled model has no score of its first step, so it takes less."""
     with FakeTensorMode():
-        model = NTM(of_config("t2i")).requires_grad_(False)
+        model = network().requires_grad_(False)
         ts = model.config.time_grid(0.02)
         count = examples_at_once(model.config, 4) + 1
         images, text = torch.zeros(count, 4, 32, 32), torch.ones(count, 77, dtype=torch.long)
@@ -66,30 +75,103 @@ def test_score_denoising_fits_beside_the_weights():
             assert train.sample_images(model, text, ts, None).shape == (count, 4, 32, 32)
         with Kept(model) as lesson:
             distill.input_and_target(model, images, text, ts, torch.zeros(count, 5, 256, 16))
-        assert 0.5 * LIMIT < sheet.peak == lesson.peak < LIMIT
+        assert least * LIMIT < sheet.peak == lesson.peak < LIMIT
+
+
+def kept_in_training(monkeypatch, kind, settings):
+    """GB that an update in bfloat16 keeps for back-propagation: copies of the weights, and what each image adds; with
+    attention as on CUDA, which keeps no logits."""
+    monkeypatch.setattr(flow, "attend", lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+    with FakeTensorMode():
+        model, peaks = update.build(kind, settings), []
+        loss = TrainingLoss(model, settings)
+        for batch in 1, 2:
+            images, text = update.inputs(model.config, batch, "cpu")
+            if kind == "fm":
+                drawn = torch.full((batch,), 0.3), torch.zeros(batch, 256, 16)
+            else:
+                drawn = torch.full((batch,), 4), torch.full((batch, 2), 0.3), torch.zeros(batch, 2, 256, 16)
+            with Kept(model) as kept, torch.autocast("cpu", dtype=torch.bfloat16):
+                loss(images, text, drawn)
+            peaks.append(kept.peak / 1e9)
+    return 2 * peaks[0] - peaks[1], peaks[1] - peaks[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, of_weights, of_an_image", [("t2i", 2.35, 0.906), ("t2i_small", 0.33, 0.287)])
-def test_what_training_keeps_is_what_its_config_says(monkeypatch, name, of_weights, of_an_image):
-    """In bfloat16, GB: copies of the weights, and what each image adds; with attention as on CUDA, which keeps no
-    logits."""
-    monkeypatch.setattr(flow, "attend", lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+@pytest.mark.parametrize("network, of_weights, of_an_image", [(TRANSPORTED, 2.35, 0.906), (SMALLER, 0.33, 0.287)])
+def test_what_training_keeps_with_a_transporter(monkeypatch, network, of_weights, of_an_image):
+    kept = kept_in_training(monkeypatch, "ntm", vars(train) | vars(network))
+    assert kept == (pytest.approx(of_weights, rel=0.02), pytest.approx(of_an_image, rel=0.01))
+
+
+KEPT = {  # GB of copies of the weights, and of an image
+    "t2i_fm": (2.04, 0.67), "t2i": (2.04, 0.673), "t2i_small_fm": (0.256, 0.168), "t2i_small": (0.256, 0.171),
+}
+
+
+def says(name, *figures):
+    """Whether the comment of a config has all of these figures."""
+    text = (ROOT / "config" / f"{name}.py").read_text().replace("\n# ", " ")
+    return all(figure in text for figure in figures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KEPT)
+def test_what_training_keeps_is_what_its_config_says(monkeypatch, name):
+    """The NTMs by their own loss, with the flow over pixels and mirror images."""
+    of_weights, of_an_image = KEPT[name]
+    kept = kept_in_training(monkeypatch, *update.of_config(ROOT / "config" / f"{name}.py"))
+    assert kept == (pytest.approx(of_weights, rel=0.01), pytest.approx(of_an_image, rel=0.01))
+    assert says(name, f"{of_weights:.2f} GB", f"{of_an_image:.2f} GB an image")
+
+
+def gigabytes_of_weights(name):
+    """(million weights, GB of them with gradients, optimisers' states and average; GB of a checkpoint) of a config."""
     with FakeTensorMode():
-        model, peaks = NTM(of_config(name)), []
-        for batch in 1, 2:
-            levels = torch.full((batch,), 4), torch.full((batch, 2), 0.3), torch.zeros(batch, 2, 256, 16)
-            with Kept(model) as kept, torch.autocast("cpu", dtype=torch.bfloat16):
-                model(torch.zeros(batch, 4, 32, 32), torch.ones(batch, 77, dtype=torch.long), levels)
-            peaks.append(kept.peak / 1e9)
-    assert peaks[1] - peaks[0] == pytest.approx(of_an_image, rel=0.01)
-    assert 2 * peaks[0] - peaks[1] == pytest.approx(of_weights, rel=0.02)
+        kind, settings = update.of_config(ROOT / "config" / f"{name}.py")
+        model = update.build(kind, settings)
+        optimizers = make_optimizers(model, settings["optimizer"], 1e-4, torch.device("cpu"))
+        weights = sum(weight.numel() for weight in model.parameters())
+        states = 0
+        for optimizer in optimizers:
+            of_each = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
+            states += of_each * sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
+    return weights / 1e6, 4e-9 * (3 * weights + states), 4e-9 * (2 * weights + states)
+
+
+@pytest.mark.parametrize("name, parameters, training, checkpoint", [
+    ("t2i_fm", "1.10 billion", 19.3, 14.9), ("t2i", "1.10 billion", 19.3, 14.9),
+    ("t2i_small_fm", "167 million", 3.0, 2.3), ("t2i_small", "168 million", 3.0, 2.3)])
+def test_weights_are_those_that_the_config_says(name, parameters, training, checkpoint):
+    found = gigabytes_of_weights(name)
+    assert [round(size, 1) for size in found[1:]] == [training, checkpoint]
+    assert parameters in (f"{found[0]:.0f} million", f"{found[0] / 1000:.2f} billion")
+    assert says(name, f"{parameters} parameters", f"{training} GB")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t2i_small_fm", "t2i_small"])
+def test_operations_are_those_that_the_config_says(name):
+    cost = update.cost_of(*update.of_config(ROOT / "config" / f"{name}.py"))
+    assert says(name, f"{cost.flop / 1e12:.2f} TFLOP", f"Muon takes {cost.muon / 1e12:.1f} TFLOP")
+
+
+def test_large_and_small_are_one_recipe():
+    """What differs between them is the network's size, the batch and how long and fast they learn."""
+    own = "out_dir", "init_from", "width", "depth", "heads", "lr", "batch_size", "grad_accum", "max_iters"
+    for suffix in "_fm", "":
+        large, small = (run_config(str(ROOT / "config" / f"{name}{suffix}.py")) for name in ("t2i", "t2i_small"))
+        assert {key for key in large | small if large.get(key) != small.get(key)} <= {*own}
+    method = ("first_noise", "transporter_blocks", "rank", "filters", "logistics", "mirrored", "shift", "level_weight",
+              "velocity_weight", "aux_weight")
+    emoji = run_config(str(ROOT / "config" / "emoji64.py"))
+    assert {name: large[name] for name in method} == {name: emoji[name] for name in method}
 
 
 def commands_for(gigabytes, page, name):
     """(command, GB a GPU) of each command in a page that trains config/NAME.py: `gigabytes` of a pass of so many images,
     the batch divided among ranks and accumulation passes."""
-    config = runpy.run_path(str(ROOT / "config" / f"{name}.py"))
+    config = run_config(str(ROOT / "config" / f"{name}.py"))
     text = (ROOT / page).read_text().replace("\\\n", " ")
     for command in re.findall(rf"^torchrun .*train\.py config/{name}\.py.*", text, re.MULTILINE):
         def given(key, default):
@@ -99,24 +181,26 @@ def commands_for(gigabytes, page, name):
         yield command, gigabytes(given("batch_size", config["batch_size"]) / passes)
 
 
-def test_commands_of_the_docs_fit_into_a_gpu_of_80_gb():
-    with FakeTensorMode():
-        weights = sum(parameter.numel() for parameter in NTM(of_config("t2i")).parameters()) * 4 / 1e9
+@pytest.mark.parametrize("name", ["t2i_fm", "t2i"])
+def test_commands_of_the_docs_fit_into_a_gpu_of_80_gb(name):
+    of_weights, of_an_image = KEPT[name]
+    beside = gigabytes_of_weights(name)[1]
 
-    def gigabytes(images):  # weights, gradients, AdamW's two and the average; then what is counted above
-        return 5 * weights + 2.35 + 0.906 * images
+    def gigabytes(images):
+        return beside + of_weights + of_an_image * images
 
-    assert gigabytes(2048 / 8 / 4) == pytest.approx(85, abs=1)
-    found = [*commands_for(gigabytes, "docs/scaling.md", "t2i")]
+    assert gigabytes(2048 / 8 / 4) == pytest.approx(64, abs=1)
+    found = [*commands_for(gigabytes, "docs/scaling.md", name)]
     assert len(found) >= 3 and all(size < 75 for _, size in found), found
 
 
 @pytest.mark.slow
 def test_what_an_example_takes_is_estimated_well():
     with FakeTensorMode():
-        for config, T in ((of_config("t2i_small"), 8), (NTMConfig(transporter_blocks=0, width=256), 4),
-                          (NTMConfig(image_size=16, depth=1), 16)):
-            count, model = examples_at_once(config, T), NTM(config).requires_grad_(False)
+        for model, T in ((NTM(SMALLER), 8), (network_of("t2i_small"), 8),
+                         (NTM(NTMConfig(transporter_blocks=0, width=256)), 4), (NTM(NTMConfig(image_size=16, depth=1)), 16)):
+            config = model.requires_grad_(False).config
+            count = examples_at_once(config, T)
             x, text = torch.zeros(1, T + 1, config.num_tokens, config.token_dim), torch.ones(1, config.text_len).long()
             with Kept(model) as kept:
                 model.score_denoise(x, config.time_grid(0.02, T), text)
@@ -124,8 +208,10 @@ def test_what_an_example_takes_is_estimated_well():
 
 
 def test_validation_passes_as_many_examples_at_once_as_fit(monkeypatch):
-    """At the size of t2i a layer of 100 trajectories would take 17 GB."""
-    config, seen = of_config("t2i"), []
+    """At the size of t2i, with a transporter, a layer of 100 trajectories would take 17 GB."""
+    with FakeTensorMode():
+        assert 30 < examples_at_once(network_of("t2i").config, 4, gradients=False) < 40
+    config, seen = TRANSPORTED, []
     assert 10 < examples_at_once(config, 4, gradients=False) < 30
     model = randomize(NTM(NTMConfig()))
     bound = model.trajectory_bound

@@ -129,11 +129,11 @@ def test_a_report_says_what_share_of_the_chip_trains():
 # Counting
 
 
-@pytest.mark.parametrize("kind", ["fm", "coupled"])
+@pytest.mark.parametrize("kind, flow", [("fm", {}), ("coupled", {}), ("coupled", {"filters": 4, "logistics": 2})])
 @pytest.mark.slow
-def test_what_is_counted_is_what_training_multiplies(kind):
+def test_what_is_counted_is_what_training_multiplies(kind, flow):
     size = dict(image_size=64, channels=3, patch_size=16, width=32, depth=2, heads=2, text_len=4, vocab_size=9)
-    config = size | update.OF_NTM | dict(rank=3)
+    config = size | update.OF_NTM | dict(rank=3) | flow
     cost = update.cost_of(kind, config)
     model = update.build(kind, config)
     images, text = update.inputs(model.config, 20, "cpu")
@@ -148,6 +148,25 @@ def test_what_is_counted_is_what_training_multiplies(kind):
             loss(images, text, (steps, ts, x))["minimised"].backward()
     assert cost.flop == pytest.approx(counter.get_total_flops() / 20, rel=0.02)
     assert cost.weights == sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("name, kind, found", [
+    ("digits_fm", "fm", {"width": 96, "image_size": 8}), ("digits_tune", "ntm", {"width": 96, "rank": 24}),
+    ("fashion", "pixels", {"width": 128, "image_size": 14, "parametrization": "posterior"}),
+    ("emoji", "coupled", {"width": 192, "tokenizer": "emoji", "vocab_size": 4055}),
+    ("t2i", "coupled", {"width": 1536, "channels": 4, "text_len": 77, "vocab_size": 50259})])
+def test_a_config_has_the_network_of_what_it_starts_from(name, kind, found):
+    of_file, settings = update.of_config(ROOT / "config" / f"{name}.py")
+    assert of_file == kind and found.items() <= settings.items()
+
+
+def test_networks_of_config_files_are_counted(capsys):
+    update.main([str(ROOT / "config" / "digits_fm.py"), str(ROOT / "config" / "digits_tune.py"), "--batch_size=64"])
+    fm, of_fm, ntm, _ = capsys.readouterr().out.splitlines()
+    assert fm.startswith("fm: 0.7 million weights") and "an update of 64 images" in of_fm
+    assert ntm.startswith("ntm: ")
+    with pytest.raises(SystemExit, match="absent.py' cannot be read"):
+        update.main(["absent.py"])
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """What the unit tests share: the smallest models that still have everything, and data for them."""
 import gzip
-import runpy
 import struct
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from beyond import CoupledConfig, CoupledNTM
 from correlated import CorrelatedGaussian
+from evidence import update
 from flow import forward_trajectory, time_grid
 from model import NTM, NTMConfig
 from predictor import Gaussian
@@ -122,11 +122,9 @@ def exact_model():
 # Files and networks that several tests make
 
 
-def of_config(name):
-    """The NTMConfig of a file in config/, of GPT-2's vocabulary."""
-    settings = {"shift": 0.5, **runpy.run_path(str(ROOT / "config" / f"{name}.py"))}
-    known = NTMConfig.__dataclass_fields__
-    return NTMConfig(vocab_size=50259, **{key: value for key, value in settings.items() if key in known})
+def network_of(name):
+    """The network that a file in config/ trains, of the kind and size that train.py would give it."""
+    return update.build(*update.of_config(ROOT / "config" / f"{name}.py"))
 
 
 def write_idx(path, array):
