@@ -251,6 +251,7 @@ class TestCuda:
     @pytest.mark.parametrize("name", ["t2i_small_fm", "t2i_small"])
     def test_t2i_small_fits_into_24_gb(self, name):
         _, settings = of_config(ROOT / "config" / f"{name}.py")
+        settings["aux_weight"] = 0.0  # flow matching has no model to stay close to
         device = torch.device("cuda")
         with device:
             model, average = network_of(name), network_of(name)
