@@ -104,12 +104,12 @@ def test_the_density_of_a_pixel_is_a_gaussian_unless_the_step_has_a_pointwise_ma
 
 @pytest.mark.slow
 def test_the_tour_runs_without_jupyter(monkeypatch):
-    """In one namespace, from the folder of the repository, with a second of training in place of two minutes."""
+    """In one namespace, from the folder of the repository, with four seconds of training in place of two minutes."""
     monkeypatch.chdir(ROOT)
     names = {"__name__": "__main__"}
     for cell in code(TOUR):
         if "seconds = 120" in cell:
-            cell = cell.replace("seconds = 120", "seconds = 1")
+            cell = cell.replace("seconds = 120", "seconds = 4")
         printed, value = notebook.run_cell(cell, names)
         assert printed or isinstance(value, Image.Image)
     assert names["images"].shape == (8, 3, 16, 16) and names["drawn"].shape == (20, 1, 8, 8)
