@@ -39,6 +39,7 @@ from plumbing.runtime import (
     job,
     leave_ranks,
 )
+from plumbing.settings import check_init_from
 
 # ---- run
 out_dir = "out/digits"  # the folder of the model's ckpt.pt, which gets denoiser.pt
@@ -228,6 +229,7 @@ def build_denoiser(config, teacher_config):
 
 def start_from(denoiser, path):
     """Gives a new denoiser the averaged weights of the checkpoint `path`. Raises ValueError if they do not fit."""
+    check_init_from(path)
     other = checkpoint.load(path, "denoiser")
     checkpoint.restore(denoiser, other["ema"], path)
 

@@ -12,14 +12,13 @@ from model import NTM
 from networks import NETWORKS, NTMS, kind_of
 from plumbing import checkpoint
 from plumbing.runtime import note
-from plumbing.settings import check_objective, check_settings
+from plumbing.settings import check_init_from, check_objective, check_settings
 from plumbing.shards import find_shards, first_example
 from sit import load_sit
 
 # the settings that a trained network decides about what starts from it
 NETWORK_SETTINGS = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
 TRANSPORTER_SETTINGS = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads")
-RENAMED = {"resume": "--resume=yes", "auto": "--resume=auto"}  # what init_from could be in older versions
 
 
 class Start(NamedTuple):
@@ -39,8 +38,7 @@ def find_start(config, device):
     """The Start that the settings ask for; the settings that it decides are changed in config. Raises ValueError."""
     init_from = config["init_from"]
     check_objective(config["objective"])
-    if init_from in RENAMED:
-        raise ValueError(f"init_from {init_from!r} is now a setting of its own: write {RENAMED[init_from]}")
+    check_init_from(init_from)
     path = Path(config["out_dir"]) / "ckpt.pt"
     resumed = checkpoint.find_resumable(config["resume"], path, *NETWORKS)
     if resumed:

@@ -3,6 +3,7 @@
 from plumbing.runtime import note
 
 OBJECTIVES = "ntm", "fm", "tarflow"
+RENAMED = {"resume": "--resume=yes", "auto": "--resume=auto"}
 # what only an NTM learns by, and the values at which it has no effect
 OF_NTM = {
     "rank": 0,
@@ -52,6 +53,12 @@ def check_settings(config, model_config):
         raise ValueError(f"first_noise is {config['first_noise']}, but a TarFlow has no step to couple: leave it out")
     if config["first_noise"] < 1 and not config["pairs"]:
         raise ValueError(f"first_noise is {config['first_noise']}, which needs pairs True, not {config['pairs']}")
+
+
+def check_init_from(init_from):
+    """Raises ValueError for what init_from could be in older versions."""
+    if init_from in RENAMED:
+        raise ValueError(f"init_from {init_from!r} is now a setting of its own: write {RENAMED[init_from]}")
 
 
 def check_objective(objective):

@@ -525,11 +525,11 @@ class FullDisk:
     def __init__(self, number, again=False):
         self.left, self.again = number, again
 
-    def __call__(self, path, mode):
+    def __call__(self, path, mode, **how):
         self.left -= 1
         if self.left == 0 or (self.again and self.left < 0):
-            return open("/dev/full", mode)
-        return open(path, mode)
+            return open("/dev/full", mode, **how)
+        return open(path, mode, **how)
 
 
 @pytest.mark.parametrize("script, name", [("train.py", "ckpt.pt"), ("distill.py", "denoiser.pt")])

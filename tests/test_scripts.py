@@ -704,7 +704,8 @@ def test_samples_that_are_not_finite_are_an_error(copied):
 @pytest.mark.parametrize("mistake, parts", [
     ("--t_min=0.5", ["t_min is 0.5", "0.3454"]), ("--heads=3", ["width 16", "3 heads"]),
     ("--num_samples=0", ["num_samples", "0"]),
-    ("--init_from=resume", ["'init_from' is unknown", "'resume'"])])  # as it was written once
+    ("--init_from=resume", ["init_from 'resume' is now a setting of its own", "--resume=yes"]),  # as it was written once
+    ("--init_from=nowhere.pt", ["there is no", "nowhere.pt"])])
 def test_mistake_in_distillation(copied, mistake, parts):
     os.remove(copied / "denoiser.pt")
     line = fails("distill.py", *DISTILL, f"--out_dir={copied}", mistake)
