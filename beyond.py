@@ -8,6 +8,7 @@ Each piece is a function of a model, or a model of its own, and is off unless a 
     velocity_weight   flow matching's loss beside it      velocity_error
     best_of           choosing by likelihood              guided_log_density
     restarts          steps taken again                   sample_with_restarts
+    temperature       less noise in the last step         cooled
     first_noise       a first step that keeps its noise   CoupledNTM
     filters           a step's flow over pixels           pixels.py
     logistics
@@ -17,6 +18,7 @@ Each piece is a function of a model, or a model of its own, and is off unless a 
 Equation numbers are those of docs/beyond.md, up to (27) of docs/method.md. x_1 is the level at t = 1, pure noise.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -133,6 +135,23 @@ def guided_log_density(model, x0, text, ts, guidance, noise):
         if guidance:
             total = total - guidance * log_density(u, logdet, null_caption(text))
     return total / len(noise)
+
+
+def cooled(randn, temperature):
+    """randn(*shape) for NTM.sample or sample_with_restarts, with `temperature` times the noise of the last step.
+
+    Glow's device (arXiv:1807.03039). Their first two draws are z (B, T+1, N, D) and xi (B, T, R), of which the last
+    step takes column 0. Below 1 the samples have less grain, and are no longer samples of the model's density.
+    """
+    draws = itertools.count()
+
+    def randn_cooled(*shape):
+        noise = randn(*shape)
+        if next(draws) < 2:
+            noise[:, 0] *= temperature
+        return noise
+
+    return randn_cooled
 
 
 def restarted_steps(steps):

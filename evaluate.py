@@ -54,6 +54,7 @@ denoise = "none,score,learned"  # ways to denoise an NTM's samples; "learned" is
 guidance: float | tuple = 1.0  # weight of classifier-free guidance, for samples; or several
 beside = ""  # evaluate.json of another model, whose samples are added to the figure
 restarts = 0  # (ours) times that noise is added back and a step repeated, for the first half's steps except the first
+temperature = 1.0  # (ours) factor on the noise of the last step; 0.3: less grain, at the price of exact sampling
 best_of = 1  # (ours) candidates per sample; the model keeps the one that it finds likeliest
 judge = ""  # for shards with labels: a file that `python -m evidence.judge` made, which names what samples show
 decoder = ""  # for a model of latents: a torch.export program, latents (B, C, h, w) to images in [-1, 1]
@@ -202,7 +203,8 @@ def draw_samples(model, captions, strength, folder):
                       disable=rank > 0):
         numbers = range(len(captions))[start:start + batch_size]
         of_batch = [captions[i] for i in numbers]
-        drawn, *_ = model.sample_trajectories(of_batch, numbers, strength, seed, False, best_of, restarts)
+        how = strength, seed, False, best_of, restarts, temperature
+        drawn, *_ = model.sample_trajectories(of_batch, numbers, *how)
         if decoder:
             write_folder(folder, numbers, model.to_images(drawn))
         samples[start] = drawn.cpu()

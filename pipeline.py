@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from beyond import CoupledNTM, guided_log_density, restarted_steps, sample_with_restarts
+from beyond import CoupledNTM, cooled, guided_log_density, restarted_steps, sample_with_restarts
 from data import get_tokenizer
 from flow import forward_trajectory, time_grid
 from fm import EULER_STEPS, FlowMatching
@@ -174,33 +174,36 @@ class TrainedModel:
     # -----------------------------------------------------------------------------------------------------------
     # Images
 
-    def sample(self, captions, guidance=1.0, seed=0, best_of=1, restarts=0):
+    def sample(self, captions, guidance=1.0, seed=0, best_of=1, restarts=0, temperature=1.0):
         """An image for each of B captions: (B, C, H, W), in [-1, 1] unless they are latents. They are sampled in
         batches; image number i is the same, but for rounding, in whatever batch it is sampled."""
         self.warn_about_captions(captions)
         images = []
         for numbers in self.batches(len(captions)):
             of_batch = [captions[i] for i in numbers]
-            sampled = self.sample_trajectories(of_batch, numbers, guidance, seed, best_of=best_of, restarts=restarts)
+            sampled = self.sample_trajectories(of_batch, numbers, guidance, seed, False, best_of, restarts, temperature)
             images.append(sampled[0])
         images = torch.cat(images)
         return images if self.latents else images.clamp(-1, 1)
 
     @torch.no_grad()
-    def sample_trajectories(self, captions, numbers, guidance=0.0, seed=0, in_x_space=False, best_of=1, restarts=0):
+    def sample_trajectories(
+        self, captions, numbers, guidance=0.0, seed=0, in_x_space=False, best_of=1, restarts=0, temperature=1.0
+    ):
         """Samples an image for each caption, all in one batch; image `number` is the same in whatever batch.
 
         in_x_space: carry the trajectory back to x-space even where only the score needs it. restarts: (ours) of
         sample_with_restarts. best_of: (ours) candidates, of which that with the greatest guided_log_density is kept;
-        the first is the sample without.
+        the first is the sample without. temperature: (ours) of the noise in the last step, see beyond.cooled.
         Returns images (B, C, H, W); the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), or None, None.
         """
-        self.check_sampling(guidance, best_of, restarts)
+        self.check_sampling(guidance, best_of, restarts, temperature)
         text = self.encode(captions)
         # each image has a generator of its own, on the CPU, so that neither its neighbours nor the device change it
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
         with exact_products(self.device):
-            candidates = [self.draw(text, guidance, restarts, generators, in_x_space) for _ in range(best_of)]
+            how = guidance, restarts, temperature, generators, in_x_space
+            candidates = [self.draw(text, *how) for _ in range(best_of)]
             tokens, x, u = candidates[0] if best_of == 1 else self.likeliest(candidates, text, guidance, seed)
             if not tokens.isfinite().all():
                 raise ValueError(f"some samples are not finite: choose another guidance than {guidance:g}")
@@ -211,8 +214,10 @@ class TrainedModel:
                 nll = self.network.trajectory_nll(x, self.ts.expand(len(x), -1), text).sum(dim=1)
         return self.network.unpatchify(tokens), x, nll
 
-    def check_sampling(self, guidance, best_of, restarts):
-        """Raises ValueError for a guidance, or for numbers of candidates or restarts, that this model cannot take."""
+    def check_sampling(self, guidance, best_of, restarts, temperature):
+        """Raises ValueError for what this model cannot take."""
+        if not 0 <= temperature <= 1 or (temperature < 1 and self.kind == "fm"):
+            raise ValueError(f"temperature is {temperature}, but must be from 0 to 1, and 1 for flow matching")
         if not 0 <= guidance < math.inf:
             raise ValueError(f"guidance is {guidance}, but must be at least 0")
         T = len(self.ts) - 1
@@ -224,7 +229,7 @@ class TrainedModel:
             where = "flow matching" if self.kind == "fm" else "fewer than 2 steps"
             raise ValueError(f"best_of is {best_of!r}, but must be an int of at least 1, and 1 for {where}")
 
-    def draw(self, text, guidance, restarts, generators, in_x_space):
+    def draw(self, text, guidance, restarts, temperature, generators, in_x_space):
         """Clean tokens (B, N, D); the trajectory x (B, T+1, N, D), or None if not needed; and u, of an NTM."""
         network, ts = self.network, self.ts
         T = len(ts) - 1
@@ -237,6 +242,8 @@ class TrainedModel:
             if self.kind == "fm":
                 x = self.clock(stage, network.sample, text, ts, guidance, restarts=restarts, randn=randn)
                 return x[:, 0], x, None
+            if temperature < 1:
+                randn = cooled(randn, temperature)
             if restarts:
                 u = self.clock(stage, sample_with_restarts, network, text, ts, restarts, guidance, randn=randn)
             else:

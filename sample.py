@@ -40,6 +40,7 @@ num_samples = 16  # images of each prompt; without prompts, images in all
 steps = 0  # T, the number of reverse steps; 0: as trained, or 50 for flow matching
 guidance = 1.0  # weight of classifier-free guidance; 0: none
 restarts = 0  # (ours) times that noise is added back and a step repeated, for the first half's steps except the first
+temperature = 1.0  # (ours) factor on the noise of the last step; 0.3: less grain, at the price of exact sampling
 best_of = 1  # (ours) candidates per image; the model keeps the one that it finds likeliest
 denoise = "learned"  # "learned": by denoiser.pt in one pass; "score": by the model's score; "none": leave the noise
 t_min = 0.02  # noise level where sampling ends; the denoiser sets its own
@@ -104,7 +105,8 @@ def sampled(model, captions, batches):
     in_x_space = show_trajectory or model.denoise == "none"
     for numbers in batches:
         of_batch = [captions[i] for i in numbers]
-        samples, x, nll = model.sample_trajectories(of_batch, numbers, guidance, seed, in_x_space, best_of, restarts)
+        how = guidance, seed, in_x_space, best_of, restarts, temperature
+        samples, x, nll = model.sample_trajectories(of_batch, numbers, *how)
         yield numbers, samples, model.to_images(samples), x, nll
 
 

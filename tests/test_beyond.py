@@ -10,11 +10,11 @@ from tiny import (TINY, changed, exact_model, fixed, levels_mean_and_covariance,
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal
 
-from beyond import (CoupledConfig, CoupledNTM, TarFlow, expected_nll, guided_log_density, known_step, level_weights,
+from beyond import (CoupledConfig, CoupledNTM, TarFlow, cooled, expected_nll, guided_log_density, known_step, level_weights,
                     restarted_steps, sample_with_restarts, take_weights, velocity_error)
 from flow import forward_kernel, forward_trajectory, reverse_posterior, time_grid
 from fm import FlowMatching
-from model import NTM, NTMConfig
+from model import NTM, NTMConfig, noise_source
 from pixels import PixelConfig
 from predictor import Gaussian, null_caption
 
@@ -503,3 +503,26 @@ def test_a_transporter_and_directions_that_are_new_stay_as_they_are():
     torch.testing.assert_close(found[:2], expected[:2])
     torch.testing.assert_close(found.directions[:, :, :1], expected.directions)
     assert found.directions[:, :, 1:].abs().max() < 0.2
+
+
+def test_temperature_scales_the_noise_of_the_last_step_alone():
+    model = make_model(transporter_blocks=0, rank=2, depth=1, scale=0.3)
+    text, ts = make_text(3), model.config.time_grid(0.05).to(torch.float64)
+    shape = 3, model.config.num_tokens, model.config.token_dim
+
+    def sample(temperature, restarts=0):
+        generator = torch.Generator().manual_seed(4)
+        randn = cooled(noise_source(model, text, generator), temperature)
+        if restarts:
+            return sample_with_restarts(model, text, ts, restarts, randn=randn)
+        return model.sample(text, ts, randn=randn)
+
+    for restarts in 0, 1:
+        warm, cool, cold = (sample(temperature, restarts) for temperature in (1.0, 0.5, 0.0))
+        assert torch.equal(warm[:, 1:], cool[:, 1:]) and torch.equal(warm[:, 1:], cold[:, 1:])
+        mean = model.step(warm[:, 1], ts[1], ts[0], 4, text).mean
+        assert cold[:, 0].shape == shape
+        torch.testing.assert_close(cold[:, 0], mean)
+        torch.testing.assert_close(cool[:, 0] - mean, 0.5 * (warm[:, 0] - mean))
+    plain = model.sample(text, ts, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(sample(1.0), plain)
