@@ -40,25 +40,16 @@ class Mixture(NamedTuple):
     centre: torch.Tensor
     log_scale: torch.Tensor
 
-    def standardized(self, z):
-        """z (..., N, D) as each logistic sees it, (..., N, D, K)."""
+    def map(self, z):
+        """h(z) and the logarithm of its slope, each like z (..., N, D)."""
         distance = z[..., None] - self.centre
-        return distance * torch.exp(-self.log_scale) / LOGISTIC
-
-    def logit(self, z):
-        """logit F(z), log F and log(1 - F), the latter two without cancellation."""
-        standardized = self.standardized(z)
+        standardized = distance * torch.exp(-self.log_scale) / LOGISTIC  # as each logistic sees z
         below = F.logsigmoid(standardized)
         above = below - standardized  # logsigmoid(-standardized)
         log_F = torch.logsumexp(self.log_weight + below, dim=-1)
-        log_rest = torch.logsumexp(self.log_weight + above, dim=-1)
+        log_rest = torch.logsumexp(self.log_weight + above, dim=-1)  # log(1 - F), without its cancellation
         log_density = torch.logsumexp(self.log_weight + below + above - self.log_scale, dim=-1)
-        return log_F - log_rest, log_density - log_F - log_rest
-
-    def map(self, z):
-        """h(z) and the logarithm of its slope, each like z (..., N, D)."""
-        logit, log_slope = self.logit(z)
-        return LOGISTIC * logit, log_slope
+        return LOGISTIC * (log_F - log_rest), log_density - log_F - log_rest
 
     def invert(self, y, rounds=16):
         """z of y = h(z), all numbers at once: half of the rounds bisect an interval, the others are Newton's.
