@@ -12,13 +12,12 @@ import base64
 import contextlib
 import io
 import json
-import sys
 import time
 from pathlib import Path
 
 from PIL import Image
 
-from plumbing.console import parser_with_examples, print_all_text
+from plumbing.console import module_parser, print_all_text
 from plumbing.runtime import one_line_errors
 
 START = "# %%"
@@ -91,13 +90,11 @@ def make_notebook(source):
 
 
 def make_parser():
-    program = "python -m evidence.notebook"
-    parser = parser_with_examples(
-        prog=program,
-        description="Runs a file of cells and makes a notebook of it.",
-        examples=[f"{program} docs/tour.py tour.ipynb", f"{program} docs/tour.py out/tour.ipynb"],
+    parser = module_parser(
+        "evidence.notebook",
+        "Runs a file of cells and makes a notebook of it.",
+        examples=["docs/tour.py tour.ipynb", "docs/tour.py out/tour.ipynb"],
     )
-    parser.error = lambda message: sys.exit(f"evidence.notebook: {message}")
     parser.add_argument("source", type=Path, help="a Python file in which each cell begins with '# %%%%'")
     parser.add_argument("notebook", type=Path, help="the notebook to write, NAME.ipynb")
     return parser

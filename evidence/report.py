@@ -76,7 +76,7 @@ def judged(found):
             rows.append([title, *shares, number(curve["frechet_distance"]), number(curve["images_per_s"])])
     n = found["count"]
     note = (f"{n} unseen combinations of emoji and style, guidance 1, one seed; a share p has the standard error "
-            f"√(p (1 − p) / {n}), at most {0.5 / n**0.5:.3f}. Of real images the Fréchet distance is that of others. "
+            f"√(p (1 − p) / {n}), at most {0.5 / n**0.5:.3f}. Real images have the Fréchet distance of others. "
             "Distances fall with the number of images.\n")
     return table(rows) + "\n" + note
 

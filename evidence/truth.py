@@ -18,7 +18,6 @@ moved. The estimate of the integral is unbiased, and knows nothing of the scene 
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from flow import forward_trajectory, reverse_posterior
 from model import forward_log_prob
 from networks import NTMS
 from plumbing import checkpoint
-from plumbing.console import parser_with_examples, print_all_text
+from plumbing.console import module_parser, print_all_text
 from plumbing.loader import validation_batches
 from plumbing.rng import uniforms
 from plumbing.runtime import find_device, one_line_errors
@@ -207,13 +206,11 @@ def summary(rows):
 
 
 def make_parser():
-    program = "python -m evidence.truth"
-    parser = parser_with_examples(
-        prog=program,
-        description="Measures how far the steps of a model of shapes are from the truth.",
-        examples=[f"{program} assets/shapes", f"{program} out/shapes_plain --examples=50"],
+    parser = module_parser(
+        "evidence.truth",
+        "Measures how far the steps of a model of shapes are from the truth.",
+        examples=["assets/shapes", "out/shapes_plain --examples=50"],
     )
-    parser.error = lambda message: sys.exit(f"evidence.truth: {message}")
     parser.add_argument("out_dir", help="the folder of an NTM's ckpt.pt; gets truth.json")
     parser.add_argument("--examples", type=int, default=50, help="held-out images; default %(default)s")
     parser.add_argument("--steps", type=int, default=0, help="T, the number of reverse steps; default: as trained")

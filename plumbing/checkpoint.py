@@ -13,13 +13,12 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from plumbing.console import parser_with_examples
+from plumbing.console import module_parser
 from plumbing.runtime import gathered, job, one_line_errors, restarts
 
 # of the networks that are sampled from
@@ -220,13 +219,11 @@ def slim(path, out):
 
 
 def make_parser():
-    program = "python -m plumbing.checkpoint"
-    parser = parser_with_examples(
-        prog=program,
-        description="Copies what sampling needs of a model and its denoiser, in float16.",
-        examples=[f"{program} out/shapes assets/shapes", f"{program} out/digits out/digits_small"],
+    parser = module_parser(
+        "plumbing.checkpoint",
+        "Copies what sampling needs of a model and its denoiser, in float16.",
+        examples=["out/shapes assets/shapes", "out/digits out/digits_small"],
     )
-    parser.error = lambda message: sys.exit(f"plumbing.checkpoint: {message}")
     parser.add_argument("out_dir", type=Path, help="the folder of ckpt.pt and, if there is one, denoiser.pt")
     parser.add_argument("new_dir", type=Path, help="the folder that gets the copies")
     return parser

@@ -31,6 +31,15 @@ def parser_with_examples(make=argparse.ArgumentParser, *args, examples, **settin
     return make(*args, epilog=text, formatter_class=layout, allow_abbrev=False, **settings)
 
 
+def module_parser(module, description, examples):
+    """The parser of `python -m module`, whose errors are one line; examples: lists of arguments, as text."""
+    program = f"python -m {module}"
+    commands = [f"{program} {arguments}" for arguments in examples]
+    parser = parser_with_examples(prog=program, description=description, examples=commands)
+    parser.error = lambda message: sys.exit(f"{module}: {message}")
+    return parser
+
+
 def comments_of(source):
     """{line: text} of the comments that stand behind code, and {line: text} of the headings."""
     behind, headings = {}, {}
