@@ -38,7 +38,8 @@ RANGES = {
                   "filter_window",
     "at least 0 and at most 256": "workers",
     "at least 0": "depth restarts rank filters logistics level_weight transporter_blocks warmup_iters "
-                  "lr words_lr min_lr weight_decay velocity_weight aux_weight guidance chunk save_minutes",
+                  "lr words_lr min_lr weight_decay velocity_weight aux_weight guidance chunk minutes "
+                  "save_minutes",
     "above 0": "grad_clip latent_scale seconds",
     "above 0 and at most 1": "first_noise",
     "above 0 and at most 1000": "shift",  # beyond, the levels of a grid are no longer different numbers

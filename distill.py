@@ -22,6 +22,7 @@ from model import Denoiser
 from networks import NTMS
 from plumbing import checkpoint
 from plumbing.images import contact_sheet
+from plumbing.kept import Kept
 from plumbing.latents import load_decoder
 from plumbing.loader import Batches, validation_batches
 from plumbing.lock import run_alone
@@ -50,6 +51,7 @@ device = ""  # cuda, mps or cpu; empty: the best available
 bfloat16: bool | None = None  # train in bfloat16 by autocast; None: on CUDA only
 compile: bool | str | None = None  # use torch.compile; "layers": layer by layer, sooner done; None: on CUDA with Triton
 workers = 0  # processes per rank that load data; 0: the training process loads them
+in_memory = False  # decode the shards once, at the start, and keep them in each rank's memory
 data_dir = ""  # where the model's data are now; empty: where they were when it was trained
 bad_limit = 0.01  # stop if more than this fraction of the examples is unusable; others replace those that are
 caption_dropout = 0.1  # fraction of captions replaced by the null caption
@@ -65,6 +67,7 @@ t_min = 0.02  # noise level of the samples that it denoises
 batch_size = 64  # examples per update, over all ranks and accumulation passes
 grad_accum = 1  # forward and backward passes per update on each rank
 max_iters = 200  # updates in all
+minutes = 0.0  # above 0: as many updates as fit into this time, by the speed of the first ones, instead of max_iters
 optimizer = "muon"  # or "adamw"
 lr = 5e-3  # peak learning rate of muon; adamw needs about 2e-3
 min_lr = 1e-6  # learning rate at the end of its cosine schedule
@@ -147,6 +150,8 @@ class Run:
             config.setdefault(name, value)
         config["data_dir"] = config["data_dir"] or trained["settings"]["data_dir"]
         train_set = open_dataset(config, "train")
+        if config["in_memory"]:
+            train_set = Kept(train_set)
         self.val_set = open_dataset(config, "val")
         self.tokenizer = get_tokenizer(config["tokenizer"], trained.get("vocabulary"))
         self.decode = load_decoder(config, self.device) if config["decoder"] else None
@@ -245,7 +250,7 @@ def distill(run):
     with batches.interrupt, batches, progress:
         if progress.validation_missing():
             run.validate(run.first)
-        for i in range(run.first, config["max_iters"]):
+        for i in progress.iterations():
             # The batch, and the noise of its trajectories.
             images, text, generator = next(batches)
             shape = config["batch_size"], len(run.ts), denoiser.config.num_tokens, denoiser.config.token_dim

@@ -27,6 +27,7 @@ from losses import TrainingLoss, aux_weight_at, draw_levels, losses_of_batch
 from model import NTM
 from plumbing import checkpoint
 from plumbing.images import contact_sheet
+from plumbing.kept import Kept
 from plumbing.latents import load_decoder
 from plumbing.loader import Batches, examine, validation_batches
 from plumbing.lock import run_alone
@@ -45,6 +46,7 @@ from plumbing.runtime import (
     in_bfloat16,
     job,
     leave_ranks,
+    uncompiled,
 )
 from start import NETWORK_SETTINGS, TRANSPORTER_SETTINGS, build_model, find_start
 
@@ -58,6 +60,7 @@ device = ""  # cuda, mps or cpu; empty: the best available
 bfloat16: bool | None = None  # train in bfloat16 by autocast; None: on CUDA only
 compile: bool | str | None = None  # use torch.compile; "layers": layer by layer, sooner done; None: on CUDA with Triton
 workers = 0  # processes per rank that load data; 0: the training process loads them
+in_memory = False  # decode the shards once, at the start, and keep them in each rank's memory
 
 # ---- data
 dataset = "digits"  # or "fashion", "shapes", or "shards": captioned images or latents of your own
@@ -102,6 +105,7 @@ aux_weight = 2.5  # weight of staying close to the flow-matching model it starts
 batch_size = 64  # examples per update, over all ranks and accumulation passes
 grad_accum = 1  # forward and backward passes per update on each rank
 max_iters = 2000  # updates in all
+minutes = 0.0  # above 0: as many updates as fit into this time, by the speed of the first ones, instead of max_iters
 optimizer = "muon"  # or "adamw"
 lr = 5e-3  # peak learning rate of muon; adamw needs about 2e-3
 words_lr = 1.0  # learning-rate factor for word embeddings; with many rare words try 25
@@ -180,6 +184,8 @@ def sample_images(ema, text, ts, generator, chunk=0):
 def open_data(config, vocabulary):
     """Training and validation set, and tokenizer."""
     train_set = open_dataset(config, "train")
+    if config["in_memory"]:
+        train_set = Kept(train_set)
     val_set = open_dataset(config, "val")
     tokenizer = get_tokenizer(config["tokenizer"], vocabulary)
     if config["dataset"] == "shards" and train_set.latent:  # for whoever decodes what the model samples
@@ -248,6 +254,7 @@ class Run:
             checkpoint.save(self.path, **contents)
         self.progress.saved(i)
 
+    @uncompiled()
     def validate(self, i):
         """Validates the averaged model of iteration i, and leaves samples for held-out captions."""
         if self.rank == 0:
@@ -308,7 +315,7 @@ def train(run):
     with batches.interrupt, batches, progress:
         if progress.validation_missing():
             run.validate(run.first)
-        for i in range(run.first, config["max_iters"]):
+        for i in progress.iterations():
             # The batch: images, captions, and the noise levels at which they are learned from.
             images, text, generator = next(batches)
             with autocast(config, device):

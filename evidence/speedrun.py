@@ -4,9 +4,8 @@
     MINUTES=60 bash speedrun.sh --width=512       an hour, with a wider network
 
 pictures -> judge -> flow matching -> NTM -> denoiser -> sheet -> judged samples. Each stage takes its share of the time
-that is left: train.py's own first updates are timed, and its iterations set by their speed. After each stage
-RESULTS (default OUT/results) holds weights in float16, a sheet and report.md; each file is whole, whenever the run is
-killed.
+that is left; a training's iterations follow from the speed of its own first updates. After each stage RESULTS (default
+OUT/results) holds weights in float16, a sheet and report.md; each file is whole, whenever the run is killed.
 Run again, it goes on after the last stage that has ended; remove the folder OUT to start anew.
 """
 
@@ -35,12 +34,11 @@ ROOT = Path(__file__).parent.parent
 # Shares of the time. Flow matching gets most: of equal images, a long stage of it and a short NTM kept the styles, the
 # other way round lost them (docs/log.md, 2026-11-26). The NTM's updates cost about twice as much, and its last steps go
 # on improving; the denoiser is level after a few hundred updates. Fifty steps of flow matching are most of the judging.
-SHARES = {"fm": 0.54, "ntm": 0.24, "denoiser": 0.08, "sheet": 0.03, "judged": 0.11}
-# Iterations over those of its warm-up, as in config/emoji64_fm.py, config/emoji64.py and distill.py.
-WARMUPS = {"fm": 12, "ntm": 40, "denoiser": 10}
-FRACTION = 0.97  # of a stage's time that is planned: one that ends before its last update has not lowered its rate
+SHARES = {"fm": 0.54, "ntm": 0.24, "denoiser": 0.11, "sheet": 0.03, "judged": 0.08}
+WARMUPS = {"fm": 300, "ntm": 50, "denoiser": 20}  # iterations
+# Learning rates. In batches of 512 flow matching was ahead with 1.6e-2 of 8e-3 after 300 updates (log, 2026-11-28).
+RATES = {"fm": 1.2e-2, "ntm": 3e-3, "denoiser": 5e-3}
 LONG = 20  # minutes from which the whole network is compiled
-CACHED = 0.5  # of the first compilation's time, for the second, whose kernels are on disk: 0.2 to 0.4 on a CPU
 COMBINATIONS = 735  # all that are held out
 PASSES = 2 * (4 + 8 + 50) + 2 * 4 + 1  # of the network, for a judged image: flow matching's, the NTM's, the denoiser's
 # Results that a stage has better ones of: of which stage, what of it, and the names of its files.
@@ -53,52 +51,19 @@ class Size(NamedTuple):
 
     network: dict  # settings of train.py
     batch: int
-    first: int  # updates that are timed; more than workers have loaded before the first
+    around: float  # seconds that a stage takes before training and after it: start, validation, samples
     validation: int
     samples: int  # on train.py's sheets
     judge: int  # iterations, where there is none yet
+    log_interval: int
     slower: float  # a pass for samples, in float32 and not compiled, than one of training
 
 
 # On a GPU: what fits into 40 MB in float16, and 20 GFLOP an image keep the chip busy in batches of 512; docs/scaling.md
 SIZES = {
-    "cuda": Size(dict(width=384, depth=6, heads=6, patch_size=4), 512, 60, 400, 25, 3000, 4.0),
-    "cpu": Size(dict(width=48, depth=2, heads=2, patch_size=8), 16, 8, 24, 6, 20, 1.0),
+    "cuda": Size(dict(width=384, depth=6, heads=6, patch_size=4), 512, 18.0, 400, 25, 3000, 50, 4.0),
+    "cpu": Size(dict(width=48, depth=2, heads=2, patch_size=8), 16, 6.0, 24, 6, 20, 5, 1.0),
 }
-
-
-class Speed(NamedTuple):
-    """What a run of the first updates took: seconds of an update, of compilation, and of all before and after them."""
-
-    update: float
-    compilation: float
-    start: float
-
-
-def speed_of(log, batch, seconds):
-    """The Speed by the lines of a log.jsonl of a run that took so many seconds in all.
-
-    The first line's updates wait for compilation, and those of the first half have batches that were loaded meanwhile.
-    """
-    records = [read_record(line) for line in Path(log).read_text("utf-8").splitlines()]
-    lines = [record for record in records if record and "images_per_s" in record]
-    before = 0
-    durations = []
-    rates = []
-    for line in lines:
-        rate = max(line["images_per_s"], 0.05)  # which is rounded to a tenth
-        durations.append((line["iter"] - before) * batch / rate)
-        rates.append(rate)
-        before = line["iter"]
-    update = batch / statistics.median(rates[len(rates) // 2 :])
-    compilation = max(0.0, durations[0] - lines[0]["iter"] * update)
-    return Speed(update, compilation, max(0.0, seconds - sum(durations)))
-
-
-def iterations_for(seconds, speed, after=0.0):
-    """How many updates fit into so many seconds, of which `after` go to validation; at least ten."""
-    free = seconds * FRACTION - speed.start - CACHED * speed.compilation - after
-    return max(10, int(free / speed.update))
 
 
 def share_of(stage, left):
@@ -151,6 +116,7 @@ class Speedrun:
             self.state = json.loads(self.path.read_text("utf-8")) | {"minutes": args.minutes}
         self.started = time.perf_counter()
         self.spent = self.state["spent"]
+        self.costs = {}
 
     def seconds(self):
         """Since the beginning, but for those of stages that were interrupted."""
@@ -207,11 +173,17 @@ class Speedrun:
         if self.device.type != "cuda":
             return 1
         room = 0.6 * torch.cuda.get_device_properties(self.device).total_memory
-        kept = cost_of("coupled", EMOJI64 | OF_NTM | self.network).kept
+        kept = self.cost_of("coupled", EMOJI64 | OF_NTM | self.network).kept
         passes = 1
         while kept * self.batch / passes > room and passes < self.batch:
             passes *= 2
         return passes
+
+    def cost_of(self, kind, config):
+        """evidence.update's, which takes seconds, once for each kind of network."""
+        if kind not in self.costs:
+            self.costs[kind] = cost_of(kind, config)
+        return self.costs[kind]
 
     def measure_card(self):
         cuda = self.device.type == "cuda"
@@ -228,38 +200,20 @@ class Speedrun:
     # -----------------------------------------------------------------------------------------------------------
     # Stages
 
-    def train(self, stage, script, out, log, *settings):
-        """A stage of train.py or distill.py: its first updates, then as many as fit into its share of the time."""
-        ends = time.perf_counter() + share_of(stage, self.left())
+    def train(self, stage, script, out, *settings):
+        """A stage of train.py or distill.py, in its share of the time."""
         batch, passes = self.batch, self.passes
         if stage == "denoiser":  # its targets cost much, and more updates of fewer serve it better
             batch, passes = max(8, batch // 8), 1
-        common = [script, *settings, f"--out_dir={out}", f"--device={self.device}", f"--batch_size={batch}",
-                  f"--grad_accum={passes}", f"--workers={self.workers()}", f"--compile={self.compile()}"]
-        first = self.size.first
         self.forget(stage, out)
-        seconds = self.call(*common, f"--max_iters={first}", f"--val_interval={first}", "--val_examples=1",
-                            "--num_samples=1", f"--log_interval={max(1, first // 8)}", f"--warmup_iters={first}")
-        speed = speed_of(log, batch, seconds)
-        self.forget(stage, out)
-        seconds = max(0.0, ends - time.perf_counter())
-        after = self.after(speed.update / batch)
-        iterations = iterations_for(seconds, speed, after)
-        planned = speed.start + speed.compilation + iterations * speed.update + after
-        print(f"{stage}: {speed.update:.3g} s an update, {speed.compilation:.3g} s of compilation, {speed.start:.3g} s "
-              f"around them: {iterations} iterations in {planned:.0f} s, of {seconds:.0f} s that are left", flush=True)
-        self.call(*common, f"--max_iters={iterations}", f"--val_interval={iterations}",
-                  f"--val_examples={self.size.validation}", f"--num_samples={self.size.samples}",
-                  f"--log_interval={max(1, iterations // 50)}",
-                  f"--warmup_iters={max(1, iterations // WARMUPS[stage])}", limit=30 + max(1.2 * seconds, 2 * planned))
-
-    def after(self, an_image):
-        """Seconds of the validation and the sheet at the end, by the passes that they take.
-
-        an_image: seconds that training takes for one, which is three passes.
-        """
-        passes = 4 * self.size.validation + 50 * self.size.samples
-        return passes / 3 * self.size.slower * an_image
+        share = share_of(stage, self.left())
+        minutes = max(share - self.size.around, 0.2 * share) / 60
+        self.call(script, *settings, f"--out_dir={out}", f"--device={self.device}", f"--minutes={minutes:.4f}",
+                  f"--batch_size={batch}", f"--grad_accum={passes}", f"--warmup_iters={WARMUPS[stage]}",
+                  "--in_memory=True", f"--workers={self.workers()}", f"--compile={self.compile()}",
+                  f"--val_interval={10**6}", f"--val_examples={self.size.validation}",
+                  f"--num_samples={self.size.samples}", f"--log_interval={self.size.log_interval}",
+                  f"--lr={RATES[stage]}", limit=60 + 1.5 * share)
 
     def compile(self):
         """What train.py is told: layers are compiled sooner, which is worth more than faster updates in a short run."""
@@ -268,7 +222,7 @@ class Speedrun:
         return "layers" if self.args.minutes < LONG else True
 
     def workers(self):
-        return max(1, (os.cpu_count() or 3) - 2) if self.device.type == "cuda" else 0
+        return min(8, max(1, (os.cpu_count() or 3) - 2)) if self.device.type == "cuda" else 0
 
     def forget(self, stage, out):
         """Removes what an unfinished run of a stage has left."""
@@ -281,18 +235,18 @@ class Speedrun:
     def fm(self):
         out = self.folder / "fm"
         sizes = [f"--{name}={value}" for name, value in self.network.items()]
-        self.train("fm", "train.py", out, out / "log.jsonl", "config/emoji64_fm.py", f"--data_dir={self.data}", *sizes)
+        self.train("fm", "train.py", out, "config/emoji64_fm.py", f"--data_dir={self.data}", *sizes)
         return self.trained(out / "ckpt.pt", out / "log.jsonl", "fm.pt") | {"sheet": self.sheet_of(out, "fm.png")}
 
     def ntm(self):
         out = self.folder / "ntm"
-        self.train("ntm", "train.py", out, out / "log.jsonl", "config/emoji64.py", f"--data_dir={self.data}",
+        self.train("ntm", "train.py", out, "config/emoji64.py", f"--data_dir={self.data}",
                    f"--init_from={self.folder / 'fm' / 'ckpt.pt'}")
         return self.trained(out / "ckpt.pt", out / "log.jsonl", "ckpt.pt") | {"sheet": self.sheet_of(out, "ntm.png")}
 
     def denoiser(self):
         out = self.folder / "ntm"
-        self.train("denoiser", "distill.py", out, out / "denoiser_log.jsonl", "--ema=0.99")
+        self.train("denoiser", "distill.py", out, "--ema=0.99")
         return self.trained(out / "denoiser.pt", out / "denoiser_log.jsonl", "denoiser.pt")
 
     def trained(self, path, log, name):
@@ -311,7 +265,7 @@ class Speedrun:
         found["data_wait"] = statistics.median(line["data_wait"] for line in lines[1:] or lines)
         found["loss"] = lines[-1]["loss"]
         if contents["kind"] != "denoiser":
-            cost = cost_of(contents["kind"], contents["model_config"])
+            cost = self.cost_of(contents["kind"], contents["model_config"])
             found |= {"flop": cost.flop, "weights": cost.weights}
         return found | values
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from plumbing import checkpoint
 from plumbing.images import save_image
+from plumbing.pace import UNKNOWN, Pace
 from plumbing.plots import plot
 from plumbing.runtime import gathered, note
 
@@ -119,18 +120,27 @@ class Progress:
         self.counts = dict(self.before)
         self.skipped_in_a_row = 0
         self.log = Log(path.with_name(log_name), start, config) if rank == 0 else None
+        self.pace = Pace(config)
 
     def __enter__(self):
         self.since, self.logged, self.waited = time.perf_counter(), self.start, 0.0
         self.saved_at = self.since
         stop = self.config["max_iters"]
-        self.bar = tqdm(total=stop, initial=self.start, disable=self.log is None, unit="it", dynamic_ncols=True)
+        total = None if stop == UNKNOWN else stop
+        self.bar = tqdm(total=total, initial=self.start, disable=self.log is None, unit="it", dynamic_ncols=True)
         if self.log and self.start >= stop:
             self.bar.write(f"nothing to do: {self.path} holds iteration {self.start}, and max_iters is {stop}")
         return self
 
     def __exit__(self, *error):
         self.bar.close()
+
+    def iterations(self):
+        """From `start` to max_iters, which may become known on the way."""
+        i = self.start
+        while i < self.config["max_iters"]:
+            yield i
+            i += 1
 
     def validation_due(self, i):
         return i % self.config["val_interval"] == 0 or i == self.config["max_iters"]
@@ -163,8 +173,11 @@ class Progress:
         self.last = losses["loss"], totals["grad_norm"], lr
         unusable, seen = self.counts["unusable"], i * self.config["batch_size"]
         self.spoilt = unusable >= 10 and unusable > self.config["bad_limit"] * seen
-        ends = totals["asked"] or self.spoilt or self.skipped_in_a_row == PATIENCE or self.validation_due(i)
         self.bar.update()
+        if self.pace.updated(i) and self.log:
+            self.bar.total = self.config["max_iters"]
+            self.bar.write(f"{self.bar.total} iterations fit into {self.pace.seconds / 60:.3g} minutes")
+        ends = totals["asked"] or self.spoilt or self.skipped_in_a_row == PATIENCE or self.validation_due(i)
         if self.log and (ends or i % self.config["log_interval"] == 0):
             self.write(i, losses, lr, totals["grad_norm"], waited)
 

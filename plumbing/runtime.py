@@ -179,7 +179,7 @@ def autocast(config, device):
 @contextlib.contextmanager
 def coarse_products(device):
     """In this context float32 matrix products on CUDA may keep ten bits of each number (TF32), several times faster:
-    right for samples and for what a network is to imitate, too coarse for a likelihood or an inverse."""
+    right for training in bfloat16 and for samples, too coarse for a likelihood that is reported or an inverse."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
     try:
@@ -192,13 +192,15 @@ def coarse_products(device):
 def exact_products(device):
     """In this context networks compute in float32 with all of its digits, whatever autocast or coarse_products say
     around it: so is every number measured that is reported as a likelihood."""
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions, which torch else takes coarsely
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def can_compile():
@@ -220,7 +222,7 @@ def for_training(model, config, device):
     compiled = config["compile"]
     if compiled is None:
         compiled = device.type == "cuda" and can_compile()
-    warnings.filterwarnings("ignore", "TensorFloat32")  # it is slower, but a likelihood wants all of float32
+    warnings.filterwarnings("ignore", "TensorFloat32")  # slower without it, but a run in float32 wants all of float32
     network = model
     if compiled == "layers":
         compile_layers(getattr(model, "__self__", model))
@@ -241,6 +243,11 @@ def compile_layers(model):
     for name, module in model.named_modules():
         if name.split(".")[-2:-1] == ["layers"]:
             module.compile()
+
+
+def uncompiled():
+    """In this context compiled networks run as they are: validation would have them compiled for other sizes."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def alike(*networks):
@@ -268,8 +275,10 @@ def accumulate(losses_of, network, batches, config, device, *tensors):
     """
     totals = {}
     world = rank_and_world()[1]
+    # around a network in bfloat16, whose numbers have seven bits, ten are enough for its head and for the likelihood
+    products = coarse_products if in_bfloat16(config, device) else contextlib.nullcontext
     for number, of_a_pass in enumerate(batches.chunks(*tensors), 1):
-        with gradients_meet(network, number == batches.passes):
+        with gradients_meet(network, number == batches.passes), products(device):
             with autocast(config, device):
                 losses = losses_of(*of_a_pass)
             minimised = losses.pop("minimised", losses["loss"])

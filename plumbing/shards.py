@@ -17,7 +17,6 @@ import uuid
 
 import numpy as np
 import torch
-from PIL import ImageOps
 
 from plumbing.examples import IMAGES, Unusable, captions_of, decode_image, decode_latent, holds_latent, pick
 from plumbing.images import resize_and_crop, to_pixels
@@ -117,14 +116,28 @@ class Shards:
         captions, symmetric = captions_of(members)
         across, down, mirrored, which = uniforms(self.seed, [number], 4)[0]
         caption = captions[int(which * len(captions))]
-        if self.latent:
-            return (decode_latent(members, self.shape) - self.mean) * self.scale, caption
         place = (across, down) if self.crop == "random" else (0.5, 0.5)
-        image = resize_and_crop(decode_image(members), *self.shape[1:], *place)
-        if self.flip and symmetric and mirrored < 0.5:
-            image = ImageOps.mirror(image)
-        array = np.atleast_3d(np.array(image.convert("L" if self.shape[0] == 1 else "RGB")))
-        return to_pixels(array.transpose(2, 0, 1)), caption
+        stored = self.stored(members, *place)
+        if self.mirrors(symmetric, mirrored):
+            stored = stored.flip(-1)
+        return self.normalized(stored), caption
+
+    def stored(self, members, across=0.5, down=0.5):
+        """An example's 8-bit image, cropped there, or its latent: (C, H, W). Raises Unusable."""
+        if self.latent:
+            return decode_latent(members, self.shape)
+        image = resize_and_crop(decode_image(members), *self.shape[1:], across, down)
+        image = image.convert("L" if self.shape[0] == 1 else "RGB")
+        array = np.atleast_3d(np.array(image))
+        return torch.from_numpy(array.transpose(2, 0, 1).copy())
+
+    def mirrors(self, symmetric, draw):
+        """Whether examples that may be mirrored, or may not, are by a draw from [0, 1); both may be arrays."""
+        return (self.flip and not self.latent) & symmetric & (draw < 0.5)
+
+    def normalized(self, stored):
+        """What `stored` gives, or several of it, as float32 for a network."""
+        return (stored - self.mean) * self.scale if self.latent else to_pixels(stored)
 
     def usable(self, number):
         """(image, caption, "") of an example; or if it is unusable, another one's and what is wrong with it."""

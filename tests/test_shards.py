@@ -13,10 +13,12 @@ from helpers import ROOT, SHORT, SMALL, fails, file_of, latent_shard, npy, png, 
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from data import get_dataset
 from plumbing import index as indexing
 from plumbing import shards
 from plumbing.images import resize_and_crop, to_uint8
 from plumbing.index import find_shards, load_index
+from plumbing.kept import Kept
 from plumbing.loader import collate, examine, order
 from plumbing.paths import expand
 from plumbing.shards import Shards, write_shard, write_shards
@@ -233,6 +235,7 @@ def test_twelve_million_examples_cost_a_process_less_than_100_mb(tmp_path):
 import sys; sys.path.insert(0, '.')
 import torch
 from plumbing.loader import order
+from data import get_dataset
 from plumbing import index as indexing
 from plumbing import shards
 def resident():
@@ -317,6 +320,69 @@ def test_random_crops_and_flips_are_new_in_each_epoch_and_never_in_validation(tm
     assert all(map(torch.equal, views, again))
     centred = dataset(tmp_path, "val", size=10, crop="random", flip=True)
     assert to_uint8(centred[0][0])[0, 0].tolist() == wide[0, 15:25, 0].tolist()
+
+
+def several(tmp_path):
+    """Shards of images that may and may not be mirrored, with one or several captions, and one that is damaged."""
+    ramp = np.repeat(np.linspace(0, 255, 12).astype(np.uint8)[None, :, None], 9, axis=0).repeat(3, axis=2)
+    image = file_of(Image.fromarray(ramp))
+    examples = [(f"{i:03d}", {"png": image, "json": json.dumps({"caption": [f"{i}", f"number {i}"],
+                                                               "mirror": i % 3 > 0}).encode()}) for i in range(9)]
+    examples[4] = "bad", {"png": b"garbage", "txt": b"nothing"}
+    write_shard(tmp_path / "train" / "0.tar", examples)
+    return dataset(tmp_path, flip=True)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_examples_kept_in_memory_are_those_of_the_shards(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr("plumbing.kept.PART", 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: processes)
+    shards = several(tmp_path)
+    kept = Kept(shards)
+    numbers = [*range(9), *range(60, 120, 7)]
+    expected = shards.__getitems__(numbers)
+    found = kept.__getitems__(numbers)
+    assert len({caption for _, caption, _ in found}) > 9
+    for (image, caption, fault), (kept_image, *rest) in zip(expected, found, strict=True):
+        assert torch.equal(image, kept_image)
+        assert rest == [caption, fault]
+    assert "cannot be decoded" in found[4][2]
+    assert len(kept) == 9 and kept.eight_bit and kept.place(3) == (0, 3)
+
+
+def test_latents_kept_in_memory_are_normalised(tmp_path):
+    latents = np.random.default_rng(0).standard_normal((5, 4, 8, 8)).astype(np.float16)
+    write_shard(tmp_path / "train" / "0.tar", [(f"{i}", {"npy": npy(latent), "txt": b"x"})
+                                               for i, latent in enumerate(latents)])
+    shards = Shards(str(tmp_path), "train", 4, 8, 8, latent_scale=0.5)
+    for (image, *_), (kept_image, *_) in zip(shards.__getitems__(range(5)), Kept(shards).__getitems__(range(5))):
+        assert torch.equal(image, kept_image)
+
+
+def test_what_cannot_be_kept_in_memory_is_told(tmp_path, monkeypatch):
+    several(tmp_path)
+    with pytest.raises(ValueError, match="crop 'random'"):
+        Kept(dataset(tmp_path, crop="random"))
+    with pytest.raises(ValueError, match="only shards"):
+        Kept(get_dataset("digits", "train", 8, 1))
+    monkeypatch.setattr("plumbing.kept.free_memory", lambda: 9 * 3 * 64)
+    with pytest.raises(ValueError, match="0.0 GB, and 0.0 GB are free"):
+        Kept(dataset(tmp_path))
+
+
+@pytest.mark.slow
+def test_training_from_memory_is_training_from_shards(tmp_path):
+    several(tmp_path)
+    write_shard(tmp_path / "val" / "0.tar", numbered(3))
+    losses = []
+    for in_memory in (True, False):
+        out = tmp_path / f"{in_memory}"
+        run("train.py", *TRAIN, f"--data_dir={tmp_path}", f"--out_dir={out}", "--batch_size=6", "--flip=True",
+            "--max_iters=4", "--val_interval=4", "--bad_limit=0.5", "--bad_captions=1", f"--in_memory={in_memory}",
+            "--workers=2",
+            "--log_interval=1")
+        losses.append([line["loss"] for line in training_lines(out / "log.jsonl")])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("mode, colour, expected", [

@@ -28,6 +28,7 @@ from plumbing import checkpoint, images, optim, runtime
 from plumbing.loader import Batches, examine, key, order, validation_batches
 from plumbing.log import Log
 from plumbing.optim import learning_rate, make_optimizers
+from plumbing.pace import Pace
 from plumbing.tokenizer import NULL, PAD
 from plumbing.workers import leave_signals_to_the_trainer
 
@@ -588,6 +589,43 @@ def test_speed_and_waiting_are_those_since_the_line_before(tmp_path, monkeypatch
     lines = training_lines(path.with_name("log.jsonl"))[1:5]  # after the first, which waits for two batches
     assert [line["data_wait"] for line in lines] == [0.75, 0.857, 0.857, 0.857]
     assert [line["images_per_s"] for line in lines] == [1.0, 0.6, 0.6, 0.6]
+
+
+def paced(monkeypatch, seconds, durations):
+    """max_iters of a run of so many seconds whose updates take these durations, and the time when it is known."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    config = {"minutes": seconds / 60, "max_iters": 5}
+    pace = Pace(config)
+    for done, duration in enumerate(durations, 1):
+        now[0] += duration
+        if pace.updated(done):
+            return config, now[0] - 100
+    return config, None
+
+
+@pytest.mark.parametrize("update, known_by", [(0.1, 30), (1.0, 60), (20.0, 200)])
+def test_iterations_follow_from_the_speed_of_the_first_updates(monkeypatch, update, known_by):
+    durations = [20, *[update] * 1000]  # the first waits for compilation
+    config, known = paced(monkeypatch, 200, durations)
+    ends = 20 + (config["max_iters"] - 1) * update
+    assert known <= known_by and config["minutes"] == 0
+    assert ends == pytest.approx(200, abs=update + 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, settings, name", [("train.py", TRAIN, ""), ("distill.py", DISTILL, "denoiser")])
+def test_a_run_of_so_many_minutes_ends_with_its_schedule(copied, tmp_path, script, settings, name):
+    out = copied if name else tmp_path / "new"
+    for path in out.glob("denoiser*"):
+        path.unlink()
+    _, printed = run(script, *settings, f"--out_dir={out}", "--val_interval=1000000", "--minutes=0.02")
+    saved = contents(out / f"{name or 'ckpt'}.pt")
+    iterations = saved["iter"]
+    assert iterations > 8 and f"{iterations} iterations fit into 0.02 minutes" in printed
+    assert saved["settings"]["max_iters"] == iterations and saved["settings"]["minutes"] == 0  # so it is resumed to there
+    *_, last = training_lines(out / f"{name}_log.jsonl" if name else out / "log.jsonl")
+    assert last["iter"] == iterations and last["lr"] < 1e-4
 
 
 @pytest.mark.slow

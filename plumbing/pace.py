@@ -1,0 +1,50 @@
+"""How many updates fit into the time that a run is given, by the speed of its first ones."""
+
+import time
+
+from plumbing.runtime import from_first_rank
+
+UNKNOWN = 10**9  # max_iters, until the speed is known
+MEASURED = 0.02  # share of the time over which the speed is measured, at least
+LATEST = 0.1  # share of the time after which what has been measured must do: updates may be slow
+
+
+class Pace:
+    """Sets a run's max_iters, and with it the schedule of its learning rate, where config has `minutes`.
+
+    They count from here to the last update, compilation included. Once max_iters is known, minutes is 0: a checkpoint
+    has the number, and a run that is resumed ends there.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.seconds = 60 * config["minutes"]
+        self.start = time.perf_counter()
+        self.times = []  # when each update ended
+        if self.seconds:
+            config["max_iters"] = UNKNOWN
+
+    def updated(self, done):
+        """Takes note of an update, `done` in all; called on all ranks. Returns whether max_iters is known since now."""
+        if not self.config["minutes"]:
+            return False
+        self.times.append(time.perf_counter())
+        count = len(self.times)
+        if count < 8 or count & (count - 1):  # at every power of two
+            return False
+        remaining = from_first_rank(self.remaining)
+        if remaining is None:
+            return False
+        self.config["max_iters"] = done + remaining
+        self.config["minutes"] = 0.0
+        return True
+
+    def remaining(self):
+        """How many updates still fit, by the later half of those so far; None: measure on."""
+        half = len(self.times) // 2
+        measured = self.times[-1] - self.times[half - 1]
+        elapsed = self.times[-1] - self.start
+        if measured < MEASURED * self.seconds and elapsed < LATEST * self.seconds:
+            return None
+        self.update = measured / (len(self.times) - half)
+        return max(1, int((self.seconds - elapsed) / self.update))
