@@ -13,6 +13,7 @@ Each piece is a function of a model, or a model of its own, and is off unless a 
     filters           a step's flow over pixels           pixels.py
     logistics
     mirrored          and its loss with little noise      mirrored_nll
+    residual          a denoiser as good as its input     ResidualDenoiser
     objective         one deep flow, for comparison       TarFlow
 
 Equation numbers are those of docs/beyond.md, up to (27) of docs/method.md. x_1 is the level at t = 1, pure noise.
@@ -27,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from flow import forward_chain, forward_trajectory, reverse_posterior
-from model import NTM, forward_log_prob, noise_source
+from model import NTM, Denoiser, forward_log_prob, noise_source
 from pixels import PixelConfig, PixelNTM
-from predictor import Gaussian, null_caption
+from predictor import Gaussian, NTMConfig, null_caption
 
 # ---------------------------------------------------------------------------------------------------------------
 # Losses
@@ -101,7 +102,7 @@ def velocity_error(gaussian, mean, ts):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Ways to sample
+# Ways to sample and to denoise
 
 
 @torch.no_grad()
@@ -201,6 +202,25 @@ def add_noise_again(model, u, ts, T, noise):
     x = forward_chain(x, ts, noise)[:, 1:]
     u, _ = model.transport(x, ts[:, 1:], steps, ends_in_noise=True)
     return u
+
+
+@dataclass
+class DenoiserConfig(NTMConfig):
+    residual: float = 0.0  # what the network emits times this is added to u_0; 0: it emits x_0, as the paper's
+
+
+class ResidualDenoiser(Denoiser):
+    """A Denoiser that, where residual is above 0, emits what to add to u_0, in units of about the noise in it.
+
+    At first it leaves u_0 as it is, which without a transporter is the image but for a little noise.
+    """
+
+    config_class = DenoiserConfig
+
+    def forward(self, u0, text):
+        """u0 (B, N, D) at t_min, text (B, L). Returns x0 (B, N, D)."""
+        emitted = super().forward(u0, text)
+        return u0 + self.config.residual * emitted if self.config.residual else emitted
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from beyond import ResidualDenoiser
 from configurator import configure
 from data import get_tokenizer, open_dataset
-from model import Denoiser
 from networks import NTMS
 from plumbing import checkpoint
 from plumbing.images import contact_sheet
@@ -41,6 +41,7 @@ from plumbing.runtime import (
     leave_ranks,
 )
 from plumbing.settings import check_init_from
+from predictor import NTMConfig
 
 # ---- run
 out_dir = "out/digits"  # the folder of the model's ckpt.pt, which gets denoiser.pt
@@ -60,6 +61,7 @@ caption_dropout = 0.1  # fraction of captions replaced by the null caption
 width = 96  # numbers per token in the denoiser
 depth = 4  # layers of the denoiser
 heads = 4  # attention heads of the denoiser
+residual: bool | None = None  # (ours) it emits what to add to its input; None: where there is no transporter
 steps = 0  # T of the trajectories it learns from; 0: the first that the model was trained with
 t_min = 0.02  # noise level of the samples that it denoises
 
@@ -144,6 +146,7 @@ class Run:
         self.fingerprint = checkpoint.fingerprint(self.teacher)
         resumed = checkpoint.find_resumable(config["resume"], self.path, "denoiser") or {}
         if resumed:
+            resumed["settings"].setdefault("residual", False)  # as it was before there was a choice
             checkpoint.keep_settings(config, resumed)
             checkpoint.check_teacher(self.path, resumed, self.teacher_iter, self.fingerprint)
         for name, value in trained["settings"].items():  # the data and the captions are the model's
@@ -225,17 +228,24 @@ class Run:
 
 def build_denoiser(config, teacher_config):
     """A denoiser of the settings' size for what a teacher with teacher_config samples."""
-    fields = {name: getattr(teacher_config, name) for name in Denoiser.config_class.__dataclass_fields__}
+    fields = {name: getattr(teacher_config, name) for name in NTMConfig.__dataclass_fields__}
     for name in ("width", "depth", "heads"):
         fields[name] = config[name]
+    if config["residual"] is None:
+        config["residual"] = teacher_config.transporter_blocks == 0  # where u_0 is almost the image
+    fields["residual"] = max(config["t_min"], 0.01) if config["residual"] else 0.0  # of the size of the noise
     torch.manual_seed(config["seed"])  # the same initial weights on every rank
-    return Denoiser(Denoiser.config_class(**fields))
+    return ResidualDenoiser(ResidualDenoiser.config_class(**fields))
 
 
 def start_from(denoiser, path):
     """Gives a new denoiser the averaged weights of the checkpoint `path`. Raises ValueError if they do not fit."""
     check_init_from(path)
     other = checkpoint.load(path, "denoiser")
+    theirs = other["model_config"].get("residual", 0.0)
+    if theirs != denoiser.config.residual:
+        raise ValueError(f"{path} has residual {theirs}, the settings make it {denoiser.config.residual}: set "
+                         f"--residual={theirs > 0}, and --t_min as there")
     checkpoint.restore(denoiser, other["ema"], path)
 
 

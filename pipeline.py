@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import torch
 
-from beyond import CoupledNTM, cooled, guided_log_density, restarted_steps, sample_with_restarts
+from beyond import CoupledNTM, ResidualDenoiser, cooled, guided_log_density, restarted_steps, sample_with_restarts
 from data import get_tokenizer
 from flow import forward_trajectory, time_grid
 from fm import EULER_STEPS, FlowMatching
-from model import Denoiser, bits_per_dim
+from model import bits_per_dim
 from networks import NETWORKS
 from plumbing import checkpoint
 from plumbing.memory import examples_at_once, score_denoise
@@ -113,7 +113,7 @@ class TrainedModel:
     def load_denoiser(self, path):
         """Loads the learned denoiser. Raises ValueError for that of another model."""
         try:
-            denoiser, distilled = checkpoint.load_network(path, {"denoiser": Denoiser}, self.device)
+            denoiser, distilled = checkpoint.load_network(path, {"denoiser": ResidualDenoiser}, self.device)
         except ValueError as error:
             raise ValueError(f"{error}; distil anew, or choose --denoise=score") from error
         self.check_denoiser(path, denoiser, distilled)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -23,12 +24,22 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from beyond import known_step, mirrored_nll, velocity_error
+from beyond import CoupledNTM
 from configurator import run_config
 from fm import FlowMatching
+from losses import TrainingLoss, draw_levels, losses_of_batch
 from networks import NETWORKS, kind_of
 from plumbing.optim import make_optimizers, update_average, update_weights
-from plumbing.runtime import autocast, find_device, for_training, one_line_errors
+from plumbing.rng import randn
+from plumbing.runtime import (
+    autocast,
+    coarse_products,
+    exact_products,
+    find_device,
+    for_training,
+    in_bfloat16,
+    one_line_errors,
+)
 
 ROOT = Path(__file__).parent.parent
 SIZE = {"width": 384, "depth": 6, "heads": 6, "patch_size": 4}
@@ -43,9 +54,15 @@ OF_NTM = {
     "first_noise": 0.5,
     "parametrization": "posterior",
 }
+# what the loss of config/emoji64.py and its like is made of
+LOSS = {"max_t_min": 0.05, "pairs": True, "closed_form": False, "mirrored": True, "level_weight": 0.5,
+        "velocity_weight": 1.0}
+NO_LOSS_OF_NTM = {"mirrored": False, "level_weight": 0.0, "velocity_weight": 0.0}
+COMPILE = {"layers": "layers", "whole": True, "no": False}
 VOCABULARIES = {"emoji": 4055, "gpt2": 50259}
-# An H100, measured: a product of 8192 x 8192 in bfloat16, a copy in its memory; the maker's figure for float32.
-H100 = {"bfloat16": 790e12, "float32": 67e12, "bytes/s": 3e12}
+# An H100, measured: a product of 8192 x 8192 in bfloat16, a copy in its memory; float32, which training takes as TF32,
+# is the maker's figure.
+H100 = {"bfloat16": 790e12, "float32": 395e12, "bytes/s": 3e12}
 OF_WEIGHTS = 48  # bytes an update moves for each weight: weight, gradient, momentum, square and average in float32
 
 
@@ -108,24 +125,28 @@ def of_config(path):
     return kind_of(settings, is_sit=False), settings
 
 
-def loss_of(model, images, text):
-    """What an update differentiates, without the weights of levels."""
-    with record_function("levels, coupling"):
-        x0 = model.patchify(images)
+class Update:
+    """The parts of an update of a model, in the order in which train.py has them."""
+
+    def __init__(self, model, average, batch, compiled=False):
+        """average: another of its kind, or the model itself. batch: images. compiled: as the setting of train.py."""
+        self.settings = LOSS | {"batch_size": batch, "bfloat16": None, "compile": compiled}
         if isinstance(model, FlowMatching):
-            drawn = model.draw_times(len(images), device=images.device), torch.randn_like(x0)
-        else:
-            steps, ts = model.draw_pairs(len(images), device=images.device)
-            noise = torch.randn(*ts.shape, *x0.shape[1:], device=images.device)
-            noised = getattr(model, "noised_pairs", model.noised)
-            x = noised(x0, text, ts, noise)
-    with record_function("forward"):
-        if isinstance(model, FlowMatching):
-            return model(images, text, drawn)
-        gaussian = model.predict_all(x, ts, steps, text)
-        mean, _ = known_step(model, x, x0, ts)
-        nll = mirrored_nll(gaussian, x[:, :-1], mean) / x0[0].numel()
-        return nll.mean() + velocity_error(gaussian, mean, ts)
+            self.settings |= NO_LOSS_OF_NTM
+        self.model, self.average = model, average
+        self.batches = SimpleNamespace(rows=slice(None), randn=randn)  # of the one rank that there is
+        device = next(model.parameters()).device
+        self.network = for_training(TrainingLoss(model, self.settings), self.settings, device)
+        self.noised = getattr(average, "noised", None)
+        if isinstance(average, CoupledNTM):
+            self.noised = for_training(average.noised_pairs, self.settings, device)
+
+    def loss(self, images, text, generator=None):
+        """What is differentiated, of random levels."""
+        with record_function("levels, coupling"):
+            drawn = draw_levels(self.model, self.noised, images, text, self.settings, self.batches, generator)
+        with record_function("forward"):
+            return losses_of_batch(self.network, None, 0.0, images, text, *drawn)["minimised"]
 
 
 def inputs(config, batch, device):
@@ -150,7 +171,7 @@ def counted(kind, config, batch):
         images, text = inputs(model.config, batch, "cpu")
         with Products() as products, saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = loss_of(model, images, text)
+                loss = Update(model, model, batch).loss(images, text)
             loss.backward()
         optimizers = make_optimizers(model, "muon", 1e-4, torch.device("cpu"), bfloat16=True)
         with Products() as of_muon:
@@ -187,20 +208,23 @@ def clock(device):
     return time.perf_counter()
 
 
-def updates(kind, config, batch, device):
-    """A function that makes an update as train.py does, with Muon; in bfloat16 and layers compiled on CUDA."""
-    settings = {"bfloat16": None, "compile": "layers" if device.type == "cuda" else False}
-    model = build(kind, config).to(device)
-    average = build(kind, config).to(device).requires_grad_(False)
-    optimizers = make_optimizers(model, "muon", 1e-4, device, bfloat16=device.type == "cuda")
+def updates(kind, config, batch, device, compiled):
+    """A function that makes an update as train.py does, with Muon, and in bfloat16 on CUDA."""
+    with device:
+        model = build(kind, config)
+        average = build(kind, config).requires_grad_(False)
     images, text = inputs(model.config, batch, device)
-    for_training(model, settings, device)
+    parts = Update(model, average, batch, compiled if device.type == "cuda" else False)
+    bfloat16 = in_bfloat16(parts.settings, device)
+    products = coarse_products if bfloat16 else exact_products
+    optimizers = make_optimizers(model, "muon", 1e-4, device, bfloat16)
 
     def update(i):
-        with autocast(settings, device):
-            loss = loss_of(model, images, text)
-        with record_function("backward"):
-            loss.backward()
+        with products(device):
+            with autocast(parts.settings, device):
+                loss = parts.loss(images, text)
+            with record_function("backward"):
+                loss.backward()
         with record_function("clipping, Muon, AdamW"):
             clip_grad_norm_(model.parameters(), 1.0)
             update_weights(optimizers, 1e-4)
@@ -224,20 +248,32 @@ def print_counts(networks, batch):
               f"{batch / max(by_products, by_bytes):,.0f} images/s at most")
 
 
-def print_profile(kind, config, batch, count, device):
-    """Where the time of `count` updates goes: by stage, and by operator."""
-    update = updates(kind, config, batch, device)
+def print_profile(kind, config, batch, count, device, compiled):
+    """How fast `count` updates are, and where their time goes, by stage and by operator."""
+    start = clock(device)
+    update = updates(kind, config, batch, device, compiled)
     for i in range(3):
         update(i)
+    first = clock(device) - start
     start = clock(device)
+    for i in range(count):
+        update(i)
+    speed = batch * count / (clock(device) - start)
+    line = f"{kind}: {speed:,.1f} images/s on {device.type}, the first three updates after {first:.0f} s"
+    if device.type == "cuda":
+        rate = matrix_product_rate(device, torch.bfloat16)
+        share = speed * cost_of(kind, config).flop / rate
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        line += f"; {share:.0%} of the {rate / 1e12:.0f} TFLOP/s of a matrix product; {memory:.0f} GB"
+    print(line)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities) as profiled:
         for i in range(count):
             update(i)
-        seconds = clock(device) - start
-    print(f"{kind}: {batch * count / seconds:.1f} images/s on {device.type}, profiled")
+        clock(device)
     by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(profiled.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=40))
+    torch.compiler.reset()
 
 
 @one_line_errors()
@@ -249,6 +285,7 @@ def main(arguments=None):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"of speedrun.sh's networks; default: {value}")
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--profile", type=int, default=0, metavar="UPDATES", help="run and profile so many")
+    parser.add_argument("--compile", default="layers", choices=["layers", "whole", "no"], help="how, on CUDA")
     parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
     args = parser.parse_args(arguments)
     of_speedrun = EMOJI64 | OF_NTM | vars(args)
@@ -257,7 +294,7 @@ def main(arguments=None):
         print_counts(networks, args.batch_size)
         return
     for kind, config in networks:
-        print_profile(kind, config, args.batch_size, args.profile, find_device(args.device))
+        print_profile(kind, config, args.batch_size, args.profile, find_device(args.device), COMPILE[args.compile])
 
 
 if __name__ == "__main__":

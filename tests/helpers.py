@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from model import Denoiser
+from beyond import ResidualDenoiser
 from networks import NETWORKS
 from plumbing import checkpoint
 from plumbing.runtime import note
 from plumbing.shards import Shards, write_shard
 
-ALL = {**NETWORKS, "denoiser": Denoiser}
+ALL = {**NETWORKS, "denoiser": ResidualDenoiser}
 ROOT = Path(__file__).parent.parent
 SHORT = ["--device=cpu", "--batch_size=8", "--max_iters=6", "--val_interval=3", "--val_examples=16", "--num_samples=4",
          "--log_interval=1", "--warmup_iters=2", "--optimizer=adamw", "--lr=2e-3"]

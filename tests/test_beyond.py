@@ -10,11 +10,12 @@ from tiny import (TINY, changed, exact_model, fixed, levels_mean_and_covariance,
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal
 
-from beyond import (CoupledConfig, CoupledNTM, TarFlow, cooled, expected_nll, guided_log_density, known_step, level_weights,
-                    restarted_steps, sample_with_restarts, take_weights, velocity_error)
+from beyond import (CoupledConfig, CoupledNTM, DenoiserConfig, ResidualDenoiser, TarFlow, cooled, expected_nll,
+                    guided_log_density, known_step, level_weights, restarted_steps, sample_with_restarts, take_weights,
+                    velocity_error)
 from flow import forward_kernel, forward_trajectory, reverse_posterior, time_grid
 from fm import FlowMatching
-from model import NTM, NTMConfig, noise_source
+from model import NTM, Denoiser, NTMConfig, noise_source
 from pixels import PixelConfig
 from predictor import Gaussian, null_caption
 
@@ -526,3 +527,15 @@ def test_temperature_scales_the_noise_of_the_last_step_alone():
         torch.testing.assert_close(cool[:, 0] - mean, 0.5 * (warm[:, 0] - mean))
     plain = model.sample(text, ts, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(sample(1.0), plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Denoising
+
+
+def test_a_denoiser_with_a_residual_starts_as_the_identity_and_moves_by_the_noise():
+    denoiser, u0, text = ResidualDenoiser(DenoiserConfig(**TINY, residual=0.02)), torch.randn(2, 6, 4), make_text(2)
+    assert torch.equal(denoiser(u0, text), u0)
+    plain = randomize(Denoiser(NTMConfig(**TINY)))
+    denoiser.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(denoiser(u0, text), u0 + 0.02 * plain(u0, text))

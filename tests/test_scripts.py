@@ -220,6 +220,26 @@ def test_a_denoiser_begins_with_a_similar_models(copied, tmp_path):
     assert found["iter"] == 1 and all(torch.allclose(found["ema"][name], first["ema"][name]) for name in first["ema"])
     (copied / "denoiser.pt").unlink()
     assert "is of another architecture" in fails("distill.py", *begin, "--depth=2")
+    assert "has residual 0.0, the settings make it 0.03: set --residual=False" in fails(
+        "distill.py", *begin, "--residual=True")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks, residual", [(0, 0.03), (1, 0.0)])
+def test_a_denoiser_adds_to_its_input_where_that_is_almost_the_image(tmp_path, blocks, residual):
+    run("train.py", *TRAIN, f"--transporter_blocks={blocks}", "--max_iters=1", f"--out_dir={tmp_path}")
+    run("distill.py", *DISTILL, "--max_iters=1", f"--out_dir={tmp_path}")
+    assert contents(tmp_path / "denoiser.pt")["model_config"]["residual"] == residual
+    run("distill.py", "--resume=yes", "--max_iters=2", f"--out_dir={tmp_path}")
+    assert load(tmp_path, "denoiser").config.residual == residual
+
+
+def test_a_denoiser_from_before_there_was_a_residual_is_resumed_without(copied):
+    saved = contents(copied / "denoiser.pt")
+    del saved["model_config"]["residual"], saved["settings"]["residual"]
+    torch.save(saved, copied / "denoiser.pt")
+    run("distill.py", f"--out_dir={copied}", "--resume=yes", f"--max_iters={saved['iter'] + 1}")
+    assert contents(copied / "denoiser.pt")["model_config"]["residual"] == 0
 
 
 @pytest.mark.parametrize("script, name", [("train.py", "ckpt.pt"), ("distill.py", "denoiser.pt")])
