@@ -142,8 +142,13 @@ def report(model, count, seconds, nlls):
     if nlls:
         mean = sum(nlls) / len(nlls)
         numbers = len(model.ts) * model.network.config.num_tokens * model.network.config.token_dim
-        print(f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers"
-              + (", under the model without guidance" if guidance else ""))
+        line = f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers"
+        if guidance:
+            line += ", under the model without guidance"
+        typical = model.held_out_nll()
+        if typical is not None:
+            line += f"; trajectories of held-out images have {typical:.4f} (lower is likelier)"
+        print(line)
 
 
 @one_line_errors()

@@ -26,7 +26,7 @@ import torch
 from evidence.report import report
 from evidence.update import EMOJI64, OF_NTM, cost_of, matrix_product_rate
 from plumbing import checkpoint
-from plumbing.log import read_record
+from plumbing.records import read_record
 from plumbing.paths import at_home
 from plumbing.runtime import find_device, one_line_errors
 
