@@ -29,7 +29,7 @@ from plumbing.records import last_validation
 from plumbing.runtime import coarse_products, exact_products, find_device, note
 from plumbing.tokenizer import words
 
-SHIPPED = Path(__file__).parent / "assets" / "emoji"
+SHIPPED = Path(__file__).parent / "assets" / "emoji64"
 TRAJECTORIES = 2  # of each candidate that best_of compares
 MOST_AT_ONCE = 256  # images in a batch, however small they are: more would be no faster
 

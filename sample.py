@@ -33,7 +33,7 @@ from plumbing.layouts import (LAYOUTS, goes_on, make_folder, path_of, read_promp
                               write_sheet)
 from plumbing.runtime import from_first_rank, gathered, leave_ranks, note, one_line_errors, start_ranks
 
-out_dir = ""  # the folder of ckpt.pt and denoiser.pt; empty: assets/emoji. Nothing is written into assets/
+out_dir = ""  # the folder of ckpt.pt and denoiser.pt; empty: assets/emoji64. Nothing is written into assets/
 prompt = ""  # one caption; if it and `prompts` are empty: out_dir/prompts.txt, or captions of the model's data set
 prompts = ""  # a text file with one caption a line, empty for any image; or a .jsonl file with a "prompt" a line
 num_samples = 16  # images of each prompt; without prompts, images in all
