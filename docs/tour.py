@@ -41,7 +41,7 @@ contact_sheet(images, captions, columns=4)
 # keeps the likeliest of four images; both make such failures rarer and take more time.
 
 # %%
-emoji = load("assets/emoji")
+emoji = load()  # emoji of 64 × 64 pixels
 captions = [
     "a red apple, fluent style",
     "a cat face, google style",
@@ -114,61 +114,57 @@ for i in scores.nats.argsort(descending=True).tolist():
 # One other caption is true as well: it leaves out where the circle is. It fits more pictures, so each of them is less
 # likely under it.
 #
-# ## 4. Look at one pixel
+# ## 4. Look inside one step
 #
-# The last step turns x_t, a noisy image, into x_s, an image with little noise. Which values does it consider possible
-# for one pixel? We choose the pixel about which the step is least certain. Then we vary this pixel, keep all others,
-# and evaluate −log p of the step for each value.
+# The last step turns x_t, a noisy image, into x_s, an image with little noise. In a diffusion model x_s is Gaussian,
+# number by number. Here a normalizing flow makes a Gaussian draw of x_s in two moves. The first is a map h of every
+# number. The second is a filter, which subtracts from every number what its neighbours tell about it. How much do they
+# tell? We take the trajectory of an emoji, and compare neighbours before and after the filter.
 
 # %%
 import torch
 
-from flow import forward_trajectory
-
-torch.manual_seed(0)
-network = model.network
-s, t = model.ts[:1], model.ts[1:2]
-steps = network.step_count(model.ts[None])
-text = model.encode([true_caption])
-x = forward_trajectory(network.patchify(picture[None].to(model.device)), model.ts[None])
-x_s, x_t = x[:, 0], x[:, 1]
-
+caption = "a cat face, google style"
+network = emoji.network
+_, trajectory, _ = emoji.sample_trajectories([caption], [0], guidance=1.0, seed=0, in_x_space=True)
+x_s, x_t = trajectory[:, 0], trajectory[:, 1]
+s, t = emoji.ts[:1], emoji.ts[1:2]
 with torch.no_grad():
-    prediction = network.predict(x_t, t, s, steps, text)
-uncertainty = network.unpatchify(prediction.log_std)[0]
-channel, row, column = torch.unravel_index(uncertainty.argmax(), uncertainty.shape)
-noisy = network.unpatchify(torch.cat([x_t, x_s]))
-value = network.unpatchify(x_s)[0, channel, row, column].item()
-print(f"row {row}, column {column}, {['red', 'green', 'blue'][channel]} channel: the value in x_s is {value:.2f}")
-contact_sheet([*noisy, picture], [f"x_t, t = {t.item():.2f}", f"x_s, s = {s.item():.2f}", "the picture"], scale=8)
+    step = network.predict(x_t, t, s, network.step_count(emoji.ts[None]), emoji.encode([caption]))
+    std = torch.exp(step.log_std)
+    mapped, _ = step.mixture.map((x_s - step.mean) / std)
+    drawn = step.filtered(mapped * std) / std
+
+for name, tokens in {"before": mapped, "after": drawn}.items():
+    image = network.unpatchify(tokens)[0]
+    neighbours = torch.stack([image[..., 1:].flatten(), image[..., :-1].flatten()])
+    print(f"correlation of neighbours {name} the filter: {torch.corrcoef(neighbours)[0, 1]:.2f}")
+names = [f"x_t, t = {t.item():.2f}", f"x_s, s = {s.item():.2f}"]
+contact_sheet(network.unpatchify(torch.cat([x_t, x_s])), names, scale=3)
 
 # %% [markdown]
-# The plot compares this density with the Gaussian of the same mean and variance. If the two curves are equal, the step
-# is a Gaussian, as in a diffusion model. With a flow the density can be skewed, or it can have a peak for each value
-# that the pixel may take. The printed number is the distance of the two, a Kullback–Leibler divergence in nats.
+# What is left after the filter is almost noise. And the map h? The plot shows the density that it gives to one number,
+# beside the Gaussian of the same mean and variance. Of all numbers we take the one where the two differ most. The
+# printed number is their distance, a Kullback–Leibler divergence in nats.
 
 # %%
 from plumbing.plots import plot
 
-values = torch.linspace(-1.25, 1.25, 501)
-varied = network.unpatchify(x_s).repeat(len(values), 1, 1, 1)
-varied[:, channel, row, column] = values.to(model.device)
-arguments = [argument.expand(len(values), *argument.shape[1:]) for argument in (x_t, s, t, steps, text)]
-with torch.no_grad():
-    nats = network.step_nll(network.patchify(varied), *arguments).double().cpu()
+width = 0.05
+z = torch.arange(-6, 6 + width, width)  # values, in standard deviations of the step
+h, log_slope = step.mixture.map(z[:, None, None].expand(-1, *x_s.shape[1:]).to(x_s))
+log_density = (log_slope - h**2 / 2).cpu()
+density = torch.softmax(log_density, dim=0) / width
+mean = (density * z[:, None, None]).sum(dim=0) * width
+variance = (density * (z[:, None, None] - mean) ** 2).sum(dim=0) * width
+gaussian = torch.distributions.Normal(mean, variance.sqrt()).log_prob(z[:, None, None])
+distance = (density * (torch.log(density + 1e-30) - gaussian)).sum(dim=0) * width
+token, place = torch.unravel_index(distance.argmax(), distance.shape)
+print(f"{distance[token, place]:.3f} nats from a Gaussian; {distance.mean():.4f} in the mean over all numbers")
 
-width = 2.5 / 500
-density = torch.softmax(-nats, dim=0) / width
-mean = (density * values).sum() * width
-deviation = ((density * (values - mean) ** 2).sum() * width).sqrt()
-gaussian = torch.distributions.Normal(mean, deviation).log_prob(values.double())
-distance = (density * width * (torch.log(density + 1e-300) - gaussian)).sum()
-print(f"{type(prediction).__name__}: {distance:.3f} nats from a Gaussian")
-
-near = (values - mean).abs() < 6 * deviation
-curves = {"the step": density[near], "Gaussian": gaussian.exp()[near]}
-points = {name: list(zip(values[near].tolist(), curve.tolist())) for name, curve in curves.items()}
-plot({"density of one pixel of x_s, given x_t": points}, "value of the pixel")
+curves = {"the map h": density[:, token, place], "Gaussian": gaussian[:, token, place].exp()}
+points = {name: list(zip(z.tolist(), curve.tolist())) for name, curve in curves.items()}
+plot({"density of one number of x_s, given x_t": points}, "standard deviations from the mean")
 
 # %% [markdown]
 # ## 5. Train a model
