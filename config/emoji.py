@@ -1,7 +1,7 @@
 # An NTM of emoji, 32x32, from the flow-matching model of config/emoji_fm.py: steps with a flow over pixels, the first step
 # coupled to its noise (docs/beyond.md).
 # An hour on one core at 256 wide (--bfloat16=True). The model in assets/ reached these settings in three stages, which
-# docs/data.md lists.
+# docs/results.md lists.
 init_from = "out/emoji_fm/ckpt.pt"
 out_dir = "out/emoji"
 dataset = "shards"

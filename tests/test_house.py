@@ -140,11 +140,20 @@ def test_the_readmes_python_runs_as_it_stands(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == names["caption"]
 
 
+def anchors(text):
+    """What the headings of a page are called in links, as GitHub calls them."""
+    headings = re.findall(r"^#+ +(.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere_and_commands_name_settings_that_exist(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert ((ROOT / page).parent / link).exists(), link
+    for link, heading in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+        target = (ROOT / page).parent / link if link else ROOT / page
+        assert heading in anchors(target.read_text()), f"{link}#{heading}"
     if page == "docs/log.md":  # whose commands are those of their day
         return
     for name in re.findall(r"config/\w+\.py", text):
