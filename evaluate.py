@@ -224,8 +224,7 @@ def draw_samples(model, captions, strength, folder):
 
 
 def scores_of_judge(model, images, dataset):
-    """The judge's scores of samples: whether they show the labels of their captions, and the distance to real
-    images."""
+    """The judge's scores of samples: whether they show the labels of their captions, and how far from real images."""
     known = model.settings["data_dir"]  # empty in a checkpoint made for sampling alone
     train_set = open_dataset(model.settings, "train") if known else None
     found = judges.compare(judge, images, dataset, train_set)

@@ -240,8 +240,7 @@ class TrainedModel:
             raise ValueError(f"best_of is {best_of!r}, but must be an int of at least 1, and 1 for {where}")
 
     def draw(self, text, guidance, restarts, temperature, generators, in_x_space):
-        """Draw clean tokens (B, N, D), their trajectory x (B, T+1, N, D) or None if not needed, and an NTM's u or
-        None."""
+        """Draw clean tokens (B, N, D), their trajectory x (B, T+1, N, D) or None if not needed, and u of an NTM."""
         network, ts = self.network, self.ts
         T = len(ts) - 1
         stage = f"sampling in {T + restarts * len(restarted_steps(T))} steps"
@@ -292,8 +291,7 @@ class TrainedModel:
         return images / scale + mean
 
     def to_images(self, samples):
-        """Samples (B, C, H, W) to look at, in [-1, 1]: latents decoded if there is a decoder, else the samples as they
-        are."""
+        """Samples (B, C, H, W) to look at, in [-1, 1]: latents decoded if there is a decoder, else unchanged."""
         return self.decode(samples) if self.decode else samples
 
     # -----------------------------------------------------------------------------------------------------------
