@@ -248,7 +248,7 @@ class StepFlow(NamedTuple):
         return self.mean + residual
 
     def guided(self, unconditional, guidance):
-        """Guide mean and standard deviation by Eq. (20), as without a flow; map and filter stay those of the caption."""
+        """Guide mean and standard deviation by Eq. (20), as without a flow; map and filter stay the caption's."""
         gaussian, other = self.gaussian(self.mean), unconditional.gaussian(unconditional.mean)
         guided = gaussian.guided(other, guidance)
         return self._replace(mean=guided.mean, log_std=guided.log_std)
