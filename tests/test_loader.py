@@ -60,14 +60,14 @@ def test_a_caption_that_the_tokenizer_refuses_is_replaced_and_named(workers, cap
         seen = torch.cat([next(loading)[1][:, 0] - 2 for _ in range(9)])
     assert sorted(seen.tolist()) == sorted([*range(3), 4, *range(4, 12)] * 3)  # the next one stands in for it
     assert loading.counts["unusable"] == 3 and loading.faults == ["example 3: caption '3' is no class"] * 3
-    assert capsys.readouterr().err.count("another stands in for it: example 3: caption '3' is no class") == 3
+    assert capsys.readouterr().err.count("is replaced by another: example 3: caption '3' is no class") == 3
 
 
 def test_a_refused_caption_among_the_held_out_is_replaced_and_named(capsys):
     images, text, captions, _ = next(validation_batches(DATA, Classes(), 3, 12, "cpu"))
     assert captions == ["0", "1", "2", "4", *map(str, range(4, 12))] and text[3].tolist() == [6, 6, 6]
     assert (images[3] - DATA[4][0]).abs().max() <= 1 / 256
-    assert "an unusable held-out example, another stands in for it: example 3: caption '3'" in capsys.readouterr().err
+    assert "an unusable held-out example is replaced by another: example 3: caption '3'" in capsys.readouterr().err
     many = Items(DATA * 10)
     assert len(list(validation_batches(many, Classes(), 3, 120, "cpu", bad_limit=0.1))) == 2  # ten are a twelfth
     with pytest.raises(SystemExit, match="10 of 120 held-out examples are unusable, more than bad_limit 0.05 allows.*"
