@@ -23,7 +23,7 @@ READ = tuple(f".{suffix}" for suffix in (*IMAGES, "npy"))
 OTHER_IMAGES = (".heic", ".heif", ".jxl", ".svg", ".psd",  # Pillow cannot read these
                 ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
 COPIES = ("__MACOSX", "@eaDir")  # folders of thumbnails and attributes that operating systems add
-LATIN_1 = {0xDC00 + byte: byte for byte in range(128, 256)}  # Python keeps bytes that are not UTF-8 so
+LATIN_1 = {0xDC00 + byte: byte for byte in range(128, 256)}  # how Python stores other bytes than UTF-8
 UNNAMED = "more columns than there are names (quote a text that holds commas)"
 
 

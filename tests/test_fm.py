@@ -467,7 +467,7 @@ def test_what_flow_matching_does_not_use_is_noted(tmp_path):
     sizes = ["--transporter_blocks=2", "--transporter_width=16", "--steps=8", "--pairs=False", "--chunk=3"]
     _, _, notes = run_with_notes("train.py", *short, *sizes, f"--out_dir={tmp_path / 'c'}")
     note, = notes
-    assert note == "flow matching does not use transporter_width, transporter_blocks, steps, pairs, chunk, which an NTM does"
+    assert note == "flow matching does not use transporter_width, transporter_blocks, steps, pairs, chunk: only an NTM does"
     assert same_training(*(tmp_path / name / "ckpt.pt" for name in "ac"))
 
 

@@ -83,7 +83,7 @@ def test_a_run_heeds_bad_limit_for_captions(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"10 of 1\d\d examples are unusable, more than bad_limit 0.05.*caption '3'"):
         fit(tmp_path / "many", max_iters=100, bad_limit=0.05)
     monkeypatch.setattr(Classes, "refused", [str(i) for i in range(12)])
-    with pytest.raises(SystemExit, match="100.0% are refused, the first since caption '0' is no class; bad_captions"):
+    with pytest.raises(SystemExit, match="100.0% are refused, the first because caption '0' is no class; bad_captions"):
         fit(tmp_path / "all")
     with pytest.raises(SystemExit, match="100 examples in a row have no readable caption, the first is example"):
         fit(tmp_path / "all", bad_captions=1.0)
@@ -102,7 +102,7 @@ def test_captions_of_shards_that_are_no_classes_are_replaced_and_named(tmp_path,
     _, printed = run("train.py", *settings, "--max_iters=12", "--batch_size=20", "--resume=yes")
     assert training_lines(tmp_path / "log.jsonl")[-1]["unusable"] == 4  # an epoch is three batches
     assert "val_loss" in read_log(tmp_path / "log.jsonl")[-1] and "interrupted" not in printed
-    assert "1.7% are refused, the first since caption 'a dog' is not a class" in printed
+    assert "1.7% are refused, the first because caption 'a dog' is not a class" in printed
 
 
 @pytest.mark.slow
