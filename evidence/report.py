@@ -1,18 +1,18 @@
-"""The report card of speedrun.sh, of what its stages have found so far."""
+"""The report of speedrun.sh, with the results of its stages so far."""
 
 TITLES = {"fm": "flow matching", "ntm": "NTM", "denoiser": "denoiser"}
 LABELS = {"style": "style", "group": "group", "concept": "emoji"}  # of the judge
 
 
 def table(rows):
-    """Rows of strings, the first of them headings, in Markdown."""
+    """A Markdown table of rows of strings, the first of them the headings."""
     heading, *others = rows
     lines = [heading, ["---"] * len(heading), *others]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def number(value, digits=3):
-    """A number with so many digits, or a dash for None."""
+    """A number with `digits` digits as text, or a dash for None."""
     if value is None:
         return "–"
     if abs(value) >= 10**digits:
@@ -21,7 +21,7 @@ def number(value, digits=3):
 
 
 def report(state):
-    """report.md as a string; state: what speedrun.json holds."""
+    """The text of report.md; state: the contents of speedrun.json."""
     stages = state["stages"]
     minutes = sum(stage["seconds"] for stage in stages.values()) / 60
     missing = [] if "judged" in stages else ["It is not judged yet: the run goes on, or was interrupted.\n"]
@@ -38,7 +38,7 @@ def report(state):
 
 
 def training(state):
-    """What was trained, how fast, and how much of the chip that is."""
+    """The table of what was trained, how fast, and at which share of the chip's speed."""
     rates = state["rates"]
     rate = rates[state["precision"]]
     rows = [["", "images", "iterations", "seconds", "images/s", "waiting for data", "million weights",
@@ -63,7 +63,7 @@ def training(state):
 
 
 def judged(found):
-    """What the judge makes of samples for unseen combinations."""
+    """The table of the judge's scores of samples for unseen combinations."""
     rows = [["", *LABELS.values(), "Fréchet", "images/s"]]
     real = found["ntm"][0]
     shares = [number(share(real, f"{label}, of real images")) for label in LABELS]
@@ -82,12 +82,12 @@ def judged(found):
 
 
 def share(curve, label):
-    """The proportion that the judge finds, or None where it knows no class of the captions."""
+    """The proportion of samples that the judge finds right; None where it knows no class of the captions."""
     return curve[label]["mean"] if label in curve else None
 
 
 def files(stages):
-    """What lies beside the report, and how to use it."""
+    """The part that lists the files beside the report and how to use them."""
     lines = []
     for stage in stages.values():
         if stage.get("sheet"):

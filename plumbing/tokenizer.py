@@ -178,8 +178,7 @@ class Splits:
             self.gain(place)
 
     def pair_at(self, place):
-        """The token at a place and the next one of its word; None at an end of a word, or where a merge left no
-        token."""
+        """The token at a place and the next one in its word; None at the ends of words and where a merge left none."""
         left, right = self.tokens[place], self.tokens[self.after[place]]
         return None if left is None or right is None else (left, right)
 

@@ -125,8 +125,8 @@ class ReadAhead:
         if self.asked():
             raise InterruptedError("interrupted while waiting for data")
         if seconds > LONGEST_WAIT:
-            raise TimeoutError(f"no batch came for {seconds:.0f} s, so the processes that load data hang: check whether "
-                               "the data's disk responds, and resume with --workers=0 to see where")
+            raise TimeoutError(f"no batch came for {seconds:.0f} s, so the processes that load data hang: check "
+                               "whether the data's disk responds, and resume with --workers=0 to see where")
 
 
 class NotYet(Exception):
