@@ -107,7 +107,7 @@ def from_text(text, kinds):
     Raises ValueError where neither fits.
     """
     if kinds != ["str"]:
-        with contextlib.suppress(Exception):  # what reading garbage raises depends on the garbage
+        with contextlib.suppress(Exception):  # a text that is no literal may raise anything
             return from_value(ast.literal_eval({"true": "True", "false": "False"}.get(text, text)), kinds)
     return from_value(text, kinds)
 

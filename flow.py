@@ -203,7 +203,7 @@ class Attention(nn.Module):
         then depends on relative positions only.
         """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        q = normalized(q)  # which bounds the logits
+        q = normalized(q)  # bounds the logits
         k = normalized(k)
         if rotation is not None:
             q = rotated(q, rotation)

@@ -44,7 +44,7 @@ class Mixture(NamedTuple):
     def map(self, z):
         """h(z) and the logarithm of its slope, each like z (..., N, D)."""
         distance = z[..., None] - self.centre
-        standardized = distance * torch.exp(-self.log_scale) / LOGISTIC  # as each logistic sees z
+        standardized = distance * torch.exp(-self.log_scale) / LOGISTIC  # z in units of each logistic
         below = F.logsigmoid(standardized)
         above = below - standardized  # logsigmoid(-standardized)
         log_F = torch.logsumexp(self.log_weight + below, dim=-1)

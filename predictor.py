@@ -36,7 +36,7 @@ class NTMConfig:
     transporter_layers: int = 2
     transporter_heads: int = 2
     parametrization: str = "direct"  # or "posterior": the head emits a velocity, to start from flow matching
-    rank: int = 0  # (ours) directions along which a step's Gaussian is correlated; 0, the paper's: none
+    rank: int = 0  # (ours) directions along which a step's Gaussian is correlated; 0: none, as in the paper
     steps: int | tuple = 4  # T; with several, each example of training has one of them
     shift: float | None = None  # e^m of the time grid; None: from the number of tokens
 

@@ -203,7 +203,7 @@ def read_weights(path):
             contents = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no SiT checkpoint {path}") from error
-        except Exception as error:  # what reading garbage raises depends on the garbage
+        except Exception as error:  # a damaged file may raise anything
             unsafe = []
             with contextlib.suppress(Exception):
                 unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)

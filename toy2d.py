@@ -192,7 +192,7 @@ def train(name, model, ts):
     text = CAPTION.expand(batch_size, 1)
     T = torch.full((batch_size,), steps)
     start = time.thread_time()
-    done = 0  # of the training, in [0, 1]
+    done = 0  # fraction of the training
     i = 0
     with tqdm(total=100, desc=name, bar_format="{l_bar}{bar}| {elapsed}", position=NAMES.index(name)) as bar:
         while done < 1:

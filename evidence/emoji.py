@@ -51,7 +51,7 @@ for (const name of fs.readdirSync("."))
         fs.writeFileSync(name.replace("svg", "png"), new svg.Resvg(fs.readFileSync(name), options).render().asPng());
 """ % SIZE
 VAL, COMBINATIONS = 0.05, 0.05  # the fractions of emoji, and of an emoji's styles, that are held out
-COPIES = 3  # in train, of emoji without a skin tone: otherwise people and hands, in all tones, are half of an epoch
+COPIES = 3  # in train, of emoji without skin tones: else people and hands, in all tones, make half an epoch
 PEOPLE = ("man", "woman", "person", "boy", "girl", "adult", "child")
 # groups whose images may be mirrored, except where a name speaks of left, right or writing
 SYMMETRIC = ("smileys-emotion", "people-body", "animals-nature", "food-drink")
@@ -269,7 +269,7 @@ def prepare_emoji(args):
         for copy in range(copies):
             members = {suffix: data, "json": json.dumps(record | {"copy": copy}).encode()}
             examples.append((f"{style}-{code}" + f"-{copy}" * (copy > 0), split, members))
-    examples.sort(key=lambda example: hashed(example[0]))  # for readers that stream
+    examples.sort(key=lambda example: hashed(example[0]))  # shuffled, for readers that stream
     write_splits(Path(args.out), examples)
     licences = "".join(f"{style}: {PACKAGES[style][2]}, from npm's {PACKAGES[style][0]}.\n" for style in styles)
     (Path(args.out) / "LICENCES.txt").write_text(licences + "Names: Unicode CLDR, Unicode License v3.\n", "utf-8")

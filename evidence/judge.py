@@ -95,7 +95,7 @@ def labels_of(dataset, count):
         record = json.loads(dataset.members(i).get("json", b"{}"))
         for label in (*LABELS, "captions"):
             if label not in record:
-                raise ValueError(f"example {i} has no {label} in its .json, as those of `python data.py emoji` have")
+                raise ValueError(f"example {i} has no {label} in its .json: name shards of `python data.py emoji`")
         records.append(record)
     return records
 

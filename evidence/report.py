@@ -1,7 +1,7 @@
 """The report of speedrun.sh, with the results of its stages so far."""
 
 TITLES = {"fm": "flow matching", "ntm": "NTM", "denoiser": "denoiser"}
-LABELS = {"style": "style", "group": "group", "concept": "emoji"}  # of the judge
+LABELS = {"style": "style", "group": "group", "concept": "emoji"}  # {label of the judge: heading}
 
 
 def table(rows):
@@ -24,7 +24,7 @@ def report(state):
     """The text of report.md; state: the contents of speedrun.json."""
     stages = state["stages"]
     minutes = sum(stage["seconds"] for stage in stages.values()) / 60
-    missing = [] if "judged" in stages else ["It is not judged yet: the run goes on, or was interrupted.\n"]
+    missing = [] if "judged" in stages else ["The samples are not judged yet: the run continues, or was interrupted.\n"]
     parts = [
         "# 64×64 emoji by speedrun.sh\n",
         f"{state['card']}, torch {state['torch']}, {minutes:.1f} of {state['minutes']:g} minutes.\n",
@@ -57,8 +57,8 @@ def training(state):
                      number(stage.get("val_loss")), number(stage.get("val_bound"), 4), number(stage.get("val_psnr"))])
     coarse, fine = (number(rates[precision] / 1e12) for precision in ("bfloat16", "float32"))
     note = (f"The chip: {coarse} TFLOP/s in bfloat16 and {fine} in float32, by a large matrix product in the same run. "
-            f"\"Of the chip\" is of {state['precision']}, in which it was trained. Operations are counted, of matrix "
-            "products alone. Seconds are a stage's, with its first updates, compilation and validation.\n")
+            f"\"Of the chip\" is the share of its speed in {state['precision']}, in which the model was trained. Only "
+            "operations of matrix products count. Seconds include first updates, compilation and validation.\n")
     return table(rows) + "\n" + note
 
 
@@ -76,7 +76,8 @@ def judged(found):
             rows.append([title, *shares, number(curve["frechet_distance"]), number(curve["images_per_s"])])
     n = found["count"]
     note = (f"{n} unseen combinations of emoji and style, guidance 1, one seed; a share p has the standard error "
-            f"√(p (1 − p) / {n}), at most {0.5 / n**0.5:.3f}. Real images have the Fréchet distance of others. "
+            f"√(p (1 − p) / {n}), at most {0.5 / n**0.5:.3f}. For real images, the Fréchet distance is that of "
+            "other real images. "
             "Distances fall with the number of images.\n")
     return table(rows) + "\n" + note
 
@@ -94,7 +95,7 @@ def files(stages):
             lines.append(f"![samples]({stage['sheet']})\n")
     names = [name for stage in stages.values() for name in stage.get("files", ())]
     joined = sorted({name.rpartition(".")[0] for name in names if not name.endswith(".pt")})
-    lines.append("Weights, averaged, in float16: " + ", ".join(f"`{name}`" for name in names) + ".\n")
+    lines.append("Averaged weights in float16: " + ", ".join(f"`{name}`" for name in names) + ".\n")
     for name in joined:
         lines.append(f"Join the parts: `cat {name}.?? > {name}`\n")
     if "ckpt.pt" in [*joined, *names]:

@@ -40,7 +40,7 @@ OF_THE_CAPTION = [0, 2, 3, 4]  # the draws of kind, count and things
 RELATION = 1  # the draw of the relation
 KIND_OF_RELATIONS = 0.75  # captions with a relation are those whose kind's draw is at least this
 CROWD = 10  # times as many scenes at the start, so that they include every arrangement that explains x_t
-COLUMNS = "", ", nearest diagonal Gaussian", ", nearest full Gaussian"  # of the figures for each step
+COLUMNS = "", ", nearest diagonal Gaussian", ", nearest full Gaussian"  # the figures of each step
 
 
 def some_scenes(draws, z):
@@ -245,9 +245,9 @@ def check(path, settings, config, steps):
     """Raise ValueError for a model whose true steps are not known."""
     if settings["dataset"] != "shapes" or config.channels != 3:
         raise ValueError(f"{path} is of the data set {settings['dataset']}, channels {config.channels}: the truth is "
-                         "known of shapes with 3 channels only, choose such a model")
+                         "known for shapes with 3 channels only, choose such a model")
     if steps < 2:
-        raise ValueError(f"steps is {steps}, but the truth is known of all steps but the last: choose at least 2")
+        raise ValueError(f"steps is {steps}, but the truth is known for all steps except the last: choose at least 2")
     first_noise = getattr(config, "first_noise", 1)
     if first_noise != 1:
         raise ValueError(f"{path} has first_noise {first_noise}: the truth of a coupled first step is not known, "

@@ -99,7 +99,7 @@ def load(path, *kinds):
     except (FileNotFoundError, NotADirectoryError):
         script = {"denoiser": "distill.py", "judge": "python -m evidence.judge"}.get(kinds[0], "train.py")
         raise ValueError(f"there is no checkpoint {path}: make it with {script}, or name another") from None
-    except Exception as error:  # what reading garbage raises depends on the garbage
+    except Exception as error:  # a damaged file may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read checkpoint {path}: it is truncated or not a checkpoint ({reason})") from error
     if not isinstance(contents, dict) or contents.get("kind") not in kinds:

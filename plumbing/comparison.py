@@ -53,8 +53,8 @@ def open_real_images(latents, height, width, images_dir):
     except (OSError, ValueError) as error:
         if images_dir:
             raise
-        note(f"the real images are replaced by decoded latents, which are reconstructions: give --real_dir "
-             f"({error})")
+        note(f"the real images cannot be read ({error}): decoded latents take their place, unless --real_dir names "
+             "them")
         return None
 
 

@@ -60,7 +60,7 @@ def upright(image):
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         turn = TURNS.get(orientation)
-    except Exception:  # what reading garbage raises depends on the garbage
+    except Exception:  # a damaged file may raise anything
         turn = None
     return image if turn is None else image.transpose(turn)
 

@@ -237,7 +237,7 @@ def decode_image(members):
         return decode(members[suffix])
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise Unusable(f"it is enormous ({error})") from error
-    except Exception as error:  # what decoding garbage raises depends on the garbage
+    except Exception as error:  # a damaged image may raise anything
         raise Unusable(f"it cannot be decoded ({str(error) or type(error).__name__})") from error
 
 
@@ -266,7 +266,7 @@ def decode_latent(members, shape=None):
         if array.dtype.kind not in "fiu":
             raise ValueError(f"its numbers are {array.dtype}")
         latent = torch.from_numpy(array.astype(np.float32))
-    except Exception as error:  # what reading garbage raises depends on the garbage
+    except Exception as error:  # a damaged file may raise anything
         raise Unusable(f"it is not an array ({str(error) or type(error).__name__})") from error
     found = "x".join(map(str, latent.shape))
     if latent.ndim != 3:

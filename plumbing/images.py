@@ -16,7 +16,7 @@ PAPER, INK = (255, 255, 255), (20, 20, 20)
 GAP = 8  # pixels between cells, and around them
 FONT_SIZE = 13
 MIN_CELL = 96  # pixels; a narrower cell would have no room for its caption
-MOST_LINES = 8  # of the caption under an image
+MOST_LINES = 8  # lines of the caption under an image, at most
 ELLIPSIS = "…"
 THUMBNAIL = 256  # pixels of the longer side, at most, where `python data.py` shows images
 

@@ -79,7 +79,7 @@ def scan(path):
             faults = [f"what follows its byte {end} is not a member"]
     except OSError:
         raise
-    except Exception as error:  # what reading garbage raises depends on the garbage
+    except Exception as error:  # a damaged file may raise anything
         faults = [str(error) or type(error).__name__]  # the examples so far are good, perhaps except the last
         end = -(-size // BLOCK) * BLOCK
     scanner.end_run()
@@ -190,7 +190,7 @@ def files_in(path, start, stop):
         with tarfile.open(fileobj=blocks, mode="r:") as tar:
             return [(member.name, tar.extractfile(member).read()) for member in list(tar)
                     if member.isfile() and key_and_suffix(member.name)]
-    except Exception as error:  # what reading garbage raises depends on the garbage
+    except Exception as error:  # a damaged file may raise anything
         raise Unusable(f"its shard is truncated or cannot be read ({str(error) or type(error).__name__})") from error
 
 

@@ -21,7 +21,7 @@ from plumbing.lock import lock_file
 from plumbing.runtime import claim, gathered, leave_ranks, note, start_ranks
 from plumbing.shards import Shards, find_shards, first_example, write_shard
 
-PATIENCE = timedelta(days=1)  # for which a rank that has finished waits for the others
+PATIENCE = timedelta(days=1)  # how long a rank that has finished waits for the others
 
 
 def load_exported(path, device):
@@ -31,7 +31,7 @@ def load_exported(path, device):
     try:
         zipfile.ZipFile(path).close()  # fails in one line where torch would print many
         program = torch.export.load(path)
-    except Exception as error:  # what reading garbage raises depends on the garbage
+    except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"{path} is not a program saved by torch.export ({type(error).__name__})") from error
     module = program.module().to(device)
 
@@ -148,7 +148,7 @@ def open_sources(args):
     for split in splits:
         paths, _ = find_shards(args.data_dir, split)
         if first_example(paths)[0]:
-            raise ValueError(f"{paths[0]} holds latents already")
+            raise ValueError(f"{paths[0]} holds latents already: name shards of images in --data_dir")
         if len({path.name for path in paths}) < len(paths):
             raise ValueError(f"several shards of data_dir {args.data_dir!r} have one name: encode folder by folder")
         sources[split] = Shards(args.data_dir, split, 3, args.image_size, args.image_size)

@@ -39,7 +39,7 @@ def read_prompts(path):
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts file {path!r} cannot be read: {error}") from error
     if not text:
-        raise ValueError(f"{path} holds no prompts: write one a line")
+        raise ValueError(f"{path} holds no prompts: write one per line")
     # not splitlines(), which also splits at U+2028 and others that a prompt may contain
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if not path.endswith(".jsonl"):

@@ -79,7 +79,7 @@ class Readable:
             try:
                 ids = self.tokenizer.encode([caption], self.text_len)[0]
                 return image, caption, ids, self.tokenizer.cut - cut, fault
-            except Exception as error:  # the error for garbage depends on the tokenizer
+            except Exception as error:  # a tokenizer may raise anything
                 fault = fault or f"{self.name(number)}: {error}"
         raise ValueError(f"{ATTEMPTS} examples in a row have no readable caption, the first is {fault}")
 
@@ -229,4 +229,4 @@ def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, worl
         yield images, text.to(device), captions, generator
     if len(unusable) >= NAMED and len(unusable) > bad_limit * seen:
         raise SystemExit(f"{len(unusable)} of {seen} held-out examples are unusable, more than bad_limit {bad_limit} "
-                         f"allows: mend them or raise bad_limit. The first is {unusable[0]}")
+                         f"allows: repair them or raise bad_limit. The first is {unusable[0]}")

@@ -19,7 +19,7 @@ PAD, NULL = 0, 1  # the null caption is what guidance uses; a vocabulary's own i
 WORD = r" ?[^\s,]+|,|\s+"  # a word includes the space before it, so that a common word is one token
 LETTERS = r"[^\W\d_]+(?:['’-][^\W\d_]+)*"  # a word as people count words: "don't", "t-shirt"
 MOST_WORDS = 200_000  # words of its captions that a run keeps, at most
-MOST_BYTES = 20_000_000  # of different words that a vocabulary is made from, at most: minutes of time, 4 GB of memory
+MOST_BYTES = 20_000_000  # of the different words that make a vocabulary, at most: some minutes and 4 GB
 
 
 class Tokenizer:
@@ -142,7 +142,7 @@ def survey(captions, tokenizer, text_len, most=1.0):
     faults += [f"{refused:.1%} are refused, the first because {refusals[0]}"] if refusals else []
     line = f"of {len(captions):,} captions, {' and '.join(faults)}" if faults else ""
     if max(cut, apart, refused) > most:
-        raise ValueError(f"{line}; bad_captions is {most}: --bad_captions=1 trains all the same")
+        raise ValueError(f"{line}; bad_captions is {most}: set --bad_captions=1 to train anyway")
     return line
 
 

@@ -706,7 +706,7 @@ def test_real_images_from_elsewhere_or_from_their_latents(model_of_latents, enco
         if record is not None:
             (tmp_path / "moved" / "encoding.json").write_text(json.dumps(record))
         _, notes = evaluated(model_of_latents, *settings, f"--data_dir={tmp_path / 'moved'}")
-        assert any("reconstructions, decoded latents: name the images in --real_dir" in note for note in notes)
+        assert any("decoded latents take their place, unless --real_dir names" in note for note in notes)
         latents = Shards(str(encoded), "val", 4, 8, 8)
         image = to_uint8(Decoder()(load(model_of_latents, "cpu").plain_latents(latents[2][0][None]))[0])
         assert np.abs(pixels(real / "0002.png") - image.permute(1, 2, 0).numpy()).max() <= 1
