@@ -77,8 +77,7 @@ def judged(found):
     n = found["count"]
     note = (f"{n} unseen combinations of emoji and style, guidance 1, one seed; a share p has the standard error "
             f"√(p (1 − p) / {n}), at most {0.5 / n**0.5:.3f}. For real images, the Fréchet distance is that of "
-            "other real images. "
-            "Distances fall with the number of images.\n")
+            "other real images. Distances fall with the number of images.\n")
     return table(rows) + "\n" + note
 
 
