@@ -34,12 +34,12 @@ from plumbing.layouts import (LAYOUTS, goes_on, make_folder, path_of, read_promp
 from plumbing.runtime import from_first_rank, gathered, leave_ranks, note, one_line_errors, start_ranks
 
 out_dir = ""  # the folder of ckpt.pt and denoiser.pt; empty: the shipped model, assets/emoji
-prompt = ""  # one caption; without prompt and prompts: those of out_dir/prompts.txt, or of the model's data set
+prompt = ""  # one caption; if prompts is empty too: captions of out_dir/prompts.txt, or of the model's data set
 prompts = ""  # a text file, a caption per line (empty: any image), or .jsonl, an object with a "prompt" per line
 num_samples = 16  # images per prompt; without prompts, images in all
 steps = 0  # T, the number of reverse steps; 0: as trained, or 50 for flow matching
 guidance = 1.0  # weight of classifier-free guidance; 0: none
-restarts = 0  # (ours) how often to add noise back and repeat a step, in the first half of the steps except the first
+restarts = 0  # (ours) times to add noise back and repeat a step; in the first half of the steps, except the first
 temperature = 1.0  # (ours) factor on the noise of the last step; 0.3: less grain, but no longer exact sampling
 best_of = 1  # (ours) candidates per image, of which the likeliest under the model is kept
 denoise = "learned"  # "learned": one pass of denoiser.pt; "score": by the model's own score; "none": keep the noise
