@@ -1,6 +1,6 @@
 """(ours) What we add to the paper's method, in the order of docs/beyond.md.
 
-Each piece is a function of a model, or a model of its own, and is off unless a setting asks for it:
+Each piece is a function of a model, or a model of its own. All but `residual` are off unless a setting asks for them:
 
     rank              correlated steps                    correlated.py
     level_weight      levels in balance                   level_weights

@@ -25,10 +25,11 @@ from networks import NETWORKS
 from plumbing import checkpoint
 from plumbing.memory import examples_at_once, score_denoise
 from plumbing.paths import at_home
+from plumbing.records import last_validation
 from plumbing.runtime import coarse_products, exact_products, find_device, note
 from plumbing.tokenizer import words
 
-SHIPPED = Path(__file__).parent / "assets" / "emoji"
+SHIPPED = Path(__file__).parent / "assets" / "emoji64"
 TRAJECTORIES = 2  # how many trajectories of each candidate best_of scores
 MOST_AT_ONCE = 256  # images in a batch, however small they are: larger batches are no faster
 
@@ -61,6 +62,7 @@ class TrainedModel:
         self.tokenizer = get_tokenizer(self.settings["tokenizer"], trained.get("vocabulary"))
         self.words = set(trained.get("words", ()))  # of its training captions; older checkpoints do not have them
         self.latents = self.settings.get("latents")
+        self.validation = trained.get("validation") or last_validation(self.path.with_name("log.jsonl"))
         self.denoiser = None
         self.decode = None
         self.set_sampling(steps, denoise, t_min, shift)
@@ -326,6 +328,17 @@ class TrainedModel:
         mean = nats.mean(dim=0)
         error = nats.std(dim=0) / math.sqrt(trajectories)
         return LogLikelihood(mean, error, bits_per_dim(-mean, config.num_tokens * config.token_dim))
+
+    def held_out_nll(self):
+        """-log p of trajectories of held-out images by the last validation in training, nats for each number.
+
+        None where the validation had other noise levels, or is not known.
+        """
+        steps = [nll for name, nll in self.validation.items() if name.startswith("val_step_")]
+        if len(steps) != len(self.ts) - 1 or abs(self.settings["t_min"] - self.ts[0].item()) > 1e-6:
+            return None
+        of_noise = 0.5 * math.log(2 * math.pi * math.e)  # the mean of -log N(x_1; 0, 1)
+        return (sum(steps) + of_noise) / len(self.ts)
 
     def check_images(self, images, captions):
         """Raise ValueError for images (B, C, H, W) whose shape, number or range is not as it must be."""

@@ -33,7 +33,7 @@ from plumbing.layouts import (LAYOUTS, goes_on, make_folder, path_of, read_promp
                               write_sheet)
 from plumbing.runtime import from_first_rank, gathered, leave_ranks, note, one_line_errors, start_ranks
 
-out_dir = ""  # the folder of ckpt.pt and denoiser.pt; empty: the shipped model, assets/emoji
+out_dir = ""  # the folder of ckpt.pt and denoiser.pt; empty: the shipped model, assets/emoji64
 prompt = ""  # one caption; if prompts is empty too: captions of out_dir/prompts.txt, or of the model's data set
 prompts = ""  # a text file, a caption per line (empty: any image), or .jsonl, an object with a "prompt" per line
 num_samples = 16  # images per prompt; without prompts, images in all
@@ -145,8 +145,13 @@ def report(model, count, seconds, nlls):
     if nlls:
         mean = sum(nlls) / len(nlls)
         numbers = len(model.ts) * model.network.config.num_tokens * model.network.config.token_dim
-        print(f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers"
-              + (", under the model without guidance" if guidance else ""))
+        line = f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers"
+        if guidance:
+            line += ", under the model without guidance"
+        typical = model.held_out_nll()
+        if typical is not None:
+            line += f"; trajectories of held-out images have {typical:.4f} (lower is likelier)"
+        print(line)
 
 
 @one_line_errors()

@@ -26,7 +26,7 @@ import torch
 from evidence.report import report
 from evidence.update import EMOJI64, OF_NTM, cost_of, matrix_product_rate
 from plumbing import checkpoint
-from plumbing.log import read_record
+from plumbing.records import read_record
 from plumbing.paths import at_home
 from plumbing.runtime import find_device, one_line_errors
 
@@ -35,9 +35,6 @@ ROOT = Path(__file__).parent.parent
 # other way round lost them (docs/log.md, 2026-11-26). The NTM's updates cost about twice as much, and its last steps go
 # on improving; the denoiser is level after a few hundred updates. Fifty steps of flow matching are most of the judging.
 SHARES = {"fm": 0.54, "ntm": 0.24, "denoiser": 0.11, "sheet": 0.03, "judged": 0.08}
-WARMUPS = {"fm": 300, "ntm": 50, "denoiser": 20}  # iterations
-# Learning rates. In batches of 512 flow matching was ahead with 1.6e-2 of 8e-3 after 300 updates (log, 2026-11-28).
-RATES = {"fm": 1.2e-2, "ntm": 3e-3, "denoiser": 5e-3}
 LONG = 20  # minutes from which the whole network is compiled
 COMBINATIONS = 735  # all that are held out
 PASSES = 2 * (4 + 8 + 50) + 2 * 4 + 1  # of the network, for a judged image: flow matching's, the NTM's, the denoiser's
@@ -209,11 +206,10 @@ class Speedrun:
         share = share_of(stage, self.left())
         minutes = max(share - self.size.around, 0.2 * share) / 60
         self.call(script, *settings, f"--out_dir={out}", f"--device={self.device}", f"--minutes={minutes:.4f}",
-                  f"--batch_size={batch}", f"--grad_accum={passes}", f"--warmup_iters={WARMUPS[stage]}",
-                  "--in_memory=True", f"--workers={self.workers()}", f"--compile={self.compile()}",
-                  f"--val_interval={10**6}", f"--val_examples={self.size.validation}",
+                  f"--batch_size={batch}", f"--grad_accum={passes}", "--in_memory=True", f"--workers={self.workers()}",
+                  f"--compile={self.compile()}", f"--val_interval={10**6}", f"--val_examples={self.size.validation}",
                   f"--num_samples={self.size.samples}", f"--log_interval={self.size.log_interval}",
-                  f"--lr={RATES[stage]}", limit=60 + 1.5 * share)
+                  limit=60 + 1.5 * share)
 
     def compile(self):
         """What train.py is told: layers are compiled sooner, which is worth more than faster updates in a short run."""

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from plumbing.console import module_parser
+from plumbing.records import last_validation
 from plumbing.runtime import gathered, job, one_line_errors, restarts
 
 # of networks that sample, and of their denoiser
@@ -226,6 +227,8 @@ def slim(path, out):
     kept = {name: contents[name] for name in names if name in contents}
     paths = dict.fromkeys(("out_dir", "init_from", "data_dir", "decoder"), "")  # useless on another machine
     settings = contents["settings"] | paths
+    log = path.with_name("log.jsonl" if path.name == "ckpt.pt" else "denoiser_log.jsonl")
+    kept["validation"] = contents.get("validation") or last_validation(log)
     ema = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in contents["ema"].items()}
     save(out, **kept, settings=settings, ema=ema)
 

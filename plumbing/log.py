@@ -13,21 +13,11 @@ from plumbing import checkpoint
 from plumbing.images import save_image
 from plumbing.pace import UNKNOWN, Pace
 from plumbing.plots import plot
+from plumbing.records import read_record
 from plumbing.runtime import gathered, note
 
 CURVES = {"loss": "loss", "val_loss": "loss", "val_mse": "loss", "val_bound": "nats per dimension", "val_psnr": "dB"}
 PATIENCE = 10  # updates skipped in a row before a run gives up
-
-
-def read_record(line):
-    """What a line of a log holds, {name: number or None} with an "iter"; None for a line that is damaged."""
-    try:
-        record = json.loads(line)
-        values = [value for value in record.values() if value is not None]
-        whole = type(record["iter"]) is int and all(map(math.isfinite, values)) and bool not in map(type, values)
-    except Exception:  # what reading garbage raises depends on the garbage
-        return None
-    return record if whole else None
 
 
 class Log:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import randomize
-from helpers import DISTILL, ROOT, SAMPLE, TRAIN, contents, fails, run, torchrun, training_lines
+from helpers import DISTILL, ROOT, SAMPLE, TRAIN, contents, fails, on_ranks, run, torchrun, training_lines
 from tiny import Encoder, network_of
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -153,6 +153,60 @@ def test_layers_compiled_one_by_one_are_one_graph_and_compute_the_same(monkeypat
     compiled.backward()
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     torch._dynamo.reset()
+
+
+OVERLAP = """
+import functools
+import sys
+
+sys.path.insert(0, {root!r})
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from evidence.update import Update, build, inputs
+from plumbing import runtime
+
+size = dict(image_size=16, channels=3, patch_size=4, width=192, depth=4, heads=4, vocab_size=20, text_len=4)
+size |= dict(transporter_blocks=0, rank=4, filters=2, logistics=2, first_noise=0.5, parametrization="posterior")
+runtime.DistributedDataParallel = functools.partial(runtime.DistributedDataParallel, bucket_cap_mb=1.5)
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+device, rank, _ = runtime.start_ranks("cpu")
+for compiled in False, "layers", True:
+    torch.manual_seed(0)
+    model = build("coupled", size)
+    update = Update(model, build("coupled", size).requires_grad_(False), 10, compiled)
+    events = []
+
+    def send(state, bucket):
+        events.append("bucket")
+        return allreduce_hook(None, bucket)
+
+    update.network.register_comm_hook(None, send)
+    for weight in model.parameters():
+        weight.register_post_accumulate_grad_hook(lambda weight: events.append("gradient"))
+    images, text = inputs(model.config, 10, device)
+    for _ in range(3):
+        events.clear()
+        update.loss(images, text).backward()
+        model.zero_grad(set_to_none=True)
+    first = events.index("bucket")
+    if rank == 0:
+        print(events.count("bucket"), events[first:].count("gradient") / events.count("gradient"))
+    torch.compiler.reset()
+runtime.leave_ranks()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_sum_gradients_while_others_are_computed(tmp_path):
+    """Plain, with layers compiled and with the whole: most gradients come after the first sum has begun."""
+    program = tmp_path / "overlap.py"
+    program.write_text(OVERLAP.format(root=str(ROOT)))
+    ways = [line.split() for line in on_ranks(2, str(program)).splitlines()]
+    assert len(ways) == 3
+    for buckets, later in ways:
+        assert int(buckets) > 4 and float(later) > 0.7
 
 
 def test_a_way_to_compile_that_is_none_is_named(tmp_path):

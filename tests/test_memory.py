@@ -166,6 +166,9 @@ def test_large_and_small_are_one_recipe():
               "velocity_weight", "aux_weight")
     emoji = run_config(str(ROOT / "config" / "emoji64.py"))
     assert {name: large[name] for name in method} == {name: emoji[name] for name in method}
+    tiny = run_config(str(ROOT / "config" / "t2i_tiny.py"))
+    assert {name: tiny[name] for name in method if name != "shift"} == {
+        name: large[name] for name in method if name != "shift"}
 
 
 def commands_for(gigabytes, page, name):

@@ -22,6 +22,7 @@ from torch import nn
 
 import data
 import evidence.emoji
+from evidence import blocks
 from evidence.judge import frechet_distance
 from pipeline import load
 from plumbing import checkpoint, images, latents
@@ -565,6 +566,21 @@ def test_a_decoder_is_for_latents(exported, encoded, tmp_path):
     decode, normalised = latents.load_decoder(settings, torch.device("cpu")), torch.randn(2, 4, 8, 8) / 3
     expected = nn.functional.interpolate(normalised[:, :3], scale_factor=4.0).clamp(-1, 1)
     torch.testing.assert_close(decode(normalised), expected)
+
+
+def test_blocks_keep_four_orthonormal_directions_of_twelve(tmp_path):
+    directions = blocks.basis().flatten(1)
+    torch.testing.assert_close(directions @ directions.T, torch.eye(4))
+    blocks.main([f"--out={tmp_path}"])
+    encode, decode = (latents.load_exported(tmp_path / f"{name}.pt2", torch.device("cpu"))
+                      for name in ("encoder", "decoder"))
+    images = torch.rand(3, 3, 6, 10) * 2 - 1
+    made = encode(images)
+    assert made.shape == (3, 4, 3, 5)
+    shown = decode(made)
+    torch.testing.assert_close(encode(shown), made)  # a projection,
+    assert (images - shown).flatten().dot(shown.flatten()).abs() < 1e-4  # and an orthogonal one
+    torch.testing.assert_close(shown[:, :, :2, :2].mean(dim=(2, 3)), images[:, :, :2, :2].mean(dim=(2, 3)))  # colours
 
 
 @pytest.mark.parametrize("output", ["latents", "latent_dist"])

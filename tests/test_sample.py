@@ -12,6 +12,7 @@ from helpers import ROOT, SAMPLE, TRAIN, contents, fails, on_ranks, pixels, run,
 
 import pipeline
 import sample
+from data import open_dataset
 from pipeline import TrainedModel, load
 from plumbing import checkpoint, memory, shapes
 from plumbing.layouts import read_prompts
@@ -466,11 +467,31 @@ def test_three_ranks_share_the_images_of_one(copied, tmp_path, settings):
 def test_the_speed_of_several_ranks_is_the_slowest_ones(capsys):
     """Twelve images: each stage by the rank that it took longest, all together by the rank that took longest in all."""
     config = SimpleNamespace(num_tokens=16, token_dim=4)
-    model = SimpleNamespace(device=torch.device("cpu"), network=SimpleNamespace(config=config), ts=torch.zeros(5))
+    model = SimpleNamespace(device=torch.device("cpu"), network=SimpleNamespace(config=config), ts=torch.zeros(5),
+                            held_out_nll=lambda: 1.25)
     sample.report(model, 12, [{"sampling": 4.0, "inversion": 2.0}, {"sampling": 3.0, "inversion": 6.0}, {}], [320.0, 640.0])
     assert capsys.readouterr().out.splitlines() == [
         "sampling: 3.0 images/s", "inversion: 2.0 images/s", "all together: 1.3 images/s on 3 x cpu",
-        "trajectory NLL: 480.00 nats, 1.5000 for each of its 320 numbers, under the model without guidance"]
+        "trajectory NLL: 480.00 nats, 1.5000 for each of its 320 numbers, under the model without guidance; "
+        "trajectories of held-out images have 1.2500 (lower is likelier)"]
+
+
+def test_held_out_images_are_as_likely_as_the_model_itself_finds_them(copied, tmp_path):
+    """By the log beside a checkpoint, or by the copy that is passed on; against the trajectories of the images."""
+    model = load(copied, device="cpu", denoise="score")
+    told = model.held_out_nll()
+    dataset = open_dataset(model.settings, "val")
+    images, captions = zip(*(dataset[i] for i in range(16)))
+    ts = model.ts.expand(16, -1)
+    x0 = model.network.patchify(torch.stack(images))
+    nlls = [model.network.trajectory_nll(model.network.noised(x0, None, ts), ts, model.encode(list(captions))).sum(dim=1)
+            for _ in range(8)]
+    assert told == pytest.approx(torch.stack(nlls).mean().item() / x0[0].numel() / len(model.ts), abs=0.05)
+    checkpoint.slim(copied / "ckpt.pt", tmp_path / "ckpt.pt")
+    assert load(tmp_path, device="cpu", denoise="score").held_out_nll() == told
+    assert load(copied, device="cpu", denoise="score", t_min=0.1).held_out_nll() is None
+    (copied / "log.jsonl").unlink()
+    assert load(copied, device="cpu", denoise="score").held_out_nll() is None
 
 
 def test_what_is_wrong_with_a_folder_is_told_by_all_ranks_in_one_line(copied, tmp_path):

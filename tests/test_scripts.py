@@ -750,7 +750,7 @@ def test_config_runs(tmp_path, config):
                      "--num_samples=1", "--workers=0", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}"]
     if config.startswith(("sit", "t2i")):
         for split in ("train", "val"):
-            size = 8 if config == "sit.py" else 32
+            size = 8 if config == "sit.py" else 16 if config.startswith("t2i_tiny") else 32
             latent_shard(tmp_path / split / "0.tar", np.ones((2, 4, size, size)), ["class 1", "class 2"])
     if config.startswith(("emoji", "mine")):
         for split in ("train", "val"):
@@ -887,10 +887,11 @@ def test_the_shipped_model_of_shapes_follows_prompts():
 
 
 @pytest.mark.slow
-def test_the_shipped_model_of_emoji_knows_colours():
+@pytest.mark.parametrize("name, size", [("emoji", 25e6), ("emoji64", 42e6)])
+def test_the_shipped_models_of_emoji_know_colours(name, size):
     """Hearts in all styles have the colour asked for: what is not white is nearest to it."""
-    folder, colours = ROOT / "assets" / "emoji", {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
-    assert sum((folder / name).stat().st_size for name in ("ckpt.pt", "denoiser.pt")) < 25e6
+    folder, colours = ROOT / "assets" / name, {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
+    assert sum((folder / name).stat().st_size for name in ("ckpt.pt", "denoiser.pt")) < size
     model = TrainedModel(folder, torch.device("cpu"))
     captions = [f"a {colour} heart, {style} style" for style in PACKAGES for colour in colours]
     images = model.sample(captions) / 2 + 0.5
@@ -903,10 +904,10 @@ def test_the_shipped_model_of_emoji_knows_colours():
 @pytest.mark.slow
 def test_sample_without_a_model_takes_the_shipped_one(tmp_path):
     _, printed = run("sample.py", "--device=cpu", "--num_samples=3", f"--folder={tmp_path}")
-    assert "learned denoising" in printed and pixels(tmp_path / "0001.png").shape == (32, 32, 3)
+    assert "learned denoising" in printed and pixels(tmp_path / "0001.png").shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("name", ["emoji", "shapes"])
+@pytest.mark.parametrize("name", ["emoji", "emoji64", "shapes"])
 def test_a_shipped_denoiser_knows_its_model(name):
     folder = ROOT / "assets" / name
     assert contents(folder / "denoiser.pt")["teacher_sha256"] == checkpoint.fingerprint(load(folder, "coupled"))
@@ -918,4 +919,4 @@ def test_images_of_a_shipped_model_go_into_a_folder_of_its_own_outside_assets(tm
     run("sample.py", "--device=cpu", "--prompt=a red circle", "--num_samples=1", f"--out_dir={ROOT / 'assets/shapes'}/")
     run("sample.py", "--device=cpu", "--prompt=a red heart", "--num_samples=1")
     assert sorted(path.parts[-2:] for path in (tmp_path / "out").glob("**/0000.png")) == [
-        ("emoji", "0000.png"), ("shapes", "0000.png")]
+        ("emoji64", "0000.png"), ("shapes", "0000.png")]

@@ -1,0 +1,27 @@
+# config/t2i.py at 4 million parameters, from the flow-matching model of config/t2i_tiny_fm.py: the recipe on latents of
+# emoji that need no autoencoder, 16x16x4 of 32x32x3, in an hour of one core.
+init_from = "out/t2i_tiny_fm/ckpt.pt"
+out_dir = "out/t2i_tiny"
+dataset = "shards"
+data_dir = "out/data/emoji_blocks"
+
+first_noise = 0.5
+transporter_blocks = 0
+rank = 24
+filters = 16
+logistics = 3
+mirrored = True
+shift = 1.0  # as config/emoji.py
+level_weight = 0.5
+velocity_weight = 1.0
+aux_weight = 0.0
+
+lr = 2e-3
+words_lr = 25.0
+batch_size = 64
+max_iters = 800
+warmup_iters = 50
+in_memory = True
+log_interval = 100
+val_interval = 200
+val_examples = 400
