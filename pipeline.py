@@ -330,9 +330,9 @@ class TrainedModel:
         return LogLikelihood(mean, error, bits_per_dim(-mean, config.num_tokens * config.token_dim))
 
     def held_out_nll(self):
-        """-log p of trajectories of held-out images by the last validation in training, nats for each number.
+        """-log p of trajectories of held-out images, in nats per number, from the last validation in training.
 
-        None where the validation had other noise levels, or is not known.
+        None if that validation had other noise levels, or is not known.
         """
         steps = [nll for name, nll in self.validation.items() if name.startswith("val_step_")]
         if len(steps) != len(self.ts) - 1 or abs(self.settings["t_min"] - self.ts[0].item()) > 1e-6:
