@@ -1,11 +1,11 @@
-"""Measures speed: training, inversion, and sampling in several ways, in one run.
+"""Measure the speed of training, inversion and sampling, each in several variants.
 
-    python bench.py                                     # the size of config/shapes_scratch.py, at random weights
+    python bench.py                                     # the size of config/shapes_scratch.py, with random weights
     python bench.py --out_dir=out/shapes                # a trained model's size and weights
     python bench.py --width=512 --depth=12 --heads=8 --batch_size=256
 
-Each figure is the median of several after a warm-up. What is compared takes turns, so that a machine that slows down
-slows all of it alike. Prints tables and leaves bench.json in out_dir, or in out/.
+Each figure is the median of several measurements after a warm-up. The variants take turns, so that a machine that slows
+down slows all of them alike. Prints tables and writes bench.json into out_dir, or into out/.
 """
 
 import json
@@ -28,7 +28,7 @@ from plumbing import checkpoint
 from plumbing.optim import make_optimizers, update_weights
 from plumbing.runtime import autocast, find_device, one_line_errors
 
-out_dir = ""  # the folder of a model whose size and weights are used; empty: the sizes below, random weights
+out_dir = ""  # the folder of a model to measure; empty: a model of the sizes below with random weights
 image_size: int | tuple = 16  # pixels a side; or height,width
 channels = 3  # 1: grey, 3: RGB
 patch_size = 2  # pixels a side of the square that becomes one token
@@ -42,16 +42,16 @@ transporter_layers = 2  # layers of each block
 transporter_heads = 2  # attention heads of each block
 steps = 4  # T, the number of reverse steps
 shift: float | None = 0.5  # e^m of the time grid; None: from the number of tokens
-batch_size = 64  # images of an update, and images sampled at once
-image_sizes = (8, 16)  # sizes in pixels at which inversion is timed
-tolerances = (1e-2, 1e-3, 1e-4)  # tolerances of the Jacobi sweeps that are timed
-repeats = 5  # measurements of each figure, which is their median
+batch_size = 64  # images per update, and images sampled at once
+image_sizes = (8, 16)  # image sizes in pixels at which inversion is timed
+tolerances = (1e-2, 1e-3, 1e-4)  # tolerances at which inversion by Jacobi sweeps is timed
+repeats = 5  # measurements per figure; the figure is their median
 bfloat16: bool | None = None  # train in bfloat16 by autocast; None: on CUDA only
 device = ""  # cuda, mps or cpu; empty: the best available
 
 
 def medians(functions, device):
-    """{name: median seconds of a call} of several functions {name: function}, taking turns, after one call each."""
+    """{name: median seconds of a call} of functions {name: function}, which take turns after one warm-up call each."""
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     seconds = {name: [] for name in functions}
     for turn in tqdm(range(1 + repeats), leave=False, unit="turn"):
@@ -72,8 +72,11 @@ def flops_of(function):
 
 
 def network(kind, config, device):
-    """A network in evaluation mode, with random weights also where initialisation has zeros: the transporter then
-    stretches as a trained one does, while at the identity Jacobi would need one sweep."""
+    """A network in evaluation mode with random weights, also where initialisation has zeros.
+
+    At zero the transporter is the identity, and Jacobi needs one sweep; random weights make it stretch as a trained
+    one.
+    """
     torch.manual_seed(0)
     model = kind(config)
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +96,7 @@ def inputs(config, device):
 
 
 def draw(model, images, text, pairs):
-    """What an update draws at random, as the last argument of forward."""
+    """The random numbers of an update, which are the last argument of forward."""
     x0 = model.patchify(images)
     if isinstance(model, FlowMatching):
         return model.draw_times(len(x0), device=images.device), torch.randn_like(x0)
@@ -105,7 +108,7 @@ def draw(model, images, text, pairs):
 
 
 def training_step(kind, config, device, pairs, compiled=False):
-    """A function that makes one update, as train.py does. pairs: a step of each trajectory, or else whole ones."""
+    """A function that makes one update, as train.py does. pairs: one step of each trajectory instead of all steps."""
     model = network(kind, config, device).train()
     images, text = inputs(config, device)
     optimizers = make_optimizers(model, "adamw", 0.0, device)
@@ -133,7 +136,7 @@ def matrix_product_rate(device):
 
 
 def bench_training(model, device):
-    """Images/s of training, its FLOPs as a fraction of the rate of a large matrix product, and on CUDA peak memory."""
+    """Images/s of training, its FLOP/s as a fraction of a large matrix product's, and on CUDA its peak memory."""
     config = model.config
     ways = {
         "NTM, pairs": (NTM, config, True),
@@ -166,7 +169,7 @@ def bench_training(model, device):
 
 
 def peak_memory(function):
-    """GiB of CUDA memory that a call takes at most."""
+    """The most CUDA memory in GiB that is allocated during a call."""
     torch.cuda.reset_peak_memory_stats()
     function()
     return torch.cuda.max_memory_allocated() / 2**30
@@ -174,8 +177,10 @@ def peak_memory(function):
 
 @torch.no_grad()
 def bench_inversion(model, device):
-    """Images/s of inverting trajectories by cache and by sweeps at several N, sweeps a block, and the largest error
-    against sweeps without a tolerance, which are exact."""
+    """Images/s of inversion by cache and by sweeps at several N, with sweeps per block and the largest error.
+
+    The error is measured against sweeps without a tolerance, which are exact.
+    """
     results = {}
     for size in sorted({model.config.image_size, *map(square, image_sizes)}):
         config = replace(model.config, image_size=size)
@@ -203,7 +208,7 @@ def square(side):
 
 @torch.no_grad()
 def bench_sampling(model, device):
-    """Images/s from captions to images: an NTM for each way to denoise, and flow matching with the same network."""
+    """Images/s from captions to images, of an NTM with each way to denoise, and of flow matching of the same size."""
     denoiser = network(Denoiser, model.config, device)
     peer = network(FlowMatching, model.config, device)
     _, text = inputs(model.config, device)
@@ -225,7 +230,7 @@ def bench_sampling(model, device):
 
 
 def open_model(config, device):
-    """The model of out_dir, or one of the sizes in config at random weights."""
+    """The model in out_dir, or one of the sizes in config with random weights."""
     if out_dir:
         model, _ = checkpoint.load_network(Path(out_dir) / "ckpt.pt", NTMS, device)
         return model
@@ -247,7 +252,7 @@ def main(config):
     where = find_device(config["device"])
     model = open_model(config, where)
     for size in image_sizes:
-        replace(model.config, image_size=size)  # a wrong one is better known now than later
+        replace(model.config, image_size=size)  # fails now for a wrong size, rather than minutes later
     if where.type == "cuda":
         machine = torch.cuda.get_device_name(where)
     else:

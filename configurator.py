@@ -1,15 +1,15 @@
 """A script's own module-level names are its settings; this file overrides them from the command line.
 
     steps = 4                    # reverse steps
-    shift: float | None = None   # time-grid shift; None takes the formula
+    shift: float | None = None   # time-grid shift; None: by the formula
     config = configure(globals())
 
-Then `python script.py config/small.py --steps=8` runs config/small.py, an ordinary Python file, takes its
-public names as overrides, and after them steps = 8. Arguments apply from left to right, so the last one
-wins; `--help` shows how the script is called, examples, and each setting with its default and the comment behind it.
+`python script.py config/small.py --steps=8` then runs config/small.py, an ordinary Python file, overrides the
+settings that the file assigns, and sets steps to 8. Arguments apply from left to right, so the last one wins.
+`--help` prints usage, examples, and each setting with its default and its comment.
 
-A setting keeps the type of its default. Where that says too little (None, or an int that may also be a
-tuple of ints) an annotation decides instead. RANGES holds what is sensible for a setting of a name, in whatever script.
+A setting keeps the type of its default. Where the default says too little (None, or an int that may also be a
+tuple of ints), an annotation decides. RANGES holds the range of each setting, the same in every script.
 A wrong key or value ends the program with one line that names it.
 """
 
@@ -27,10 +27,10 @@ from plumbing.console import help_text, print_all_text
 from plumbing.paths import at_home
 
 KINDS = "None", "bool", "int", "float", "tuple", "str"  # the types a setting may have
-PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in errors; the others are "a ..."
+PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in errors; of the other types "a TYPE"
 
-# A number outside its range would train or sample wrongly and end as if nothing were. A script's own default is always
-# in range: a 0 may stand for "as trained". A tuple's numbers each have to be in it.
+# A number outside its range would train or sample wrongly without any error. A script's own default is always allowed:
+# 0 may stand for "as trained". Every number of a tuple has to be in the range.
 RANGES = {
     "at least 1": "batch_size grad_accum max_iters log_interval val_interval val_examples num_samples "
                   "trajectories repeats panel image_size channels text_len patch_size width heads "
@@ -42,7 +42,7 @@ RANGES = {
                   "save_minutes",
     "above 0": "grad_clip latent_scale seconds",
     "above 0 and at most 1": "first_noise",
-    "above 0 and at most 1000": "shift",  # beyond, the levels of a grid are no longer different numbers
+    "above 0 and at most 1000": "shift",  # above 1000, levels of a grid round to the same number
     "at least 0 and below 1": "t_min max_t_min ema",
     "at least 0 and at most 1": "caption_dropout bad_limit bad_captions temperature",
     f"at least 0 and below {2**31}": "seed",
@@ -71,8 +71,11 @@ def admitted(hint):
 
 
 def from_value(value, kinds):
-    """`value` as one of `kinds`, an int counting as a float; ValueError where it is none of them. Where a tuple stands
-    for several of a number, it has at least one, and no others."""
+    """Convert `value` to one of the types `kinds`, in which an int counts as a float.
+
+    Raises ValueError for a value of any other type, a float that is not finite, and a tuple that stands for several
+    numbers but is empty or holds anything else.
+    """
     numbers = [name for name in kinds if name in ("int", "float")]
     if kind(value) == "int" and "int" not in kinds and "float" in kinds:
         value = float(value)
@@ -86,29 +89,32 @@ def from_value(value, kinds):
 
 
 def in_range(name, value):
-    """Whether a setting's value is in RANGES, where it has a range."""
+    """Whether a value is in its setting's range; True for a setting without one."""
     numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
     limits = [limit.rsplit(" ", 1) for limit in RANGE_OF[name].split(" and ")] if name in RANGE_OF else []
     return all(COMPARISONS[comparison](number, float(limit)) for comparison, limit in limits for number in numbers)
 
 
 def phrase(kinds):
-    """The types that are expected of a setting, in words."""
+    """The types that a setting may have, in words, for an error message."""
     numbers = {"int": " of ints", "float": " of finite floats"}.get(kinds[0], "")
     return " or ".join(PHRASES.get(kind, f"a {kind}") + (numbers if kind == "tuple" else "") for kind in kinds)
 
 
 def from_text(text, kinds):
-    """What a text means where one of `kinds` is expected: what Python would read, or else itself, a str; ValueError
-    where that is none of them."""
+    """Read a text as one of the types `kinds`: as a Python literal if that fits, else as a str.
+
+    Raises ValueError where neither fits.
+    """
     if kinds != ["str"]:
-        with contextlib.suppress(Exception):  # what reading garbage raises depends on the garbage
+        with contextlib.suppress(Exception):  # a text that is no literal may raise anything
             return from_value(ast.literal_eval({"true": "True", "false": "False"}.get(text, text)), kinds)
     return from_value(text, kinds)
 
 
 def run_config(path):
-    """The public names a config file leaves behind, without the modules, functions and classes it used."""
+    """Run a config file; return its public names {name: value}, but for modules, functions and classes. Raises
+    SystemExit."""
     try:
         with open(path, "rb") as file:
             source = file.read()
@@ -118,7 +124,7 @@ def run_config(path):
     try:
         exec(compile(source, path, "exec"), names)
     except (Exception, SystemExit) as error:
-        # the innermost line of the file that was running; if none was, the file did not compile
+        # the innermost line of the config file that was running, or the line at which it does not compile
         lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
         *_, line = getattr(error, "lineno", None), *lines
         reason = " ".join(traceback.format_exception_only(error)[-1].split())
@@ -128,11 +134,11 @@ def run_config(path):
 
 
 class Settings(dict):
-    """{name: value} of a script's settings; `given` holds the names that the command line set, a config file's too."""
+    """A script's settings {name: value}. `given` holds the names that the command line or a config file set."""
 
 
 def settings_of(source, values):
-    """{name: (value, node)} of the settings that the text of a script assigns; values: its globals()."""
+    """The settings that a script's text assigns, {name: (value, node)}; values: the script's globals()."""
     found = {}
     for node in ast.parse(source).body:
         match node:
@@ -144,12 +150,12 @@ def settings_of(source, values):
 
 
 def configure(settings):
-    """Overrides a script's settings, its globals(), from sys.argv, in place; returns them as Settings, in its order.
+    """Override a script's settings, its globals(), in place by sys.argv; return them as Settings, in their order.
 
-    Settings are the public names assigned one by one at module level before this call (`name = ...` or `name:
-    annotation = ...`) whose value is an int, float, bool, str, tuple or None, but for CONSTANTS. Raises SystemExit with
-    one line for a wrong key, value, argument or config file, SystemExit(0) after --help, and TypeError where the script
-    annotates a setting with a type that no text can become.
+    A setting is a name assigned on its own at module level before this call (`name = ...` or `name: annotation = ...`)
+    that is neither _private nor CONSTANT and holds an int, float, bool, str, tuple or None. Raises SystemExit with one
+    line for a wrong key, value, argument or config file, SystemExit(0) after --help, and TypeError for an annotation
+    that names any other type.
     """
     source = Path(settings["__file__"]).read_text(encoding="utf-8")
     found = settings_of(source, settings)

@@ -1,8 +1,8 @@
-"""(ours) Steps whose numbers are drawn together: a Gaussian of diagonal plus low rank. Beyond the paper.
+"""(ours) Correlated steps: a Gaussian whose covariance is diagonal plus low rank. Beyond the paper.
 
-A diagonal Gaussian, the paper's, draws every number of u_s on its own: it cannot move an object, or brighten an image,
-as a whole. With R directions V the covariance is sigma (1 + V^T V) sigma, and everything stays exact and cheap: it
-takes the inverse and the determinant of an R x R matrix. docs/beyond.md has the mathematics.
+The paper's diagonal Gaussian draws every number of u_s on its own: it cannot move an object, or brighten an image, as a
+whole. With R directions V the covariance is sigma (1 + V^T V) sigma. The density stays exact and cheap: it takes the
+inverse and the determinant of an R x R matrix. docs/beyond.md has the mathematics.
 
 NTM.predict returns this Gaussian where NTMConfig.rank is above 0.
 """
@@ -26,7 +26,7 @@ class CorrelatedGaussian(NamedTuple):
     directions: torch.Tensor
 
     def unflatten(self, sizes):
-        """The same with its first dimension split in two."""
+        """This Gaussian with its first dimension split into `sizes`."""
         return CorrelatedGaussian(*(part.unflatten(0, sizes) for part in self))
 
     @without_autocast
@@ -50,12 +50,12 @@ class CorrelatedGaussian(NamedTuple):
         V = self.directions.flatten(-2)
         identity = torch.eye(V.shape[-2], dtype=V.dtype, device=V.device)
         M = identity + V @ V.mT
-        L, _ = torch.linalg.cholesky_ex(M)  # cholesky would wait for a GPU, to look for errors
+        L, _ = torch.linalg.cholesky_ex(M)  # cholesky would wait for the GPU to check for errors
         L_inv = torch.linalg.solve_triangular(L, identity, upper=False)
         return V, L_inv
 
     def nll_by_factors(self, u, V, L_inv):
-        """Eq. (29), with what factors() has returned."""
+        """Eq. (29), given the results of factors()."""
         z = (u - self.mean) * torch.exp(-self.log_std)
         z = z.flatten(-2).unsqueeze(-1)
         whitened = L_inv @ (V @ z)

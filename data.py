@@ -1,14 +1,15 @@
-"""Data: captioned images in, token ids in.
+"""The data sets: captioned images to train on and to validate with.
 
-- shapes   circles, squares and triangles, rendered on demand; endless (see plumbing/shapes.py)
+- shapes   circles, squares and triangles, rendered on demand (plumbing/shapes.py)
 - fashion  Fashion-MNIST, 28x28 or 14x14 grey, from the files of Debian's package dataset-fashion-mnist
 - digits   1,797 handwritten digits, 8x8 grey, in assets/digits.npz: the test part of E. Alpaydin and C. Kaynak's
            "Optical Recognition of Handwritten Digits" (UCI Machine Learning Repository, CC BY 4.0)
-- shards   captioned images of any size, or latents, in WebDataset tars: for real training (see plumbing/shards.py)
+- shards   captioned images of any size, or latents, in WebDataset tars: your own data (plumbing/shards.py)
 
-Data sets are map-style: ds[i] -> (image (C, H, W) float32, caption), and ds.__getitems__, which torch's DataLoader
-calls, gives a list of such pairs. Unless ds.eight_bit is False (latents), images are in [-1, 1], 8-bit value v at the
-centre (2v + 1)/256 - 1 of its bin. Captions are a function of (seed, i); plumbing/tokenizer.py turns them into ids.
+Data sets are map-style: ds[i] -> (image (C, H, W) float32, caption); ds.__getitems__(indices), which torch's DataLoader
+calls, returns a list of such pairs. Images are in [-1, 1]: the 8-bit value v becomes the centre (2v + 1)/256 - 1 of its
+bin. Only latents, of which ds.eight_bit is False, may lie outside. An example is a function of (seed, i).
+plumbing/tokenizer.py turns captions into token ids.
 
     python data.py NAME       checks a data set: sizes, captions, tokens, a contact sheet in out/NAME.png
     python data.py --help     the commands that make data sets and vocabularies (plumbing/prepare.py and latents.py)
@@ -40,13 +41,14 @@ WORDINGS = {  # the captions that each class may have, the canonical one first
                for n, word in enumerate(DIGITS)],
 }
 DATASETS = ("shapes", *WORDINGS, "shards")
-RANGES = {"image_size": (1, 4096), "seed": (0, 2**31 - 1), "count": (1, 1000), "val": (1e-6, 0.9),  # of the commands'
-          "size": (256, 10**6), "batch_size": (1, 4096), "workers": (0, 256)}  # arguments
+# least and greatest value of the commands' arguments
+RANGES = {"image_size": (1, 4096), "seed": (0, 2**31 - 1), "count": (1, 1000), "val": (1e-6, 0.9),
+          "size": (256, 10**6), "batch_size": (1, 4096), "workers": (0, 256)}
 
 
 class EightBit:
-    """A data set of 8-bit images. Example i depends on (seed, i) in training; validation counts down from -1 instead,
-    and so never meets it."""
+    """A data set of 8-bit images. Training example i is a function of (seed, i); validation takes the numbers -1, -2,
+    ... instead, so it shares none with training."""
 
     eight_bit = True
 
@@ -71,7 +73,7 @@ class EightBit:
 
 
 class Shapes(EightBit):
-    """Captioned scenes, rendered as they are asked for."""
+    """Captioned scenes, rendered on demand: 1,000,000 to train on and 10,000 to validate with."""
 
     def __init__(self, split, seed, image_size, channels):
         super().__init__(split, seed, 1_000_000 if split == "train" else 10_000)
@@ -91,7 +93,8 @@ class Shapes(EightBit):
 
 
 class Labelled(EightBit):
-    """Images of ten classes, captioned by one of several wordings. images: uint8 (n, C, H, W); labels: (n,)."""
+    """Images of ten classes, each captioned with one of its class's wordings. images: uint8 (n, C, H, W); labels:
+    (n,)."""
 
     def __init__(self, split, seed, images, labels, wordings):
         super().__init__(split, seed, len(labels))
@@ -107,9 +110,12 @@ class Labelled(EightBit):
 
 
 def get_dataset(name, split, image_size, channels, seed=0, data_dir="", **of_shards):
-    """The data set `name`, one of DATASETS. split: "train" or "val". image_size: an int or (H, W). data_dir: the folder
-    of fashion's files, if not Debian's, or which shards. of_shards: other settings of Shards. Raises ValueError where a
-    set has no images of that size or number of channels, or a file is damaged; FileNotFoundError for a missing one."""
+    """The data set `name`, one of DATASETS.
+
+    split: "train" or "val". image_size: an int or (H, W). data_dir: the shards, or the folder of Fashion-MNIST's files
+    (empty: Debian's). of_shards: other settings of Shards. Raises ValueError for images or channels that the data set
+    does not have and for a damaged file, FileNotFoundError for a missing one.
+    """
     sizes = {"shapes": range(8, 1025), "fashion": (28, 14), "digits": (8,)}
     if name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; there are {', '.join(DATASETS)}")
@@ -136,7 +142,7 @@ def get_dataset(name, split, image_size, channels, seed=0, data_dir="", **of_sha
 
 
 def open_dataset(settings, split, data_dir=""):
-    """The data set that a run's settings name; data_dir: where it is now, if it has moved."""
+    """The data set that a run's settings name; data_dir: where the data are now, if they have moved."""
     of_shards = ("latent_scale", "crop", "flip") if settings["dataset"] == "shards" else ()
     return get_dataset(settings["dataset"], split, settings["image_size"], settings["channels"], settings["seed"],
                        data_dir or settings["data_dir"], **{name: settings[name] for name in of_shards})
@@ -148,7 +154,8 @@ def dataset_class_captions(name):
 
 
 def load_digits(split):
-    """Returns uint8 images (n, 8, 8) and labels (n,): 1,500 for training, 297 for validation, balanced over classes."""
+    """Read the digits: uint8 images (n, 8, 8) and labels (n,), 1,500 to train on, 297 of balanced classes to validate
+    with."""
     with np.load(ASSETS / "digits.npz", allow_pickle=False) as file:
         images, labels = file["images"], file["labels"]
     by_class = np.argsort(labels, kind="stable")
@@ -158,7 +165,7 @@ def load_digits(split):
 
 
 def load_fashion(split, data_dir=""):
-    """Returns uint8 images (n, 28, 28) and labels (n,). Raises FileNotFoundError, or ValueError for a damaged file."""
+    """Read uint8 images (n, 28, 28) and labels (n,). Raises FileNotFoundError, or ValueError for a damaged file."""
     part = "train" if split == "train" else "t10k"
     images, labels = (read_idx(Path(at_home(data_dir or FASHION_DIR)), f"{part}-{what}-idx{ndim}-ubyte", ndim)
                       for what, ndim in (("images", 3), ("labels", 1)))
@@ -169,7 +176,7 @@ def load_fashion(split, data_dir=""):
 
 
 def read_idx(folder, name, ndim):
-    """Reads `name`.gz or `name` in `folder`, an IDX file of bytes. Returns a uint8 array of `ndim` dimensions."""
+    """Read `name`.gz or `name` in `folder`, an IDX file of bytes: a uint8 array of `ndim` dimensions."""
     path = next((p for p in (folder / f"{name}.gz", folder / name) if p.exists()), None)
     if path is None:
         raise FileNotFoundError(
@@ -187,7 +194,7 @@ def read_idx(folder, name, ndim):
 
 
 def native_shape(args):
-    """(C, H, W) of what a set holds, and whether these are latents."""
+    """The shape (C, H, W) of a data set's examples, and whether they are latents."""
     if args.name == "shards":
         latent, shape = first_example(find_shards(args.data_dir, args.split)[0])
         return shape, latent
@@ -195,13 +202,14 @@ def native_shape(args):
 
 
 def show(args):
-    """Prints what a data set holds and what its captions cost in tokens, and shows some of its images."""
+    """Print how many examples a data set has and how many tokens its captions take, and write a contact sheet of
+    some."""
     (channels, *size), latent = native_shape(args)
     read = fit(*size) if not latent and args.name == "shards" else size  # large images are read as thumbnails
     if args.image_size is not None and not latent:
         size = read = [args.image_size, args.image_size]
     sets = {split: get_dataset(args.name, split, tuple(read), channels, args.seed, args.data_dir)
-            for split in ("train", "val", args.split)}  # which raises for an unknown split
+            for split in ("train", "val", args.split)}  # get_dataset raises for an unknown split
     shown, images, captions, faults = sets[args.split], [], [], []
     for i in tqdm(range(min(2_000, len(shown))), desc="examples", leave=False):  # one at a time: images may be large
         image, caption, *fault = shown.__getitems__([i])[0]
@@ -223,8 +231,8 @@ def show(args):
 
 
 def show_tokens(captions, tokenizer):
-    """Prints what captions cost in tokens, how many the tokenizer refuses, and the first of them. Raises ValueError
-    where it refuses all."""
+    """Print how many tokens captions take, how many captions the tokenizer refuses, and the first few captions. Raises
+    ValueError if the tokenizer refuses all of them."""
     lengths, refusals = [], []
     for caption in captions:
         try:
@@ -238,7 +246,7 @@ def show_tokens(captions, tokenizer):
     lengths = np.array(lengths)
     apart = np.mean([tokenizer.falls_apart(caption) for caption in captions])
     print(f"vocabulary of {tokenizer.vocab_size}: {lengths.mean():.1f} tokens a caption, {lengths.max()} at most; "
-          f"{apart:.1%} of captions fall apart into bytes")
+          f"{apart:.1%} of captions have too many unknown words")
     for length in (4, 8, 16, 32, 77):
         print(f"  text_len {length:2}: {(lengths <= length).mean():.1%} of captions whole")
     for caption in captions[:6]:
@@ -246,9 +254,9 @@ def show_tokens(captions, tokenizer):
 
 
 def make_parser():
-    """The parser of the command line, with a command for every data set and for everything that makes one."""
+    """The parser of the command line, with one command per data set and one per way to make one."""
     from evidence import emoji
-    from plumbing import latents, prepare  # which make data sets; training does not need them
+    from plumbing import latents, prepare  # only here: training makes no data sets
     parser = parser_with_examples(
         prog="data.py",
         description="Checks data sets and makes them.",

@@ -1,18 +1,19 @@
-"""Measures a trained model: its likelihood, its samples, and what its likelihood is good for.
+"""Evaluate a trained model: its likelihood, its samples, and how well its likelihood classifies.
 
     python evaluate.py --out_dir=out/fashion
     python evaluate.py --out_dir=out/shapes --parts=samples --steps=1,2,4,8 --denoise=learned --num_samples=600
     python evaluate.py --out_dir=out/t2i --parts=samples --decoder=decoder.pt2 --num_samples=10000
 
-- likelihood: nats of each step and of the trajectory, and the bound on the image's own, of held-out images
-- samples: do they look like the data, and show what their captions say? By Frechet distance between Gaussians fitted to
-  pixels or latents, class of the nearest training image, the exact detector of shapes, or the judge of emoji
-- classifier: which of ten captions makes a held-out image most likely
+- likelihood: -log p in nats of held-out images: of each step, of the trajectory, and the bound on the image's own
+- samples: do they look like the data, and do they show what their captions say? Depending on the data set, the measure
+  is a Frechet distance between Gaussians fitted to pixels or latents, the class of the nearest training image, the
+  exact detector of shapes, or the judge of emoji
+- classifier: how often the true caption of a held-out image is the likeliest of ten
 
-Prints each part as it is done, and leaves out_dir/evaluate.json and in out_dir/evaluate/ the first samples and, for
-several step counts, quality.png. Of a model of latents, with --decoder, it leaves there the samples as PNGs in a folder
-of their own, and in evaluate/real as many real images: for clean-fid or torch-fidelity (docs/data.md). Flow matching
-has samples only.
+Prints each part when it is done. Writes out_dir/evaluate.json and, into out_dir/evaluate/, the first samples and, for
+several step counts, quality.png. With --decoder, a model of latents also writes its samples there as a folder of PNGs,
+and as many real images into evaluate/real, for clean-fid or torch-fidelity (docs/data.md). A flow-matching model has
+the part "samples" only.
 """
 
 import copy
@@ -48,23 +49,23 @@ from plumbing.runtime import (exact_products, from_first_rank, gathered, leave_r
 out_dir = "out/digits"  # the folder of ckpt.pt and denoiser.pt; gets evaluate.json
 parts = ""  # some of likelihood,samples,classifier; empty: all that the model has
 val_examples = 500  # held-out images for likelihood and classifier
-num_samples = 1000  # samples for each number of steps, way to denoise and guidance
-steps: int | tuple = 0  # T, for samples several; 0: as trained, or 50 for flow matching
-denoise = "none,score,learned"  # ways to denoise an NTM's samples; "learned" is left out without a denoiser.pt
-guidance: float | tuple = 1.0  # weight of classifier-free guidance, for samples; or several
-beside = ""  # evaluate.json of another model, whose samples are added to the figure
-restarts = 0  # (ours) times that noise is added back and a step repeated, for the first half's steps except the first
-temperature = 1.0  # (ours) factor on the noise of the last step; 0.3: less grain, at the price of exact sampling
-best_of = 1  # (ours) candidates per sample; the model keeps the one that it finds likeliest
-judge = ""  # for shards with labels: a file that `python -m evidence.judge` made, which names what samples show
-decoder = ""  # for a model of latents: a torch.export program, latents (B, C, h, w) to images in [-1, 1]
-real_dir = ""  # with decoder: shards of the real images; empty: those that `data.py encode` read
+num_samples = 1000  # samples for each combination of steps, denoise and guidance
+steps: int | tuple = 0  # T, the number of reverse steps, several for samples; 0: as trained, or 50 for flow matching
+denoise = "none,score,learned"  # how to denoise an NTM's samples; "learned" is skipped without denoiser.pt
+guidance: float | tuple = 1.0  # weight of classifier-free guidance for samples, one or several
+beside = ""  # evaluate.json of another model whose samples the figure shows too
+restarts = 0  # (ours) times to add noise back and repeat a step; in the first half of the steps, except the first
+temperature = 1.0  # (ours) factor on the noise of the last step; 0.3: less grain, but no longer exact sampling
+best_of = 1  # (ours) candidates per sample, of which the likeliest under the model is kept
+judge = ""  # for shards with labels: a classifier made by `python -m evidence.judge`, to score samples
+decoder = ""  # for a model of latents: a program saved by torch.export, from latents (B, C, h, w) to images in [-1, 1]
+real_dir = ""  # with decoder: shards of the real images; empty: the shards that `data.py encode` read
 t_min = 0.02  # noise level where trajectories end
-shift = 1.0  # e^m of the time grid of flow matching's samples; 1: equal steps
-trajectories = 4  # trajectories per image for the tighter bound and the classifier, whose captions share them
-data_dir = ""  # where the model's data are now; empty: where they were when it was trained
+shift = 1.0  # e^m of flow matching's time grid for samples; 1: equal steps
+trajectories = 4  # trajectories per image, for the tighter bound and for the classifier
+data_dir = ""  # the model's data, if they have moved; empty: where they were in training
 seed = 0  # the seed of samples and of the noise of held-out images
-batch_size = 100  # images that are sampled or scored at once
+batch_size = 100  # images sampled or scored at once
 device = ""  # cuda, mps or cpu; empty: the best available
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ device = ""  # cuda, mps or cpu; empty: the best available
 
 
 def held_out(model, dataset):
-    """This rank's batches of held-out images (tokens, text, captions, generator), always with the same noise."""
+    """Yield this rank's batches of held-out images, (tokens, text, captions, generator), always with the same noise."""
     rank, world = rank_and_world()
     length = model.network.config.text_len
     batches = validation_batches(dataset, model.tokenizer, length, val_examples, model.device, rank, world, batch_size)
@@ -82,8 +83,11 @@ def held_out(model, dataset):
 
 
 def trajectories_of(network, x0, ts, text, generator, several):
-    """-log p of each part of a trajectory of images x0 (B, N, D), (B, T+1) nats, and the bounds, Eq. (14), of `several`
-    from the same x_{t_0}, (several, B). The first is the trajectory that training's validation draws."""
+    """-log p of a trajectory's parts, (B, T+1), and bounds (several, B), Eq. (14), in nats, of images x0 (B, N, D).
+
+    Each image has `several` trajectories from one x_{t_0}, each with a bound; the parts are those of the first, which
+    is the trajectory of train.py's validation.
+    """
     times, bounds = ts.expand(len(x0), -1), []
     with exact_products(x0.device):
         for k in range(several):
@@ -100,11 +104,12 @@ def trajectories_of(network, x0, ts, text, generator, several):
 
 
 def nats_of(model, batches, ts, several=1):
-    """{name: nats (n,)} of all ranks' images: -log p of each step, cleanest first, and of the trajectory, Eqs. (11) and
-    (12), and the bound, Eq. (14). batches: as held_out's.
+    """{name: nats (n,)} of all ranks' images: -log p of each step, cleanest first, of the trajectory, and the bounds.
 
-    several: a tighter bound as well, -log of the mean of exp(-bound) over so many trajectories from the same x_{t_0}:
-    between the bound and -log p(x_{t_0}), nearer to it the more there are (arXiv:1509.00519)."""
+    Eqs. (11), (12) and (14). batches: as of held_out. several: from 2 on, a tighter bound is added, -log of the mean of
+    exp(-bound) over so many trajectories from the same x_{t_0}. It lies between the bound and -log p(x_{t_0}), and more
+    trajectories bring it nearer to the latter (arXiv:1509.00519).
+    """
     nats = []
     for x0, text, _, generator in batches:
         nll, bounds = trajectories_of(model.network, x0, ts, text, generator, several)
@@ -112,7 +117,7 @@ def nats_of(model, batches, ts, several=1):
         nats.append(torch.cat([nll, bounds[0][:, None], tighter[:, None]], dim=1).cpu())
     nats = torch.cat(sum(gathered(nats), []))
     if not nats.isfinite().all():
-        raise ValueError("the likelihood of some images is not finite: the model is spoilt")
+        raise ValueError("the likelihood of some images is not finite: training diverged, use another checkpoint")
     found = {f"step {k}": nats[:, k] for k in range(len(ts) - 1)}
     found |= {"trajectory": nats[:, :-2].sum(dim=1), "bound": nats[:, -2]}
     if several > 1:
@@ -121,7 +126,8 @@ def nats_of(model, batches, ts, several=1):
 
 
 def evaluate_likelihood(model, dataset):
-    """Nats of nats_of; and bits per dimension, Eq. (15), of 8-bit images if the model has a density at t_min = 0."""
+    """Means of nats_of, in nats and per dimension, with standard errors; and bits per dimension, Eq. (15), of 8-bit
+    images if the model has a density at t_min = 0."""
     config = model.network.config
     dims = config.num_tokens * config.token_dim
     results = {}
@@ -135,15 +141,18 @@ def evaluate_likelihood(model, dataset):
 
 
 def caption_log_likelihoods(network, x, ts, candidates):
-    """Lower bounds on log p(x_{t_0} | caption) in nats, Eq. (14), (B, K), by one trajectory x (B, T+1, N, D) each at ts
-    (B, T+1), the same for K captions each, (B, K, L), but for an x_1 that follows from the caption, Eq. (36)."""
+    """Lower bounds (B, K) on log p(x_{t_0} | caption) in nats, Eq. (14), for K captions of each image.
+
+    x (B, T+1, N, D) at ts (B, T+1): one trajectory of each image, the same for its K captions, except for a coupled
+    x_1, which depends on the caption, Eq. (36). candidates: ids (B, K, L).
+    """
     with exact_products(x.device):
         bounds = [network.trajectory_bound(x, ts, text)[1] for text in candidates.unbind(dim=1)]
     return -torch.stack(bounds, dim=1)
 
 
 def evaluate_classifier(model, dataset):
-    """How often the true caption is the likeliest of ten: one for each class, or those of ten held-out images."""
+    """How often the true caption is the likeliest of ten: of one for each class, or of those of ten held-out images."""
     classes = dataset_class_captions(model.settings["dataset"])
     rank, world = rank_and_world()
     pool = classes or sorted({dataset[i][1] for i in range(min(max(1000, val_examples), len(dataset)))})
@@ -170,7 +179,7 @@ def evaluate_classifier(model, dataset):
             x = forward_trajectory(x0, ts, generator)
             log_p = log_p + caption_log_likelihoods(model.network, x, ts, text)
         if not log_p.isfinite().all():
-            raise ValueError("the likelihood of some captions is not finite: the model is spoilt")
+            raise ValueError("the likelihood of some captions is not finite: training diverged, use another checkpoint")
         hits += credits(log_p, text, truth.to(text.device))
     return {"accuracy": proportion(sum(gathered(hits), []))}
 
@@ -180,7 +189,7 @@ def evaluate_classifier(model, dataset):
 
 
 def captions_of_samples(model, dataset):
-    """A caption for each sample, and of shapes the GenEval task that it belongs to."""
+    """The caption of each sample, and for shapes the GenEval task of each."""
     if model.settings["dataset"] == "shapes":
         tasks, captions = zip(*task_prompts(-(-num_samples // len(TASKS))))
         return captions, tasks
@@ -193,8 +202,10 @@ def captions_of_samples(model, dataset):
 
 
 def draw_samples(model, captions, strength, folder):
-    """Samples for captions (n, C, H, W) with a strength of guidance, on the CPU, by all ranks. With a decoder they go
-    into a folder as images."""
+    """Draw samples for captions by all ranks, with a strength of guidance: (n, C, H, W) on the CPU.
+
+    With a decoder, the decoded images are also written into a folder.
+    """
     rank, world = rank_and_world()
     if decoder:
         from_first_rank(empty_folder, folder)
@@ -213,16 +224,16 @@ def draw_samples(model, captions, strength, folder):
 
 
 def scores_of_judge(model, images, dataset):
-    """What a judge of labelled shards finds in samples for their captions, and how far they are from the real ones."""
-    known = model.settings["data_dir"]  # which a model that was passed on has forgotten
+    """The judge's scores of samples: whether they show the labels of their captions, and how far from real images."""
+    known = model.settings["data_dir"]  # empty in a checkpoint made for sampling alone
     train_set = open_dataset(model.settings, "train") if known else None
     found = judges.compare(judge, images, dataset, train_set)
     return {key: proportion(value) if type(value) is list else value for key, value in found.items()}
 
 
 def scores_by_the_data(model, images, dataset):
-    """How near samples are to held-out images, and if there are classes, whether the nearest training image is of the
-    one that was asked for."""
+    """The Frechet distance of samples to held-out images, and for a data set with classes how often the nearest
+    training image is of the class asked for."""
     results = {}
     real = first_images(dataset, 5000)
     if min(len(images), len(real)) >= 10:
@@ -240,7 +251,7 @@ def scores_by_the_data(model, images, dataset):
 
 
 def evaluate_samples(model, dataset, strength):
-    """Images/s, and scores by the detector of shapes, by the judge, or by the data, of samples with that guidance."""
+    """Images/s of samples with a strength of guidance, and their scores by detector, judge or data."""
     captions, tasks = captions_of_samples(model, dataset)
     name = f"{model.kind}_{len(model.ts) - 1}_{model.denoise}"
     if isinstance(guidance, tuple) and len(guidance) > 1:
@@ -267,18 +278,18 @@ PARTS = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "classi
 
 
 def parts_of(model):
-    """The parts to evaluate: those that are asked for, or all that the model has. Raises ValueError for others."""
+    """The parts to evaluate: those asked for, or all that the model has. Raises ValueError for an unknown part."""
     possible = list(PARTS) if model.kind == "ntm" else ["samples"]
     chosen = parts.split(",") if parts else possible
     wrong = [part for part in chosen if part not in possible]
     if wrong:
         what = "flow matching" if model.kind == "fm" else "an NTM"
-        raise ValueError(f"part {wrong[0]!r} is unknown of {what}: choose among {', '.join(possible)}")
+        raise ValueError(f"part {wrong[0]!r} is unknown for {what}: choose among {', '.join(possible)}")
     return chosen
 
 
 def sampling_runs(model, counts, strengths):
-    """(a model, strength of guidance) of each number of steps, way to denoise and guidance that there is."""
+    """A (model, guidance) for each combination of steps, denoise and guidance. Raises ValueError if there is none."""
     runs = []
     ways = denoise.split(",") if model.kind == "ntm" else ["none"]
     for count, way, strength in itertools.product(counts, ways, strengths):
@@ -286,16 +297,16 @@ def sampling_runs(model, counts, strengths):
         if reason:
             note(f"{reason}: its samples are left out")
             continue
-        run = copy.copy(model)  # which shares the networks
+        run = copy.copy(model)  # the copy shares the networks
         run.set_sampling(count, way, t_min, shift)
         runs.append((run, strength))
     if not runs:
-        raise ValueError(f"denoise is {denoise!r}, and there are no samples to measure: add 'score' or 'none'")
+        raise ValueError(f"denoise is {denoise!r}, which leaves no samples to measure: add 'score' or 'none'")
     return runs
 
 
 def measure_samples(runs, dataset, strengths):
-    """For each run a title, what was found, and the same as a row for plot_quality."""
+    """Yield for each run its title, its results, and these as a row for plot_quality."""
     for model, strength in runs:
         found = evaluate_samples(model, dataset, strength)
         count = len(model.ts) - 1
@@ -317,15 +328,15 @@ def main(config):
     counts = steps if isinstance(steps, tuple) else (steps,)
     strengths = guidance if isinstance(guidance, tuple) else (guidance,)
     if len(counts) > 1 and len(strengths) > 1:
-        raise ValueError(f"there are several steps, {steps}, and several guidances, {guidance}: vary one at a time")
+        raise ValueError(f"steps is {steps} and guidance {guidance}, which are both several values: vary one at a time")
     model = TrainedModel(out_dir, where, counts[0], "none", t_min, shift)
     chosen = parts_of(model)
     if judge and model.latents:
-        raise ValueError(f"judge is {judge!r}, but it judges images and this model makes latents: leave it out")
+        raise ValueError(f"judge is {judge!r}, but a judge needs images and this model makes latents: leave it out")
     if decoder:
         model.load_decoder(decoder)
     elif real_dir:
-        raise ValueError(f"real_dir is {real_dir!r}, but real images are for comparing with what a decoder makes: give "
+        raise ValueError(f"real_dir is {real_dir!r}, but only decoded samples are compared with real images: give "
                          "--decoder as well, or leave it out")
     dataset = open_dataset(model.settings, "val", data_dir)
     others = curves_of(beside) if beside else []
@@ -351,7 +362,7 @@ def main(config):
         results["curves"] = curves
     if rank == 0:
         figure = plot_quality(curves + others)
-        (folder / "quality.png").unlink(missing_ok=True)  # that of an earlier evaluation
+        (folder / "quality.png").unlink(missing_ok=True)  # left by an earlier evaluation
         if figure:
             save_image(figure, folder / "quality.png")
         path = Path(out_dir) / "evaluate.json"

@@ -4,7 +4,7 @@ A step of a Normalizing Trajectory Model composes two couplings:
 
 - an affine coupling over the trajectory: u_s = mu(u_t) + sigma(u_t) z carries z to the cleaner level, given the noisier
   one (model.py);
-- a spatial coupling, the transporter's: an autoregressive map, in which each token is shifted by b and scaled by e^-l,
+- a spatial coupling, the transporter's: an autoregressive map, which shifts each token by b and scales it by e^-l, both
   functions of the tokens before it (below). n is a token of a level; s and t are levels.
 
             x_s                x_t           x-space, where the forward trajectory lives
@@ -86,7 +86,7 @@ def forward_chain(x, ts, noise):
 
 
 def forward_trajectory(x0, ts, generator=None, noise=None):
-    """Draws a trajectory: its cleanest level from Eq. (1), then level by level from the Markov chain of Eq. (2).
+    """Draw a trajectory: its cleanest level from Eq. (1), then level by level from the Markov chain of Eq. (2).
 
     x0: (B, N, D). ts: (B, K), ascending, any consecutive part of a grid (K = T+1 for the whole, 2 for one step).
     noise: (B, K, N, D) standard normal, drawn with `generator` when None. Returns (B, K, N, D).
@@ -203,7 +203,7 @@ class Attention(nn.Module):
         then depends on relative positions only.
         """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        q = normalized(q)  # which bounds the logits
+        q = normalized(q)  # bounds the logits
         k = normalized(k)
         if rotation is not None:
             q = rotated(q, rotation)
@@ -242,7 +242,7 @@ class Layer(nn.Module):
         return self.modulated(x, modulation, causal, rotation=rotation)
 
     def modulated(self, x, modulation, causal=False, cache=None, position=0, rotation=None):
-        """The same with self.modulation(condition), (B, 6 width), computed before: it is the same for all tokens."""
+        """Like forward, with modulation = self.modulation(condition), (B, 6 width), which all tokens share."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=-1)
         h = normalized(x) * (1 + scale1) + shift1
         x = x + gate1 * self.attention(h, causal, cache, position, rotation)
@@ -282,7 +282,7 @@ class FlowBlock(nn.Module):
         return self.offset_and_log_scale(h)
 
     def first_place(self, condition):
-        """What stands at place 0, before all tokens: a learned vector and the time, (B, 1, width)."""
+        """The input at place 0, before all tokens: a learned vector plus the conditioning, (B, 1, width)."""
         return (self.start + condition)[:, None]
 
     def offset_and_log_scale(self, h):
@@ -322,7 +322,7 @@ class FlowBlock(nn.Module):
     def inverse_jacobi(self, u, condition, tol):
         """u to x by fixed-point sweeps over all tokens at once, Eq. (9), until the largest change is below tol.
 
-        Each sweep makes at least one more token exact, so N are enough. Leaves the number of sweeps in self.sweeps.
+        Each sweep makes at least one more token exact, so N sweeps are enough. Sets self.sweeps to their number.
         """
         u = self.scan(u)
         x = u
@@ -343,8 +343,8 @@ class FlowBlock(nn.Module):
 class Transporter(nn.Module):
     """f_T(x_t, t): `blocks` autoregressive maps in alternating scan order, conditioned on t and T, Eqs. (7) to (9).
 
-    The identity at initialisation, and always at t = 1, since pure noise needs no map. With 0 blocks it is always the
-    identity, and the model's reverse step the plain Gaussian of a diffusion model.
+    It is the identity at initialisation, and always at t = 1, since pure noise needs no map. With 0 blocks it is always
+    the identity, and the model's reverse step is the plain Gaussian of a diffusion model.
     """
 
     def __init__(self, num_tokens, token_dim, width, blocks, layers, heads):
@@ -354,7 +354,7 @@ class Transporter(nn.Module):
             FlowBlock(num_tokens, token_dim, width, layers, heads, backwards=i % 2 == 1)
             for i in range(blocks)
         )
-        self.sweeps = []  # how many each block took in the last inversion by "jacobi", first block first
+        self.sweeps = []  # of each block in the last inversion by "jacobi", first block first
 
     def forward(self, x, t, steps):
         """x (B, N, D), t (B,), steps (B,) to u (B, N, D) and log|det du/dx| (B,), Eq. (8)."""
@@ -379,7 +379,7 @@ class Transporter(nn.Module):
         if method not in ("cache", "jacobi"):
             raise ValueError(f"inversion method {method!r} is unknown: choose 'cache' or 'jacobi'")
         self.sweeps = []
-        below_one = (t < 1).nonzero()[:, 0]  # pure noise is left out
+        below_one = (t < 1).nonzero()[:, 0]  # at t = 1 the map is the identity
         if len(below_one) == 0:
             return u
         x = u[below_one]

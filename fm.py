@@ -1,9 +1,9 @@
 """Flow matching: the model that an NTM is measured against, and one that it can start from.
 
-Data and noise are joined by straight lines x_t = (1 - t) x_0 + t eps, and a network v(x_t, t) is trained to predict
-their velocity eps - x_0: it learns the mean velocity of all lines through x_t. Sampling follows it from noise (t = 1)
-to data (t = 0), an ordinary differential equation that takes many small steps to solve: a large step jumps towards a
-mean, and means of images are blurred. Equations (22) to (24) of docs/method.md.
+A straight line x_t = (1 - t) x_0 + t eps joins an image to noise. A network v(x_t, t), trained to predict the line's
+velocity eps - x_0, learns the mean velocity of all lines through x_t. Sampling follows this velocity from noise (t = 1)
+to data (t = 0), which is an ordinary differential equation and takes many small steps: a large step jumps towards a
+mean, and a mean of images is blurred. Equations (22) to (24) of docs/method.md.
 
 The network is the predictor's own trunk, with one time instead of three and half the outputs.
 """
@@ -17,11 +17,11 @@ from flow import forward_kernel, full_precision, zeroed
 from model import noise_source
 from predictor import CaptionedTransformer, ImageModel, null_caption
 
-EULER_STEPS = 50  # unless one says otherwise
+EULER_STEPS = 50  # the default
 
 
 class FlowMatching(ImageModel):
-    """A velocity network; config: NTMConfig, of which what belongs to the transporter and the time grid is unused."""
+    """A velocity network. config: an NTMConfig, whose transporter and time grid are not used."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -29,14 +29,14 @@ class FlowMatching(ImageModel):
         self.head = zeroed(nn.Linear(config.width, config.token_dim))
 
     def velocity(self, x, t, text):
-        """x (B, N, D), t (B,), text (B, L) to v of Eq. (22), an estimate of noise - data, (B, N, D)."""
+        """The velocity v of Eq. (22), (B, N, D), an estimate of noise - data. x (B, N, D), t (B,), text (B, L)."""
         h = self.trunk(x, text, t[:, None])
         return full_precision(self.head, h)
 
     def forward(self, images, text, drawn=None):
-        """Eq. (22), the training loss: the mean squared error of the velocity, per number, a scalar.
+        """The training loss, Eq. (22), a scalar: the mean squared error of the velocity over all numbers.
 
-        images (B, channels, H, W), text (B, L). drawn: times (B,) and noise (B, N, D), by default new ones.
+        images (B, channels, H, W), text (B, L). drawn: times (B,) and noise (B, N, D); None: draw new ones.
         """
         x0 = self.patchify(images)
         if drawn is None:
@@ -47,16 +47,16 @@ class FlowMatching(ImageModel):
         return F.mse_loss(self.velocity(x, t, text), noise - x0)
 
     def draw_times(self, batch, generator=None, device=None):
-        """Times of training, (B,): logit-normal, most of them in the middle."""
+        """Draw training times (B,) from a logit-normal distribution, most of them in the middle of [0, 1]."""
         return torch.randn(batch, generator=generator, device=device).sigmoid()
 
     @torch.no_grad()
     def sample(self, text, ts=None, guidance=0.0, generator=None, restarts=0, randn=None):
-        """Eq. (24): follows the velocity from noise to data by Euler's method, a step between any two of the times.
+        """Follow the velocity from noise to data by Euler's method, one step per interval of the times ts, Eq. (24).
 
-        text (B, L); ts (T+1,), ascending from 0 to 1, by default 50 equal steps; guidance: w >= 0. restarts: (ours) of
-        restarted_steps, Eq. (34). Noise is randn(*shape), (B, *shape), by default of `generator`. Returns all levels
-        (B, T+1, N, D), the image first and the noise last.
+        text (B, L). ts (T+1,): times, ascending from 0 to 1; None: 50 equal steps. guidance: w >= 0. restarts: (ours)
+        as in restarted_steps, Eq. (34). randn(*shape): draws noise (B, *shape); None: with `generator`. Returns all
+        levels (B, T+1, N, D), the image first and the noise last.
         """
         randn = randn or noise_source(self, text, generator)
         if ts is None:
@@ -78,7 +78,7 @@ class FlowMatching(ImageModel):
         return torch.stack(levels, dim=1)
 
     def step(self, x, t, s, text, guidance=0.0):
-        """Eq. (24): x (B, N, D) at time t to time s, scalar tensors."""
+        """One Euler step, Eq. (24): takes x (B, N, D) from time t to time s, scalar tensors."""
         times = t.expand(len(x))
         v = self.velocity(x, times, text)
         if guidance:
@@ -88,10 +88,10 @@ class FlowMatching(ImageModel):
 
     @torch.no_grad()
     def hand_over(self, predictor):
-        """Gives its weights to the predictor of an NTM of the same size and parametrization "posterior".
+        """Copy the weights into the predictor of an NTM of the same size and parametrization "posterior".
 
-        What it does not have is zero there: the weights of the times s and 1/T, and the correction to the scale. What
-        is ours, directions and the flow over pixels, stays as it is.
+        The predictor's extra parts start at zero: the inputs s and 1/T, and the correction to the scale. Directions and
+        the flow over pixels (ours) stay as they are.
         """
         state = predictor.state_dict() | self.state_dict()
         first = "trunk.time.mlp.0.weight"

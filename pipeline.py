@@ -2,11 +2,11 @@
 
     from pipeline import load
 
-    model = load("out/digits")                                    # a run's out_dir; load() is the shipped model
-    images = model.sample(["the digit one"] * 1000, seed=0)       # (1000, 1, 8, 8), in batches that fit into memory
+    model = load("out/digits")                                    # a run's out_dir; load() takes the shipped model
+    images = model.sample(["the digit one"] * 1000, seed=0)       # (1000, 1, 8, 8), in batches that fit in memory
     log_p = model.log_likelihood(images, ["a 1"] * 1000)          # .nats and .standard_error, each (1000,)
 
-sample.py and evaluate.py are made of it. Nothing here reads a script's settings.
+sample.py and evaluate.py are built on this class; nothing here reads a script's settings.
 """
 
 import math
@@ -30,25 +30,26 @@ from plumbing.runtime import coarse_products, exact_products, find_device, note
 from plumbing.tokenizer import words
 
 SHIPPED = Path(__file__).parent / "assets" / "emoji64"
-TRAJECTORIES = 2  # of each candidate that best_of compares
-MOST_AT_ONCE = 256  # images in a batch, however small they are: more would be no faster
+TRAJECTORIES = 2  # how many trajectories of each candidate best_of scores
+MOST_AT_ONCE = 256  # images in a batch, however small they are: larger batches are no faster
 
 
 class LogLikelihood(NamedTuple):
     """A lower bound on log p(x_{t_min} | caption) of each image, estimated from several trajectories; all (B,)."""
     nats: torch.Tensor
     standard_error: torch.Tensor  # of the estimate, in nats
-    bits_per_dim: torch.Tensor  # an upper bound; other models' are to be compared with those at t_min = 0
+    bits_per_dim: torch.Tensor  # an upper bound; compare with other models' at t_min = 0 only
 
 
 class TrainedModel:
-    """Captions in, images out: an NTM with a way to denoise, or a flow-matching model.
+    """A trained model, from captions to images: an NTM with a way to denoise, or a flow-matching model.
 
-    out_dir: holds ckpt.pt and, for denoise "learned", denoiser.pt, which knows its own t_min. device: cuda, mps or cpu;
-    empty: the best there is. The other arguments are set_sampling()'s. Raises ValueError.
+    out_dir: the folder of ckpt.pt and, for denoise "learned", denoiser.pt, which knows its own t_min. device: cuda, mps
+    or cpu; empty: the best available. The other arguments are those of set_sampling(). Raises ValueError.
 
-    network, kind ("ntm" or "fm"), settings (of its training), tokenizer, ts (T+1,): its noise levels, cleanest first.
-    latents: {"mean", "scale"} of each channel if it samples normalised latents, else None. seconds: {stage: so far}.
+    Attributes: network; kind, "ntm" or "fm"; settings, of its training; tokenizer; ts (T+1,), its noise levels,
+    cleanest first; latents, {"mean", "scale"} per channel if it samples normalised latents, else None; seconds, {stage:
+    so far}.
     """
 
     def __init__(self, out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02, shift=1.0):
@@ -70,17 +71,18 @@ class TrainedModel:
     # How it samples
 
     def set_sampling(self, steps=0, denoise="learned", t_min=0.02, shift=1.0):
-        """Sets noise levels and way to denoise, and the clock to zero. Raises ValueError.
+        """Set the noise levels and the way to denoise, and reset the clock. Raises ValueError.
 
-        steps: T, or the number of Euler's steps; 0: as trained, or 50. denoise: "learned", "score" or "none", of an
-        NTM. t_min: where an NTM's samples end, but for the learned denoiser's. shift: of Euler's steps.
+        steps: an NTM's T (0: as trained), or flow matching's Euler steps (0: 50). denoise: of an NTM, "learned",
+        "score" or "none". t_min: the noise level where an NTM's samples end; a learned denoiser brings its own. shift:
+        e^m of flow matching's time grid.
         """
         if denoise not in ("learned", "score", "none"):
             raise ValueError(f"denoise {denoise!r} is unknown: choose 'learned', 'score' or 'none'")
         if type(steps) is not int or steps < 0:
             raise ValueError(f"steps is {steps}, but must be an int of at least 1, or 0 for the default")
         if self.kind == "ntm" and shift != 1:
-            raise ValueError(f"shift is {shift}, but is of flow matching: an NTM keeps the grid of its training")
+            raise ValueError(f"shift is {shift}, but an NTM keeps the grid of its training: leave shift at 1")
         self.seconds = {}
         if self.kind == "fm":
             self.denoise = "none"
@@ -89,7 +91,7 @@ class TrainedModel:
         config = self.network.config
         if steps and steps not in config.steps:
             trained_for = " or ".join(map(str, config.steps))
-            note(f"the model was trained for {trained_for} steps: in {steps}, samples and likelihoods are worse")
+            note(f"the model was trained for {trained_for} steps: with {steps}, samples and likelihoods are worse")
         if denoise == "learned":
             reason = self.why_no_denoiser(steps)
             if reason:
@@ -101,8 +103,10 @@ class TrainedModel:
         self.ts = config.time_grid(t_min, steps).to(self.device)
 
     def why_no_denoiser(self, steps=0):
-        """Why trajectories of so many steps have no learned denoiser, or "" if they have: it is then loaded. Raises
-        ValueError for the denoiser of another model."""
+        """Why trajectories of so many steps have no learned denoiser; "" if they have one, which is then loaded.
+
+        Raises ValueError for the denoiser of another model.
+        """
         path = self.path.with_name("denoiser.pt")
         steps = steps or self.network.config.steps[0]
         if not path.exists():
@@ -113,7 +117,7 @@ class TrainedModel:
         return f"{path} was distilled for {learned} steps, not {steps}" if steps != learned else ""
 
     def load_denoiser(self, path):
-        """Loads the learned denoiser. Raises ValueError for that of another model."""
+        """Load the learned denoiser. Raises ValueError for the denoiser of another model."""
         try:
             denoiser, distilled = checkpoint.load_network(path, {"denoiser": ResidualDenoiser}, self.device)
         except ValueError as error:
@@ -123,7 +127,7 @@ class TrainedModel:
         self.distilled = distilled["settings"]
 
     def check_denoiser(self, path, denoiser, distilled):
-        """Raises ValueError for a denoiser that was distilled from another model than this one."""
+        """Raise ValueError for a denoiser that was distilled from another model than this one."""
         for name in ("image_size", "channels", "patch_size", "vocab_size", "text_len"):
             theirs = getattr(denoiser.config, name)
             ours = getattr(self.network.config, name)
@@ -139,24 +143,27 @@ class TrainedModel:
                              "iteration and other weights: remove it and distil anew, or choose --denoise=score")
 
     def load_decoder(self, path):
-        """Loads what makes images of this model's latents, a program saved by torch.export, for to_images(). Raises
-        ValueError or OSError for a model of images, or for a program that is no decoder."""
-        from plumbing.latents import load_decoder  # and with it what encodes data sets
+        """Load the decoder of this model's latents, a program saved by torch.export, which to_images() then uses.
+
+        Raises ValueError or OSError for a model of images, and for a program that is no decoder.
+        """
+        from plumbing.latents import load_decoder  # only here: that module also encodes data sets
         self.decode = load_decoder(self.settings | {"decoder": path}, self.device)
 
     # -----------------------------------------------------------------------------------------------------------
     # Captions
 
     def encode(self, captions):
-        """Token ids (B, L) on the model's device. Raises ValueError for what is no list of captions."""
+        """The token ids (B, L) of captions, on the model's device. Raises ValueError unless given a list of strings."""
         if isinstance(captions, str) or not captions or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f"captions is {captions!r}: give a list of at least one string")
         return self.tokenizer.encode(captions, self.network.config.text_len).to(self.device)
 
     def warn_about_captions(self, captions):
-        """Warns of words that the model was never shown, and of captions that it has no room for.
+        """Warn of words that the model never saw in training, and of captions longer than its text_len.
 
-        Raises ValueError for what is no list of captions."""
+        Raises ValueError unless given a list of strings.
+        """
         self.encode(captions)
         unknown = sorted(words(captions) - self.words)
         if unknown and self.words:
@@ -165,10 +172,10 @@ class TrainedModel:
         cut = [caption for caption in dict.fromkeys(captions) if len(self.tokenizer.tokens(caption)) > room]
         if cut:
             kept = self.tokenizer.decode(self.tokenizer.tokens(cut[0])[:room])
-            note(f"captions are cut to {room} tokens, {len(cut)} of these: of {cut[0][:200]!r} it reads {kept!r}")
+            note(f"{len(cut)} captions are cut to {room} tokens: of {cut[0][:200]!r} the model reads {kept!r}")
 
     def batches(self, count):
-        """The numbers 0 to count - 1 in ranges, each of as many images as fit into about 4 GB at once."""
+        """The numbers 0 to count - 1 as a list of ranges, each of as many images as fit into about 4 GB."""
         most = examples_at_once(self.network.config, len(self.ts) - 1, gradients=False)
         size = min(most, MOST_AT_ONCE)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -177,8 +184,10 @@ class TrainedModel:
     # Images
 
     def sample(self, captions, guidance=1.0, seed=0, best_of=1, restarts=0, temperature=1.0):
-        """An image for each of B captions: (B, C, H, W), in [-1, 1] unless they are latents. They are sampled in
-        batches; image number i is the same, but for rounding, in whatever batch it is sampled."""
+        """An image for each of B captions: (B, C, H, W), in [-1, 1] unless the model samples latents.
+
+        An image depends on its number and caption, and only by rounding on how images are divided into batches.
+        """
         self.warn_about_captions(captions)
         images = []
         for numbers in self.batches(len(captions)):
@@ -192,12 +201,13 @@ class TrainedModel:
     def sample_trajectories(
         self, captions, numbers, guidance=0.0, seed=0, in_x_space=False, best_of=1, restarts=0, temperature=1.0
     ):
-        """Samples an image for each caption, all in one batch; image `number` is the same in whatever batch.
+        """Sample an image for each caption, all in one batch; an image depends on its number, not on its batch.
 
-        in_x_space: carry the trajectory back to x-space even where only the score needs it. restarts: (ours) of
-        sample_with_restarts. best_of: (ours) candidates, of which that with the greatest guided_log_density is kept;
-        the first is the sample without. temperature: (ours) of the noise in the last step, see beyond.cooled.
-        Returns images (B, C, H, W); the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), or None, None.
+        in_x_space: carry the trajectory back to x-space even where the denoiser does not need it. restarts: (ours) as
+        in sample_with_restarts. best_of: (ours) number of candidates; the one of the greatest guided_log_density is
+        kept, and the first is what best_of 1 samples. temperature: (ours) of the noise in the last step, see
+        beyond.cooled. Returns images (B, C, H, W); and the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), or
+        None for each.
         """
         self.check_sampling(guidance, best_of, restarts, temperature)
         text = self.encode(captions)
@@ -217,7 +227,7 @@ class TrainedModel:
         return self.network.unpatchify(tokens), x, nll
 
     def check_sampling(self, guidance, best_of, restarts, temperature):
-        """Raises ValueError for what this model cannot take."""
+        """Raise ValueError for settings that this model cannot be sampled with."""
         if not 0 <= temperature <= 1 or (temperature < 1 and self.kind == "fm"):
             raise ValueError(f"temperature is {temperature}, but must be from 0 to 1, and 1 for flow matching")
         if not 0 <= guidance < math.inf:
@@ -232,7 +242,7 @@ class TrainedModel:
             raise ValueError(f"best_of is {best_of!r}, but must be an int of at least 1, and 1 for {where}")
 
     def draw(self, text, guidance, restarts, temperature, generators, in_x_space):
-        """Clean tokens (B, N, D); the trajectory x (B, T+1, N, D), or None if not needed; and u, of an NTM."""
+        """Draw clean tokens (B, N, D), their trajectory x (B, T+1, N, D) or None if not needed, and u of an NTM."""
         network, ts = self.network, self.ts
         T = len(ts) - 1
         stage = f"sampling in {T + restarts * len(restarted_steps(T))} steps"
@@ -251,11 +261,11 @@ class TrainedModel:
             else:
                 u = self.clock(stage, network.sample, text, ts, guidance, randn=randn)
         x_1_is_read = in_x_space or self.denoise == "score"
-        if restarts and x_1_is_read and isinstance(network, CoupledNTM):  # they leave an x_1 that is fresh noise
+        if restarts and x_1_is_read and isinstance(network, CoupledNTM):  # after restarts x_1 is fresh noise
             u = network.couple(u, ts.expand(len(u), -1), text)
         if self.denoise == "learned":
             return self.clock("learned denoising", self.denoiser, u[:, 0], text), None, u
-        if self.denoise == "none" and not in_x_space:  # the cleanest level is all there is to see
+        if self.denoise == "none" and not in_x_space:  # only the cleanest level is asked for
             return self.clock("inversion", network.invert, u[:, :1], ts[:1], steps=T)[:, 0], None, u
         x = self.clock("inversion", network.invert, u, ts)
         if self.denoise == "none":
@@ -263,7 +273,7 @@ class TrainedModel:
         return self.clock("score denoising", score_denoise, network, x, ts, text), x, u
 
     def likeliest(self, candidates, text, guidance, seed):
-        """Of several results of draw(), for each image the one that the model finds likeliest, put together to one."""
+        """Merge several results of draw() into one: of each image, the candidate that is likeliest under the model."""
         shape = (TRAJECTORIES, len(self.ts), *candidates[0][0].shape[1:])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         densities = []
@@ -278,13 +288,12 @@ class TrainedModel:
         return chosen
 
     def plain_latents(self, images):
-        """Normalised latents (B, C, h, w) as the autoencoder knows them."""
+        """Normalised latents (B, C, h, w) back in the scale of the autoencoder."""
         mean, scale = (torch.tensor(self.latents[name])[:, None, None].to(images) for name in ("mean", "scale"))
         return images / scale + mean
 
     def to_images(self, samples):
-        """What to look at, in [-1, 1]: the images that the decoder makes of normalised latents (B, C, h, w); without
-        one, the samples as they are."""
+        """Samples (B, C, H, W) to look at, in [-1, 1]: latents decoded if there is a decoder, else unchanged."""
         return self.decode(samples) if self.decode else samples
 
     # -----------------------------------------------------------------------------------------------------------
@@ -292,11 +301,12 @@ class TrainedModel:
 
     @torch.no_grad()
     def log_likelihood(self, images, captions, trajectories=8, seed=0, t_min=0.02):
-        """A LogLikelihood of each of the images (B, C, H, W) in [-1, 1] under its caption, from some trajectories each.
+        """The LogLikelihood of images (B, C, H, W) in [-1, 1] under their captions, by several trajectories of each.
 
-        All images see the same noise, so that captions can be compared: expand one image, and take the greatest. t_min:
-        the noise level of the images that it is about; at 0, where a model trained from scratch has a density, images
-        of 8 bits want dequantising. Raises ValueError for a flow-matching model, whose likelihood is not implemented.
+        All images see the same noise, so captions can be compared: repeat one image, and take the caption of the
+        greatest nats. t_min: the noise level at which images are scored. A model trained from scratch also has a
+        density at t_min = 0, where 8-bit images need dequantising. Raises ValueError for a flow-matching model, whose
+        likelihood is not implemented.
         """
         if self.kind != "ntm":
             raise ValueError("the likelihood of a flow-matching model is not implemented: load an NTM")
@@ -320,9 +330,9 @@ class TrainedModel:
         return LogLikelihood(mean, error, bits_per_dim(-mean, config.num_tokens * config.token_dim))
 
     def held_out_nll(self):
-        """-log p of trajectories of held-out images by the last validation in training, nats for each number.
+        """-log p of trajectories of held-out images, in nats per number, from the last validation in training.
 
-        None where the validation had other noise levels, or is not known.
+        None if that validation had other noise levels, or is not known.
         """
         steps = [nll for name, nll in self.validation.items() if name.startswith("val_step_")]
         if len(steps) != len(self.ts) - 1 or abs(self.settings["t_min"] - self.ts[0].item()) > 1e-6:
@@ -331,7 +341,7 @@ class TrainedModel:
         return (sum(steps) + of_noise) / len(self.ts)
 
     def check_images(self, images, captions):
-        """Raises ValueError for images (B, C, H, W) that are not the model's, or not as many as captions."""
+        """Raise ValueError for images (B, C, H, W) whose shape, number or range is not as it must be."""
         expected = (self.network.config.channels, *self.network.config.image_size)
         if images.shape[1:] != expected:
             raise ValueError(f"images are {tuple(images.shape[1:])}, but the model's are {expected}")
@@ -339,11 +349,13 @@ class TrainedModel:
             raise ValueError(f"there are {len(images)} images, but {len(captions)} captions: one caption for each")
         greatest = images.abs().max()
         if not greatest <= (math.inf if self.latents else 1.5):  # nor if some are NaN
-            raise ValueError(f"images reach {greatest:g}, but are to be in [-1, 1]")
+            raise ValueError(f"images reach {greatest:g}, but must be in [-1, 1]: rescale them")
 
     def bounds(self, images, captions, ts, noises):
-        """Eq. (14)'s lower bounds (M, B) in nats on log p of images, by M trajectories each, whose noise (1, T+1, N, D)
-        all images share. ts (T+1,)."""
+        """Lower bounds (M, B) in nats on log p of images, Eq. (14), by M trajectories of each.
+
+        ts (T+1,). noises: M tensors (1, T+1, N, D), which all images share.
+        """
         text = self.encode(captions)
         x0 = self.network.patchify(images.to(self.device, torch.float32))
         ts = ts.expand(len(x0), -1)
@@ -355,7 +367,7 @@ class TrainedModel:
         return torch.stack(found)
 
     def clock(self, stage, function, *args, **kwargs):
-        """The function's result; its seconds, an accelerator waited for, are added to the stage's."""
+        """Call a function and return its result; add its seconds, accelerator included, to the stage's."""
         wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(self.device.type, lambda: None)
         wait()
         start = time.perf_counter()
@@ -365,4 +377,4 @@ class TrainedModel:
         return result
 
 
-load = TrainedModel  # as programs of one's own call it
+load = TrainedModel  # the name for programs of your own

@@ -1,14 +1,15 @@
 """(ours) A step's flow over pixels: a pointwise map, then a causal filter, before the Gaussian. Beyond the paper.
 
-Given x_t, a step draws K sigma h((x_s - mu) / sigma) from a Gaussian of mean zero, in which all depends on x_t:
+Given x_t, K sigma h((x_s - mu) / sigma) is Gaussian with mean zero. mu, sigma, h and K all depend on x_t:
 
-- h is monotone and has its own shape at every number: a mixture of logistics, so that a pixel may be "white, or else
-  red" (Mixture). Flow++'s map (arXiv:1902.00275), conditioned on x_t instead of on earlier numbers;
-- K subtracts from every number what the numbers before it in raster order tell, by weights of its own: TarFlow's
-  autoregressive block made linear, over pixels instead of tokens, of log-determinant 0 (Filter).
+- h (Mixture) is monotone, with a shape of its own at every number: a mixture of logistics, so that a pixel may be
+  "white, or else red". It is Flow++'s map (arXiv:1902.00275), conditioned on x_t instead of on earlier numbers;
+- K (Filter) adds to every number a weighted sum of the numbers before it in raster order, and each number has its own
+  weights. It is a linear form of TarFlow's block, over pixels instead of tokens; its log-determinant is 0.
 
-As all of it depends on x_t alone, a step's density takes no further pass of the network, and two mirrored x_s train it
-almost without their noise (losses.py). docs/beyond.md has the mathematics. Images are (B, channels, H, W).
+As mu, sigma, h and K depend on x_t alone, a step's density takes a single pass of the network, and the noise of x_s
+almost cancels in training on a mirrored pair (losses.py). docs/beyond.md has the mathematics. Images are
+(B, channels, H, W).
 """
 
 import math
@@ -43,7 +44,7 @@ class Mixture(NamedTuple):
     def map(self, z):
         """h(z) and the logarithm of its slope, each like z (..., N, D)."""
         distance = z[..., None] - self.centre
-        standardized = distance * torch.exp(-self.log_scale) / LOGISTIC  # as each logistic sees z
+        standardized = distance * torch.exp(-self.log_scale) / LOGISTIC  # z in units of each logistic
         below = F.logsigmoid(standardized)
         above = below - standardized  # logsigmoid(-standardized)
         log_F = torch.logsumexp(self.log_weight + below, dim=-1)
@@ -54,9 +55,9 @@ class Mixture(NamedTuple):
     def invert(self, y, rounds=16):
         """z of y = h(z), all numbers at once: half of the rounds bisect an interval, the others are Newton's.
 
-        Beyond the median 1 - F is inverted instead of F, so that what is inverted is small and precise on either side.
+        Above the median the method inverts 1 - F instead of F: the smaller of the two keeps its digits.
         """
-        ends = self.centre + torch.exp(self.log_scale) * y[..., None]  # z, were each logistic the only one
+        ends = self.centre + torch.exp(self.log_scale) * y[..., None]  # the solution, if a logistic were the only one
         low, high = ends.amin(dim=-1), ends.amax(dim=-1)
         side = torch.where(y > 0, -1.0, 1.0)
         wanted = F.logsigmoid(-y.abs() / LOGISTIC)
@@ -84,7 +85,7 @@ class Mixture(NamedTuple):
 def make_mixture(outputs, log_std, C):
     """The Mixture of 3 K outputs of the network, each (B, N, D): log-weights, centres, log-scales. log_std (B, N, D).
 
-    No logistic is narrower than x_s is uncertain once x_0 is known: C, (B,).
+    No logistic is narrower than C (B,), the standard deviation of x_s once x_0 is known as well.
     """
     outputs = torch.stack(outputs, dim=-1)
     log_weight, centre, log_scale = outputs.chunk(3, dim=-1)
@@ -110,9 +111,9 @@ def start_of_mixture(logistics):
 
 
 def causal_mask(channels, window):
-    """1 where a coefficient (channel out, channel in, row, column) is of a number before.
+    """A mask (channel out, channel in, row, column): 1 for the coefficients of earlier numbers, else 0.
 
-    Before are the rows above, the pixels to the left, and at the pixel itself the channels before.
+    Earlier are the rows above, the pixels to the left, and at the pixel itself the channels before.
     """
     centre = window // 2
     mask = torch.zeros(channels, channels, window, window)
@@ -139,7 +140,7 @@ class Filter(NamedTuple):
         return images + (self.weights * told).sum(dim=1)
 
     def within_rows(self):
-        """What K does within each row of pixels, (B, H, n, n) for its n = W channels numbers: unit lower triangular."""
+        """K within each row of pixels, (B, H, n, n) for the row's n = W channels numbers: unit lower triangular."""
         _, channels, _, window, _ = self.kernels.shape
         width = self.weights.shape[-1]
         n = width * channels
@@ -153,7 +154,7 @@ class Filter(NamedTuple):
         return identity + torch.einsum("bhmi,mij->bhij", weights, told)
 
     def invert(self, images):
-        """x of images = K x: row after row, what the rows above tell subtracted and a triangle solved."""
+        """Solve images = K x for x, row by row: subtract what the rows above contribute, then solve a triangle."""
         batch, channels, height, width = images.shape
         count, window = self.kernels.shape[0], self.kernels.shape[-1]
         radius = window // 2
@@ -178,10 +179,10 @@ class Filter(NamedTuple):
 
 
 class StepFlow(NamedTuple):
-    """p(x_s | x_t) of Eq. (39): K sigma h((x_s - mean) / sigma) is Gaussian, of mean zero. It has a Gaussian's methods.
+    """p(x_s | x_t) of Eq. (39): K sigma h((x_s - mean) / sigma) is Gaussian with mean zero.
 
-    mean, log_std (..., N, D) and directions (..., R, N, D) or None are as in a Gaussian. mixture: h, or None. weights
-    (..., M, N, D), or None: of the filter K whose kernels are model's.
+    A StepFlow has a Gaussian's methods. mean, log_std (..., N, D) and directions (..., R, N, D) or None are as in a
+    Gaussian. mixture: h, or None. weights (..., M, N, D): of the filter K, or None; its kernels are model's.
     """
 
     mean: torch.Tensor
@@ -192,7 +193,7 @@ class StepFlow(NamedTuple):
     model: nn.Module
 
     def unflatten(self, sizes):
-        """The same with its first dimension split in two."""
+        """This distribution with its first dimension split into `sizes`."""
 
         def split(part):
             return None if part is None else part.unflatten(0, sizes)
@@ -207,7 +208,7 @@ class StepFlow(NamedTuple):
         )
 
     def gaussian(self, mean):
-        """The Gaussian with this mean instead of what map and filter make of x_s."""
+        """The Gaussian with this mean, and with the step's sigma and directions."""
         if self.directions is None:
             return Gaussian(mean, self.log_std)
         return CorrelatedGaussian(mean, self.log_std, self.directions)
@@ -247,7 +248,7 @@ class StepFlow(NamedTuple):
         return self.mean + residual
 
     def guided(self, unconditional, guidance):
-        """Eq. (20) by means and standard deviations, as without a flow; map and filter stay those of the caption."""
+        """Guide mean and standard deviation by Eq. (20), as without a flow; map and filter stay the caption's."""
         gaussian, other = self.gaussian(self.mean), unconditional.gaussian(unconditional.mean)
         guided = gaussian.guided(other, guidance)
         return self._replace(mean=guided.mean, log_std=guided.log_std)
@@ -287,7 +288,7 @@ class PixelNTM(NTM):
         if config.filters:
             mask = causal_mask(config.channels, config.filter_window)
             self.register_buffer("causal", mask, persistent=False)
-            # not zero: kernels and weights, which are zero at first, would get no gradient from each other
+            # not zero: weights start at zero, and with zero kernels neither would ever get a gradient
             kernels = torch.randn(config.filters, *mask.shape)
             self.filter_kernels = nn.Parameter(0.05 * kernels)
         if config.logistics:

@@ -36,7 +36,7 @@ class NTMConfig:
     transporter_layers: int = 2
     transporter_heads: int = 2
     parametrization: str = "direct"  # or "posterior": the head emits a velocity, to start from flow matching
-    rank: int = 0  # (ours) directions along which a step's Gaussian is correlated; 0, the paper's: none
+    rank: int = 0  # (ours) directions along which a step's Gaussian is correlated; 0: none, as in the paper
     steps: int | tuple = 4  # T; with several, each example of training has one of them
     shift: float | None = None  # e^m of the time grid; None: from the number of tokens
 
@@ -154,7 +154,7 @@ class Gaussian(NamedTuple):
     log_std: torch.Tensor
 
     def unflatten(self, sizes):
-        """The same with its first dimension split in two."""
+        """This Gaussian with its first dimension split into `sizes`."""
         return Gaussian(*(part.unflatten(0, sizes) for part in self))
 
     @without_autocast
@@ -180,8 +180,8 @@ class Gaussian(NamedTuple):
 def sharpened(gaussian, unconditional_mean, log_ratio, guidance):
     """The guided Gaussian of Eq. (20), number by number; log_ratio: log(sigma^2 / sigma_u^2).
 
-    Where the caption leaves a number *less* certain (sigma > sigma_u) the ratio is held at 1, which keeps the result a
-    density for every w: there the mean is still extrapolated, and the standard deviation stays sigma.
+    Where the caption makes a number *less* certain (sigma > sigma_u), the ratio is clamped to 1, so that the result is
+    a density for every w: the mean is still extrapolated, and the standard deviation stays sigma.
     """
     log_ratio = log_ratio.clamp(max=0)
     d = 1 - guidance * torch.expm1(log_ratio)  # 1 + w - w r, without its cancellation for large w

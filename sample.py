@@ -1,19 +1,19 @@
-"""Samples images from prompts in a few steps, with the likelihood of their trajectories.
+"""Sample images from prompts in a few steps, with the likelihood of their trajectories.
 
-    python sample.py --prompt="a red apple, fluent style"            # by the model that comes with the repository
+    python sample.py --prompt="a red apple, fluent style"            # by the shipped model
     python sample.py --out_dir=out/digits --num_samples=16 --seed=1
     python sample.py --out_dir=out/shapes --prompts=prompts.txt --guidance=2 --denoise=score --show_trajectory=True
     python sample.py --prompts=evaluation_metadata.jsonl --layout=geneval --num_samples=4
     torchrun --nproc_per_node=8 sample.py --out_dir=out/t2i --decoder=decoder.pt2 --num_samples=10000 --layout=flat
 
-Leaves in out_dir/images: sheet.png with the prompts under the images, the single images 0000.png, 0001.png, ... and,
-with --show_trajectory=True, the levels from noise to image for each, a strip 0000_trajectory.png and a film .gif. Where
-the trajectory was carried back to x-space, for these or for --denoise=score|none, its -log p stands beside the prompt.
-A model of latents leaves them as 0000.npy, ... and makes images with --decoder; without, the PNGs are a first look.
-What an earlier run left in the folder under such names is removed.
+Writes into out_dir/images: sheet.png with the prompts under the images, and the single images 0000.png, 0001.png, ...
+With --show_trajectory=True each image also gets a strip of its levels, 0000_trajectory.png, and a film of them, a .gif.
+With --show_trajectory, or --denoise=score or none, the sheet shows each sample's -log p.
+A model of latents also writes 0000.npy, ...; --decoder makes images of latents, and without it the PNGs are a preview.
+Images that an earlier run left in the folder are removed.
 
-For judges of many images there are two other layouts (plumbing/layouts.py), which an interrupted run continues.
-Under torchrun the ranks share the images, which are the same as without it.
+Two other layouts (plumbing/layouts.py) are for programs that score many images; there an interrupted run continues.
+Under torchrun the ranks share the work, and the images stay the same.
 A flow-matching checkpoint is sampled by Euler's method, without a denoiser or a likelihood. From Python: pipeline.py.
 """
 
@@ -33,32 +33,32 @@ from plumbing.layouts import (LAYOUTS, goes_on, make_folder, path_of, read_promp
                               write_sheet)
 from plumbing.runtime import from_first_rank, gathered, leave_ranks, note, one_line_errors, start_ranks
 
-out_dir = ""  # the folder of ckpt.pt and denoiser.pt; empty: assets/emoji64. Nothing is written into assets/
-prompt = ""  # one caption; if it and `prompts` are empty: out_dir/prompts.txt, or captions of the model's data set
-prompts = ""  # a text file with one caption a line, empty for any image; or a .jsonl file with a "prompt" a line
-num_samples = 16  # images of each prompt; without prompts, images in all
+out_dir = ""  # the folder of ckpt.pt and denoiser.pt; empty: the shipped model, assets/emoji64
+prompt = ""  # one caption; if prompts is empty too: captions of out_dir/prompts.txt, or of the model's data set
+prompts = ""  # a text file, a caption per line (empty: any image), or .jsonl, an object with a "prompt" per line
+num_samples = 16  # images per prompt; without prompts, images in all
 steps = 0  # T, the number of reverse steps; 0: as trained, or 50 for flow matching
 guidance = 1.0  # weight of classifier-free guidance; 0: none
-restarts = 0  # (ours) times that noise is added back and a step repeated, for the first half's steps except the first
-temperature = 1.0  # (ours) factor on the noise of the last step; 0.3: less grain, at the price of exact sampling
-best_of = 1  # (ours) candidates per image; the model keeps the one that it finds likeliest
-denoise = "learned"  # "learned": by denoiser.pt in one pass; "score": by the model's score; "none": leave the noise
-t_min = 0.02  # noise level where sampling ends; the denoiser sets its own
-shift = 1.0  # e^m of flow matching's time grid; 1: equal steps. An NTM keeps the grid of its training
+restarts = 0  # (ours) times to add noise back and repeat a step; in the first half of the steps, except the first
+temperature = 1.0  # (ours) factor on the noise of the last step; 0.3: less grain, but no longer exact sampling
+best_of = 1  # (ours) candidates per image, of which the likeliest under the model is kept
+denoise = "learned"  # "learned": one pass of denoiser.pt; "score": by the model's own score; "none": keep the noise
+t_min = 0.02  # noise level where sampling ends; a learned denoiser sets its own
+shift = 1.0  # e^m of flow matching's time grid, 1 for equal steps; an NTM keeps the grid of its training
 seed = 0  # the same seed gives the same images, whatever the batch size
-batch_size = 64  # images that are sampled at once
+batch_size = 64  # images sampled at once
 show_trajectory = False  # also write a strip and a GIF of all noise levels for each image
-scale = 1  # enlarge single images so many times
-layout = "sheet"  # "sheet": with a contact sheet; "flat": single images alone; "geneval": a folder for each prompt
+scale = 1  # factor by which single images are enlarged
+layout = "sheet"  # "sheet": images and a contact sheet; "flat": images alone; "geneval": a folder for each prompt
 folder = ""  # where the images go; empty: out_dir/images, or out/images/NAME for a model in assets/
-decoder = ""  # for a model of latents: a torch.export program, latents (B, C, h, w) to images in [-1, 1]
+decoder = ""  # for a model of latents: a program saved by torch.export, from latents (B, C, h, w) to images in [-1, 1]
 device = ""  # cuda, mps or cpu; empty: the best available
 
 
 def captions_to_sample(model):
-    """A caption for each image, and what a file of prompts says about each, a dict a prompt."""
+    """The caption of each image, and the entries of the file of prompts, a dict per prompt. Raises ValueError."""
     if prompt and prompts:
-        raise ValueError(f"there are both prompt, {prompt!r}, and prompts, {prompts!r}: leave one out")
+        raise ValueError(f"prompt is {prompt!r} and prompts is {prompts!r}, but only one may be given: leave one out")
     entries = read_prompts(prompts) if prompts else [{"prompt": prompt}] if prompt else []
     if entries:
         return [entry["prompt"] for entry in entries for _ in range(num_samples)], entries
@@ -69,13 +69,13 @@ def captions_to_sample(model):
         try:
             dataset = open_dataset(model.settings, "val")
         except (ValueError, OSError) as error:
-            raise ValueError(f"without --prompt, captions are of the model's data set: {error}") from error
+            raise ValueError(f"without --prompt, the captions are those of the model's data set: {error}") from error
         captions = [dataset[i][1] for i in range(min(num_samples, len(dataset)))]
     return [captions[i % len(captions)] for i in range(num_samples)], []
 
 
 def check_layout():
-    """Raises ValueError for a layout that is none, or that has no place for what is asked of it."""
+    """Raise ValueError for an unknown layout, or one that does not go with the other settings."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown: choose 'sheet', 'flat' or 'geneval'")
     if layout == "geneval" and not prompts and not prompt:
@@ -85,7 +85,7 @@ def check_layout():
 
 
 def folder_of(source):
-    """Where the images of the model in the folder `source` go. Nothing is written to assets/."""
+    """The folder for the images of the model in the folder `source`; never in assets/."""
     if folder:
         return Path(folder)
     shipped = source.resolve().parent == SHIPPED.parent.resolve()
@@ -93,7 +93,7 @@ def folder_of(source):
 
 
 def missing(to, settings, count):
-    """The numbers of the images, of `count`, that are to be sampled: all, but for those of an interrupted run."""
+    """The numbers of the images that are still to be sampled, out of `count`: an interrupted run continues."""
     make_folder(to)
     if not goes_on(to, settings, own=not folder):
         return list(range(count))
@@ -101,7 +101,7 @@ def missing(to, settings, count):
 
 
 def sampled(model, captions, batches):
-    """For each batch of numbers: these, its samples, the images to look at, and of an NTM trajectories and nats."""
+    """Yield for each batch its numbers, samples, images to look at, trajectories and nats; the last two may be None."""
     in_x_space = show_trajectory or model.denoise == "none"
     for numbers in batches:
         of_batch = [captions[i] for i in numbers]
@@ -111,12 +111,12 @@ def sampled(model, captions, batches):
 
 
 def write_images(model, to, numbers, samples, images, x):
-    """Writes what the layout has of each image of a batch."""
+    """Write the files of each image of a batch, as the layout asks for."""
     for j, i in enumerate(numbers):
         path = path_of(to, layout, i, num_samples)
-        if model.latents and layout == "sheet":  # the others are for judges, some of which take .npy for an image
+        if model.latents and layout == "sheet":  # in other layouts scoring programs may read it as an image
             np.save(path.with_suffix(".npy"), model.plain_latents(samples[j]).half().cpu().numpy())
-        save_image(to_pil(images[j], scale), path)  # the last of an image: a run that goes on looks for it
+        save_image(to_pil(images[j], scale), path)  # last in layouts that continue: the PNG marks an image as done
         if show_trajectory:
             levels = model.to_images(model.network.unpatchify(x[j]))
             save_image(strip(levels, images[j], model), path.with_name(f"{i:04d}_trajectory.png"))
@@ -124,14 +124,17 @@ def write_images(model, to, numbers, samples, images, x):
 
 
 def strip(levels, image, model):
-    """Of many levels (T+1, C, H, W) about eight, and the final image (C, H, W), side by side, noise first."""
+    """About eight of the levels (T+1, C, H, W), noise first, and the final image (C, H, W), side by side."""
     shown = slice(None, None, -(-len(levels) // 9))
     names = [f"t = {t:.2f}" for t in model.ts.flip(0)[shown].tolist()] + [f"denoise: {model.denoise}"]
     return contact_sheet(torch.cat([levels.flip(0)[shown], image[None]]), names, columns=len(names))
 
 
 def report(model, count, seconds, nlls):
-    """Prints the speed of `count` images, by the seconds of each stage on each rank, and the likelihood of some."""
+    """Print how fast `count` images were sampled, and the mean of their trajectory NLLs.
+
+    seconds: {stage: seconds} of each rank. nlls: in nats, empty if unknown.
+    """
     slowest = {stage: max(of_rank.get(stage, 0) for of_rank in seconds) for stage in seconds[0]}
     for stage, of_stage in slowest.items():
         print(f"{stage}: {count / of_stage:.1f} images/s")
@@ -159,22 +162,22 @@ def main(config):
     source = Path(out_dir or SHIPPED)
     model = load(source, where, steps, denoise, t_min, shift)
     if "t_min" in config.given and model.denoise == "learned":
-        note(f"t_min is {model.ts[0]:g}, the noise level that the denoiser was distilled for, whatever is given")
+        note(f"t_min is {model.ts[0]:g}, the noise level that the denoiser was distilled for: the given one is ignored")
     captions, entries = captions_to_sample(model)
     if decoder:
         model.load_decoder(decoder)
     elif model.latents and layout != "sheet":
-        note("without --decoder the images are a first look at latents, and nothing that a score could be taken of")
+        note("without --decoder the images are a preview of latents: do not score them")
 
-    # what is wrong with captions or folder is told before anything is sampled
+    # report faults of captions and folder before sampling
     model.warn_about_captions(captions)
     to = folder_of(source)
     settings = {name: value for name, value in config.items() if name not in ("device", "batch_size")}
-    settings |= {"iteration": model.iteration, "denoise": model.denoise,  # "score" until there is a denoiser
+    settings |= {"iteration": model.iteration, "denoise": model.denoise,  # "score" where there is no denoiser
                  "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
     wanted = from_first_rank(missing, to, settings, len(captions))
 
-    # the ranks take the batches in turns; what is wrong with the first is told before an earlier run's images go
+    # ranks take batches in turn; the first batch comes before an earlier run's images are removed, in case it fails
     batches = [wanted[start:start + batch_size] for start in range(0, len(wanted), batch_size)]
     drawn = sampled(model, captions, batches[rank::world])
     first = list(itertools.islice(drawn, 1))

@@ -1,8 +1,8 @@
 """SiT: a published flow-matching network to start from (Scalable Interpolant Transformers, arXiv:2401.08740).
 
-Class-conditional ImageNet in the latents of the Stable Diffusion autoencoder. Parameters have the names of the
-published checkpoints. Its time runs from noise (0) to data (1) and its velocity is data - noise; here both are
-reversed, v(x, t) = -v_SiT(x, 1 - t), as section 11 of docs/method.md says.
+The published models are class-conditional, of ImageNet in the latents of the Stable Diffusion autoencoder. Parameters
+have the names of the published checkpoints. SiT's time runs from noise (0) to data (1), and its velocity is data -
+noise; here both are reversed, v(x, t) = -v_SiT(x, 1 - t), as section 11 of docs/method.md says.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from pixels import PixelNTM
 from predictor import emitted, flow_heads, gaussian_head
 
 FREQUENCIES = 128
-WRAPPERS = "module", "_orig_mod"  # what DistributedDataParallel and torch.compile put before the names of parameters
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths, S, B, L and XL: tensors do not tell
+WRAPPERS = "module", "_orig_mod"  # prefixes that DistributedDataParallel and torch.compile add to names
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the published S, B, L and XL: the weights do not tell
 
 
 def modulated_norm(x, shift, scale):
@@ -34,9 +34,9 @@ def modulation(width, vectors):
 
 
 class Block(nn.Module):
-    """adaLN-Zero: shift, scale and gate of attention and of the MLP come from the conditioning (B, width).
+    """A Transformer layer with adaLN-Zero, without query-key norm.
 
-    There is no query-key norm.
+    Shift, scale and gate of attention and of the MLP come from the conditioning (B, width).
     """
 
     def __init__(self, width, heads):
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class SiT(nn.Module):
-    """The velocity noise - data of images, or of their tokens (B, N, D) in the order of NTM.patchify."""
+    """The network of the velocity noise - data of images, or of tokens (B, N, D) in the order of NTM.patchify."""
 
     def __init__(self, image_size, channels, patch_size, width, depth, heads, classes):
         super().__init__()
@@ -95,18 +95,18 @@ class SiT(nn.Module):
         })
 
     def hand_over(self, predictor):
-        """Gives its weights to a SiTPredictor of the same size."""
+        """Copy the weights into a SiTPredictor of the same size."""
         predictor.sit.load_state_dict(self.state_dict())
 
     def condition(self, t, y):
-        """The conditioning (B, width) of every block by time t (B,), in [0, 1] with 1 noise, and class y (B,)."""
+        """The conditioning (B, width) of every block, from time t (B,), where 1 is noise, and class y (B,)."""
         angles = (1 - t)[:, None] * self.frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.pos_embed.dtype)
         return self.t_embedder.mlp(waves) + self.y_embedder.embedding_table(y)
 
     def hidden(self, tokens, condition):
         """The last hidden states (B, N, width) of tokens (B, N, D)."""
-        conv = self.x_embedder.proj  # on patches that do not overlap, a linear layer
+        conv = self.x_embedder.proj  # the patches do not overlap, so it is a linear layer
         weight = rearrange(conv.weight, "w c p q -> w (p q c)")
         h = F.linear(tokens, weight, conv.bias) + self.pos_embed
         for block in self.blocks:
@@ -134,8 +134,8 @@ class SiT(nn.Module):
 class SiTPredictor(nn.Module):
     """A SiT as the predictor of an NTM in the posterior parametrisation: velocity and rho of Eq. (25).
 
-    What the published network lacks is new: `step`, an embedding of the step's end s and of 1/T, which starts at zero
-    and is added to the conditioning, and `head`, which makes rho and R directions (ours) of the last hidden states.
+    Two parts are new. `step` embeds the step's end s and 1/T; its output starts at zero and is added to the
+    conditioning. `head` computes rho and R directions (ours) from the last hidden states.
     """
 
     def __init__(self, config):
@@ -159,9 +159,9 @@ class SiTPredictor(nn.Module):
         self.token_dim = config.token_dim
 
     def forward(self, u, t, s, steps, text):
-        """Velocity, rho, R directions and flow_outputs, each like u (B, N, D), as Predictor.forward; t, s, steps (B,).
+        """Velocity, rho, R directions and flow_outputs (ours), each like u (B, N, D), as in Predictor.forward.
 
-        The first id of text (B, L) is 2 + class, or 1 for none.
+        t, s, steps (B,). The first id of text (B, L) is 2 + class, or 1 for no class.
         """
         y = torch.where(text[:, 0] < 2, self.sit.classes, text[:, 0] - 2)
         step = torch.stack([s, 1 / steps], dim=1)
@@ -179,7 +179,7 @@ class SiTNTM(PixelNTM):
 
 
 class CoupledSiTNTM(CoupledNTM):
-    """(ours) The same with a coupled first step."""
+    """(ours) An NTM whose predictor is a SiT and whose first step is coupled."""
 
     predictor_class = SiTPredictor
 
@@ -189,19 +189,21 @@ class CoupledSiTNTM(CoupledNTM):
 
 
 def unwrapped(name):
-    """The name of a parameter as the network itself has it, not what trains it."""
+    """A parameter's name in the network itself, without the WRAPPERS that training adds."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def read_weights(path):
-    """The state dict of a published checkpoint, or of one as SiT's trainer saves it. Raises FileNotFoundError, or
-    ValueError in one line that names the file."""
+    """The state dict of a published checkpoint, or of one that SiT's trainer saved.
+
+    Raises FileNotFoundError, or ValueError with one line that names the file.
+    """
     with torch.serialization.safe_globals([argparse.Namespace]):  # the trainer's "args": names and values, no code
         try:
             contents = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no SiT checkpoint {path}") from error
-        except Exception as error:  # what reading garbage raises depends on the garbage
+        except Exception as error:  # a damaged file may raise anything
             unsafe = []
             with contextlib.suppress(Exception):
                 unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -219,7 +221,7 @@ def read_weights(path):
 
 
 def check_heads(path, width, heads):
-    """Raises ValueError for a width without a number of heads, or with one that does not divide it."""
+    """Raise ValueError if the number of heads is unknown for this width, or does not divide it."""
     remedy = f"such as --heads={max(1, width // 64)}"
     if not heads:
         raise ValueError(f"{path} has width {width}, which no published SiT has: set --heads, {remedy}")
@@ -228,10 +230,12 @@ def check_heads(path, width, heads):
 
 
 def load_sit(path, heads=None):
-    """The SiT of a published checkpoint: a state dict, or a dict that holds one under "ema", "model" or "state_dict",
-    the first that is there. heads: of attention, which a width that is none of the published needs. Raises
-    FileNotFoundError, or ValueError in one line that names the file and all tensors that are unknown, missing or of
-    another shape."""
+    """The SiT of a published checkpoint, a state dict or a dict with one under "ema", "model" or "state_dict".
+
+    The first of these that is there counts. heads: attention heads; needed for a width that no published SiT has.
+    Raises FileNotFoundError, or ValueError with one line that names the file and every tensor that is unknown, missing
+    or of another shape.
+    """
     state = read_weights(path)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     expected = SiT(1, 1, 1, 1, depth, 1, 1).state_dict()
@@ -247,11 +251,11 @@ def load_sit(path, heads=None):
     image_size = round(tokens**0.5) * patch_size
     sit = SiT(image_size, channels, patch_size, width, depth, heads, classes)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if len(state[name]) == 2 * channels * patch_size**2:  # learn_sigma: the other half of the channels is unused
+        if len(state[name]) == 2 * channels * patch_size**2:  # of learn_sigma: the other half is unused
             state[name] = rearrange(state[name], "(patch two c) ... -> two (patch c) ...", two=2, c=channels)[0]
     try:
         sit.load_state_dict(state)
-    except RuntimeError as error:  # in which torch names every tensor of another shape
+    except RuntimeError as error:  # torch's message names every tensor of another shape
         raise ValueError(f"{path} is not a SiT checkpoint: {' '.join(str(error).split())}") from error
     check_heads(path, width, heads)
     return sit

@@ -16,16 +16,16 @@ from plumbing.settings import check_init_from, check_objective, check_settings
 from plumbing.shards import find_shards, first_example
 from sit import load_sit
 
-# the settings that a trained network decides about what starts from it
+# the settings that a trained network fixes for a run that starts from it
 NETWORK_SETTINGS = ("image_size", "channels", "patch_size", "text_len", "width", "depth", "heads", "tokenizer")
 TRANSPORTER_SETTINGS = ("transporter_width", "transporter_blocks", "transporter_layers", "transporter_heads")
 
 
 class Start(NamedTuple):
-    """What a run begins with: the kind of its network, and what there is of the rest, else None.
+    """What a run starts from: the kind of its network, as in networks.py, and what there is of the rest, else None.
 
-    base: a trained network whose weights it takes. resumed: contents of the checkpoint that it continues. vocabulary:
-    of the one or the other.
+    base: a trained network whose weights the run takes. resumed: contents of the checkpoint that the run continues.
+    vocabulary: that of the trained network or of the checkpoint.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class Start(NamedTuple):
 
 
 def find_start(config, device):
-    """The Start that the settings ask for; the settings that it decides are changed in config. Raises ValueError."""
+    """The Start that the settings ask for; writes the settings that the start fixes into config. Raises ValueError."""
     init_from = config["init_from"]
     check_objective(config["objective"])
     check_init_from(init_from)
@@ -52,12 +52,12 @@ def find_start(config, device):
         start, decided = start_from_sit(config)
     else:
         start, decided = start_from_checkpoint(config, device)
-    decided["rank"] = max(decided.get("rank", 0), config["rank"])  # directions may be added, not taken away
-    for name in ("filters", "logistics"):  # may be added where there are none
+    decided["rank"] = max(decided.get("rank", 0), config["rank"])  # a run may add directions, but not remove them
+    for name in ("filters", "logistics"):  # a run may add them to a start without any
         decided[name] = decided.get(name) or config[name]
     for key in config.given & decided.keys():
         if in_full(config[key]) != in_full(decided[key]):
-            raise ValueError(f"{key} is {config[key]!r}, but {init_from} decides it, {decided[key]!r}: leave it out")
+            raise ValueError(f"{key} is {config[key]!r}, but {init_from} fixes it at {decided[key]!r}: leave it out")
     config |= decided
     is_sit = start.kind.endswith("sit")
     return start._replace(kind=kind_of(config, is_sit))
@@ -69,19 +69,19 @@ def in_full(value):
 
 
 def continue_run(config, resumed, path):
-    """The Start of a run that continues, whose settings are the checkpoint's but for what the command line gives."""
+    """The Start of a resumed run: its settings are the checkpoint's, except for those that the command line gives."""
     init_from = config["init_from"]
     checkpoint.keep_settings(config, resumed)
     origin = resumed["settings"].get("init_from", "scratch")
     if "init_from" in config.given and origin != init_from:
-        note(f"{path} continues, which started from {origin}, not from {init_from}")
+        note(f"init_from {init_from} is ignored: {path} is resumed, and it started from {origin}")
     config["init_from"] = origin
     config["parametrization"] = resumed["model_config"]["parametrization"]
     return Start(resumed["kind"], resumed=resumed, vocabulary=resumed.get("vocabulary"))
 
 
 def check_size_of_shards(config):
-    """Shards may hold images of any size, so a run from scratch has to say what it wants."""
+    """Raise ValueError unless a run from scratch says which size of images it wants: shards may hold any."""
     if config["dataset"] != "shards" or {"image_size", "channels"} <= config.given:
         return
     paths, _ = find_shards(config["data_dir"], "train")
@@ -89,12 +89,12 @@ def check_size_of_shards(config):
     size = "x".join(map(str, shape))
     raise ValueError(
         f"shards need image_size and channels: their first example is {size} (channels, height, "
-        "width), of which latents keep the size and images take any"
+        "width); give that size for latents, any size for images"
     )
 
 
 def start_from_sit(config):
-    """The Start from published SiT weights, and the settings that they decide."""
+    """The Start from published SiT weights, and the settings that they fix."""
     path = config["init_from"].removeprefix("sit:")
     heads = config["heads"] if "heads" in config.given else None
     network = load_sit(path, heads)
@@ -104,12 +104,12 @@ def start_from_sit(config):
 
 
 def start_from_checkpoint(config, device):
-    """The Start from a trained flow-matching model or NTM, and the settings that it decides."""
+    """The Start from a trained flow-matching model or NTM, and the settings that it fixes."""
     path = config["init_from"]
     if not Path(path).exists():
         raise ValueError(
-            f"init_from {path!r} is neither 'scratch', sit:PATH nor a file: train the model there first; "
-            "a run is continued by --resume=yes, or auto"
+            f"init_from {path!r} is neither 'scratch', sit:PATH nor a file: train that model first, "
+            "or continue a run with --resume=yes"
         )
     network, trained = checkpoint.load_network(path, NETWORKS, device)
     kind = trained["kind"]
@@ -124,17 +124,17 @@ def start_from_checkpoint(config, device):
         decided[key] = getattr(network.config, key, 0)
     if decided["filters"]:
         decided["filter_window"] = network.config.filter_window
-    if network.config.transporter_blocks:  # what has no transporter may be given one
+    if network.config.transporter_blocks:  # a run may add a transporter to a start without one
         decided |= {key: getattr(network.config, key) for key in TRANSPORTER_SETTINGS}
     if kind.startswith("coupled"):
         decided["first_noise"] = network.config.first_noise
-    return start, decided | {"aux_weight": 0.0}  # there is no flow-matching model to stay close to
+    return start, decided | {"aux_weight": 0.0}  # no flow-matching model to stay close to
 
 
 def build_model(config, start, vocab_size, device):
-    """The model that a run trains, and a frozen copy of the flow-matching model that it is to stay close to, or None.
+    """The model to train, and a frozen copy of the flow-matching model that it is to stay close to, or None.
 
-    They have the weights of start.base, if there is one; those of a checkpoint are restored afterwards.
+    Both have the weights of start.base, if there is one; a checkpoint's weights are restored later.
     """
     network = NETWORKS[start.kind]
     names = network.config_class.__dataclass_fields__.keys() & config.keys()

@@ -1,14 +1,14 @@
-"""Why the method exists, in two dimensions: trains a Gaussian reverse step and NTM's on the same data and shows both.
+"""Show the idea in two dimensions: train Gaussian reverse steps and NTM's steps on the same data, and plot both.
 
-An image of two pixels is a point in the plane, so all there is to know fits in one figure. Along four steps from noise
-to data, p(x_s | x_t) has pieces, one for each place the point may have come from, and x_t does not tell which it was. A
-diffusion model's step is a Gaussian, here an NTM without a transporter: it covers the pieces and what lies between
-them, however long it trains. NTM's step is a flow and has pieces where the data have them.
+An image of two pixels is a point in the plane, so one figure shows everything. With only four steps from noise to data,
+p(x_s | x_t) has several pieces: x_t does not tell from which part of the data the point came. A diffusion model's step
+is a Gaussian (here, an NTM without a transporter). However long it trains, it covers the space between the pieces too.
+NTM's step is a flow and has pieces where the data have them.
 
     python toy2d.py --squares=4
     python toy2d.py --max_iters=200 --num_samples=1000    # a first look
 
-Both models train for the same processor time, side by side, each on one core. Leaves the figure in out/toy2d.png.
+Both models train at once, each on one core, for the same processor time. Writes the figure out/toy2d.png.
 """
 
 import copy
@@ -32,28 +32,28 @@ from plumbing.runtime import one_line_errors
 from predictor import standard_normal_nll
 
 squares = 2  # squares on a side of the checkerboard; 4 has more pieces and is harder
-figure = "out/toy2d.png"  # the file of the figure
+figure = "out/toy2d.png"  # the file to write the figure to
 seed = 0  # the seed of data, weights and samples
 steps = 4  # T, the number of reverse steps
-shift = 2.0  # e^m of the time grid; at 1, equal steps, the bound is 0.07 nats worse
+shift = 2.0  # e^m of the time grid; with 1, equal steps, the bound is 0.07 nats worse
 t_min = 0.02  # the cleanest noise level
 width = 32  # numbers per token in the predictor
 depth = 1  # layers of the predictor
 transporter_width = 16  # numbers per token in the transporter
-transporter_blocks = 10  # blocks of the transporter; each stretches one pixel as a function of the other, in turn
-seconds = 150.0  # processor time in seconds that each model trains for
-max_iters = 0  # updates of each model, for a result that does not depend on the clock; 0: `seconds` decides
+transporter_blocks = 10  # blocks of the transporter; each maps one pixel as a function of the other, in turn
+seconds = 150.0  # seconds of processor time for which each model trains
+max_iters = 0  # updates of each model, for a result that does not depend on the clock; 0: train for `seconds`
 batch_size = 256  # points per update
 lr = 8e-3  # peak learning rate
 weight_decay = 1e-4  # decoupled weight decay of all weights
 warmup_iters = 100  # updates in which the learning rate rises from 0 to its peak
-ema = 0.998  # decay of the averaged weights, which everything below uses
+ema = 0.998  # decay of the averaged weights, which are the ones measured and shown
 panel = 180  # side in pixels of a density in the figure
 num_samples = 10_000  # samples of each model; its bound is measured on ten times as many fresh examples
 
 NAMES = ["Gaussian", "NTM"]
 ENTROPY = math.log(2)  # of the data, in nats: half of [-1, 1]^2 is dark
-CAPTION = torch.ones(1, 1, dtype=torch.long)  # the null caption: there is nothing to say about a point
+CAPTION = torch.ones(1, 1, dtype=torch.long)  # the null caption: points have no captions
 PLACES = (0, 0), (0.25, -0.25)  # two clean points x_0: the figure shows the steps from x_t = (1 - t) x_0
 
 
@@ -75,7 +75,7 @@ def inside(x):
 
 
 def grid_inside(count):
-    """Points (n, 2) of a count x count grid that lie on the support: they stand for the data in integrals."""
+    """The points (n, 2) of a count x count grid that lie on the support; integrals over the data are sums over them."""
     axis = (2 * torch.arange(count) + 1) / count - 1
     points = torch.cartesian_prod(axis, axis)
     return points[inside(points)]
@@ -87,15 +87,21 @@ def proportion_inside(x):
 
 
 def posterior_weights(x_t, t, x0):
-    """q(x_0 | x_t) as importance weights (..., n) of data x0 (n, 2), for x_t (..., 2): softmax of log q(x_t | x_0) from
-    Eq. (1), -|x_t - (1 - t) x_0|^2 / 2t^2, multiplied out and without what is the same for every x_0."""
+    """q(x_0 | x_t) for x_t (..., 2) as weights (..., n) of data x0 (n, 2).
+
+    The weights are the softmax of log q(x_t | x_0) from Eq. (1), which is -|x_t - (1 - t) x_0|^2 / 2t^2, multiplied out
+    and without the terms that are equal for all x_0.
+    """
     logits = (1 - t) * x_t @ x0.T - 0.5 * (1 - t) ** 2 * (x0**2).sum(dim=1)
     return torch.softmax(logits / t**2, dim=-1)
 
 
 def true_density(x_t, s, t, x0, axis):
-    """q(x_s | x_t), the mean of Eq. (3) over q(x_0 | x_t), on axis x axis: (P, P), second pixel first. x_t (2,), x0
-    (n, 2), axis (P,). Round Gaussians factor into the two pixels, so the whole mixture is one matrix product."""
+    """The true q(x_s | x_t) on the grid axis x axis, (P, P), second pixel first: the mean of Eq. (3) over q(x_0 | x_t).
+
+    x_t (2,), x0 (n, 2), axis (P,). A round Gaussian is a product over the two pixels, so the whole mixture is one
+    matrix product.
+    """
     A, B, C = reverse_posterior(t, s)
     z = (axis[:, None, None] - (A * x_t + B * x0)) / C
     kernel = torch.exp(-0.5 * z**2) / (C * math.sqrt(2 * math.pi))
@@ -105,8 +111,11 @@ def true_density(x_t, s, t, x0, axis):
 
 
 def best_gaussian_bound(ts, x0, generator):
-    """The bound, Eq. (14), in nats, of the best Gaussian steps there are, correlated ones too: with the true mean and
-    covariance of the pixels given x_t, by points x0 (n, 2) for the data. No training of a Gaussian goes below it."""
+    """The bound, Eq. (14), in nats, of the best possible Gaussian steps: no trained Gaussian has a lower one.
+
+    These steps have the true mean and full covariance of the two pixels given x_t. x0 (n, 2): points that stand for the
+    data.
+    """
     clean = sample_data(5 * num_samples, generator)
     x = forward_trajectory(clean, ts.expand(len(clean), -1), generator)[..., 0]
     squares_of_x0 = (x0[:, :, None] * x0[:, None]).flatten(1)
@@ -125,8 +134,11 @@ def best_gaussian_bound(ts, x0, generator):
 
 
 def euler_estimate(x, times, x0):
-    """What Euler steps of flow matching's ODE along `times` (K+1,), from x's level to 1, give for -log p(x) in nats,
-    (count,): not a bound, even with the exact velocity, (x_t - E[x_0 | x_t]) / t, and divergence. x (count, 2)."""
+    """Flow matching's estimate of -log p(x) in nats, (count,), by Euler steps of its ODE. It is not a bound.
+
+    x (count, 2) is at times[0]; times (K+1,) end at 1. The velocity, (x_t - E[x_0 | x_t]) / t, and its divergence are
+    exact.
+    """
     change = 0.0
     for t, later in zip(times, times[1:]):
         weights = posterior_weights(x, t, x0)
@@ -140,7 +152,7 @@ def euler_estimate(x, times, x0):
 
 
 def build(blocks):
-    """An NTM of images of two pixels; with no blocks in the transporter, a diffusion model's Gaussian steps."""
+    """An NTM of images of two pixels. blocks: of the transporter; 0 gives a diffusion model's Gaussian steps."""
     torch.manual_seed(seed)
     config = NTMConfig(
         image_size=(1, 2),
@@ -162,8 +174,8 @@ def build(blocks):
 
 
 def draw_steps(ts, generator):
-    """A batch of steps, one of each trajectory: x (B, 2, 2, 1) at times (B, 2)."""
-    # the cube, because there is far more to learn in the last steps
+    """Draw a batch of steps, one from each trajectory: x (B, 2, 2, 1) at times (B, 2)."""
+    # the cube draws the last steps, which have far more to learn, most often
     k = (steps * torch.rand(batch_size, 1, generator=generator) ** 3).long()
     pair = ts[torch.cat([k, k + 1], dim=1)]
     x = forward_trajectory(sample_data(batch_size, generator), pair, generator)
@@ -171,16 +183,16 @@ def draw_steps(ts, generator):
 
 
 def train(name, model, ts):
-    """Maximum likelihood for `seconds` of this thread's processor time. Returns the averaged model and its updates."""
+    """Train by maximum likelihood for `seconds` of processor time; return the averaged model and its updates."""
     average = copy.deepcopy(model).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    # Muon for the modulation as well: left to AdamW, as train.py leaves it, the bound ended 0.15 nats higher
+    # Muon for the modulation as well: with AdamW, as in train.py, the bound ended 0.15 nats higher
     hidden = *HIDDEN, "modulation.1.weight"
     optimizers = make_optimizers(model, "muon", weight_decay, torch.device("cpu"), hidden=hidden)
     text = CAPTION.expand(batch_size, 1)
     T = torch.full((batch_size,), steps)
     start = time.thread_time()
-    done = 0  # of the training, in [0, 1]
+    done = 0  # fraction of the training
     i = 0
     with tqdm(total=100, desc=name, bar_format="{l_bar}{bar}| {elapsed}", position=NAMES.index(name)) as bar:
         while done < 1:
@@ -199,8 +211,11 @@ def train(name, model, ts):
 
 
 def bound(model, ts, count, generator):
-    """Upper bounds on -log p(x_{t_min}) in nats, (count,), of fresh examples, Eq. (14). x_{t_min} is the data scaled by
-    1 - t_min plus noise of standard deviation t_min, so its entropy is not quite theirs."""
+    """Upper bounds, Eq. (14), on -log p(x_{t_min}) in nats, (count,), of fresh examples.
+
+    x_{t_min} is the data scaled by 1 - t_min plus noise of standard deviation t_min, so its entropy differs a little
+    from that of the data.
+    """
     ts = ts.expand(count, -1)
     x = forward_trajectory(sample_data(count, generator), ts, generator)
     _, nats = model.trajectory_bound(x, ts, CAPTION.expand(count, 1))
@@ -208,7 +223,7 @@ def bound(model, ts, count, generator):
 
 
 def model_density(model, x_t, s, t, axis):
-    """The model's exact p(x_s | x_t), Eq. (11), on axis x axis: (P, P), second pixel first. x_t (2,), axis (P,)."""
+    """The model's exact p(x_s | x_t), Eq. (11), on the grid axis x axis, as true_density's. x_t (2,), axis (P,)."""
     x_s = torch.cartesian_prod(axis, axis).flip(1)[..., None]
     count = len(x_s)
     x_t = x_t[:, None].expand(count, -1, -1)
@@ -232,7 +247,7 @@ MAGMA = [  # from black over red to pale yellow
 
 
 def colours(values):
-    """(H, W) in [0, 1], clipped, to RGB of evenly rising lightness. The first row is at the bottom."""
+    """Values (H, W) in [0, 1], clipped, as an RGB image of evenly rising lightness; row 0 is at the bottom."""
     place = np.asarray(values).clip(0, 1)[::-1] * (len(MAGMA) - 1)
     channels = [np.interp(place, range(len(MAGMA)), channel) for channel in zip(*MAGMA)]
     pixels = np.stack(channels, axis=-1)
@@ -245,8 +260,11 @@ def write(sheet, text, x, y, size=15):
 
 
 def make_figure(models, ts, clean, samples):
-    """An RGB PIL.Image: a row for each step, p(x_s | x_t) for two x_t, the true one by data `clean` (n, 2) and those of
-    the models; then `samples` of the data and of the models, each (points (count, 2, 1), a note underneath)."""
+    """The figure, an RGB PIL.Image: a row of densities for each step, and below them samples.
+
+    A row shows p(x_s | x_t) for two x_t: the true one, by data `clean` (n, 2), and those of the models. samples: of the
+    data and of each model, (points (count, 2, 1), the text underneath).
+    """
     cell = panel + GAP
     below = TITLE + steps * cell + TITLE
     sheet = Image.new("RGB", (LABEL + 6 * cell + GROUP_GAP, below + 2 * panel + GAP + NOTE), PAPER)
@@ -269,7 +287,7 @@ def make_figure(models, ts, clean, samples):
 
 
 def last_step_of(sheet):
-    """The titles, the last step and the samples of make_figure's sheet: where the difference is."""
+    """The part of make_figure's sheet that shows the difference: titles, last step and samples."""
     above = (steps - 1) * (panel + GAP)
     short = Image.new("RGB", (sheet.width, sheet.height - above), PAPER)
     short.paste(sheet.crop((0, above, sheet.width, sheet.height)))
@@ -278,7 +296,7 @@ def last_step_of(sheet):
 
 
 def draw_densities(sheet, left, top, models, s, t, place, clean):
-    """Puts p(x_s | x_t), where x_t = (1 - t) place, into a row of panels: the true one, then those of the models."""
+    """Draw p(x_s | x_t) at x_t = (1 - t) place as a row of panels: the true one, then those of the models."""
     half = 1.1 * (1 + s.item())  # a panel shows [-half, half]^2
     axis = half * ((2 * torch.arange(panel) + 1) / panel - 1)  # the pixels' centres
     x_t = (1 - t) * torch.tensor(place)
@@ -293,7 +311,7 @@ def draw_densities(sheet, left, top, models, s, t, place, clean):
 
 
 def draw_samples(sheet, left, top, title, points, note):
-    """Puts the histogram of points (count, 2, 1), two panels wide, between a title and a note."""
+    """Draw the histogram of points (count, 2, 1), two panels wide, between a title and a note."""
     wide = 2 * panel + GAP
     half = 1.1 * (1 + t_min)
     x, y = points[..., 0].T
@@ -308,7 +326,7 @@ def draw_samples(sheet, left, top, title, points, note):
 
 
 def check(config):
-    """Raises ValueError for settings that do not work."""
+    """Raise ValueError for settings that do not work."""
     if squares % 2:
         raise ValueError(f"squares is {squares}, but must be even")
     for name, least in {"t_min": 1e-4, "num_samples": 2, "transporter_blocks": 1}.items():
@@ -319,8 +337,10 @@ def check(config):
 
 
 def measure(name, model, updates, ts, generator):
-    """Prints a model's bound and how many of its samples are on the support. Returns these samples, denoised
-    (num_samples, 2, 1), its bound and the proportion as text."""
+    """Print a model's bound and how many of its samples are on the support.
+
+    Returns these samples, denoised (num_samples, 2, 1), and the bound and the proportion as texts.
+    """
     text = CAPTION.expand(num_samples, 1)
     nats = torch.cat([bound(model, ts, num_samples, generator) for _ in range(10)])
     u = model.sample(text, ts, generator=generator)
@@ -335,13 +355,13 @@ def measure(name, model, updates, ts, generator):
 
 @one_line_errors()
 def main(config):
-    """Returns the two averaged models and how many updates each took."""
+    """Train both models and write the figure; return the averaged models and the number of updates of each."""
     check(config)
-    make_folder(Path(figure).parent)  # better known now than after training
-    torch.set_num_threads(1)  # of each model: tensors this small gain nothing from more
+    make_folder(Path(figure).parent)  # fails now for a bad path, rather than after training
+    torch.set_num_threads(1)  # for each model: more threads do not speed up tensors this small
     ts = time_grid(steps, t_min, 2, shift)
     untrained = [build(0), build(transporter_blocks)]
-    with ThreadPoolExecutor() as pool:  # torch lets go of Python's lock, so threads are enough for two cores
+    with ThreadPoolExecutor() as pool:  # torch releases Python's lock, so two threads use two cores
         trained = pool.map(train, NAMES, untrained, [ts, ts])
         models, updates = zip(*trained)
 

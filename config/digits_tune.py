@@ -1,5 +1,6 @@
-# An NTM of the digits from the flow-matching model of config/digits_fm.py: correlated Gaussian steps, in closed form.
-# 4 minutes on one core (260 images a second); from 1,000 iterations of the start, val_bound -0.953.
+# An NTM of the digits that starts from the flow-matching model of config/digits_fm.py. Its steps are correlated
+# Gaussians, and the loss is in closed form. Training takes 4 minutes on one core, at 260 images a second. From a start
+# with 1,000 iterations, val_bound is -0.953.
 init_from = "out/digits_fm/ckpt.pt"
 out_dir = "out/digits_tune"
 

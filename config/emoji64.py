@@ -1,5 +1,5 @@
-# An NTM of emoji, 64x64, from the flow-matching model of config/emoji64_fm.py, as config/emoji.py's.
-# Two minutes on an H200, start and compilation included: val_bound -2.118 after 620 iterations.
+# An NTM of emoji, 64x64, like config/emoji.py, that starts from the flow-matching model of config/emoji64_fm.py.
+# Training takes 2 minutes on an H200, start and compilation included. val_bound is -2.118 after 620 iterations.
 init_from = "out/emoji64_fm/ckpt.pt"
 out_dir = "out/emoji64"
 dataset = "shards"
@@ -12,7 +12,7 @@ rank = 24
 filters = 16
 logistics = 3
 mirrored = True
-shift = 2.0  # larger images are decided at noisier levels: docs/log.md, 2026-11-26
+shift = 2.0  # in larger images, noisier levels decide the content: docs/log.md, 2026-11-26
 level_weight = 0.5
 velocity_weight = 1.0
 aux_weight = 0.0

@@ -1,5 +1,5 @@
-# Flow matching on Fashion-MNIST, 14x14, with the network of config/fashion_scratch.py: a start for config/fashion.py.
-# 7 minutes on one core (110 to 150 images a second); val_loss 0.215.
+# Flow matching on Fashion-MNIST, 14x14, with the network of config/fashion_scratch.py: the start of config/fashion.py.
+# Training takes 7 minutes on one core, at 110 to 150 images a second. val_loss 0.215.
 objective = "fm"
 out_dir = "out/fashion_fm"
 dataset = "fashion"

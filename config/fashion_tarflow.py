@@ -1,5 +1,6 @@
 # (ours) TarFlow as a special case of NTM: one step from noise, deep blocks, and no predictor, on Fashion-MNIST, 14x14.
-# val_bound is the exact -log p(x at t_min), in nats per dimension. Captions, at most 2.3 nats of an image, it does not see.
+# val_bound is the exact -log p(x at t_min), in nats per dimension. The model does not see captions, which are worth at
+# most 2.3 nats per image.
 objective = "tarflow"
 out_dir = "out/fashion_tarflow"
 dataset = "fashion"

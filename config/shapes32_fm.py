@@ -1,5 +1,5 @@
-# Flow matching on coloured shapes, 32x32: a start for config/shapes32.py, for a GPU.
-# Two and a half minutes on an H200 that others shared (4,300 images a second); val_loss 0.023, in three seeds.
+# Flow matching on coloured shapes, 32x32, for a GPU: the start of config/shapes32.py. Training takes 2.5 minutes on a
+# shared H200, at 4,300 images a second. val_loss is 0.023 in three seeds.
 objective = "fm"
 out_dir = "out/shapes32_fm"
 dataset = "shapes"

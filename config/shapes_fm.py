@@ -1,5 +1,5 @@
-# Flow matching on coloured shapes, 16x16, with the network of config/shapes_scratch.py: a start for config/shapes.py.
-# A quarter of an hour on one core (300 images a second, --bfloat16=True); val_loss 0.053.
+# Flow matching on coloured shapes, 16x16, with the network of config/shapes_scratch.py: the start of config/shapes.py.
+# Training takes 15 minutes on one core with --bfloat16=True, at 300 images a second. val_loss 0.053.
 objective = "fm"
 out_dir = "out/shapes_fm"
 dataset = "shapes"

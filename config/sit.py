@@ -1,7 +1,7 @@
 # An NTM that starts from published SiT weights: class-conditional ImageNet, 256x256 as 4x32x32 latents of the Stable
-# Diffusion autoencoder. SiT-XL/2 has 0.68 billion parameters; training them takes GPUs of 80 GB (not measured here).
+# Diffusion autoencoder. SiT-XL/2 has 0.68 billion parameters; training them takes GPUs of 80 GB (we have not tried).
 #   torchrun --nproc_per_node=8 train.py config/sit.py --init_from=sit:SiT-XL-2-256.pt --data_dir=LATENTS
-# The checkpoint decides about the network, the size of the latents and the classes ("class 207").
+# The checkpoint fixes the network, the size of the latents and the classes ("class 207").
 out_dir = "out/sit"
 dataset = "shards"
 latent_scale = 0.18215

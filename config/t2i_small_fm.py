@@ -1,4 +1,4 @@
-# config/t2i_fm.py at 167 million parameters: a start for config/t2i_small.py, for one GPU of 24 GB.
+# config/t2i_fm.py with 167 million parameters, for one GPU of 24 GB: the start of config/t2i_small.py.
 #   python train.py config/t2i_small_fm.py
 #   python train.py config/t2i_small.py
 # Counted, not measured. Weights, gradients, average, Muon's momentum and AdamW's two take 3.0 GB, in float32, and
@@ -23,9 +23,9 @@ lr = 2e-3  # 8e-3 at width 192 in config/emoji_fm.py, falling as 1/width; not me
 words_lr = 25.0  # most of GPT-2's 50,257 tokens are rare in captions, as words are in emoji's; not measured here
 batch_size = 256
 grad_accum = 8  # 32 images a pass
-max_iters = 160000  # four fifths of the images, about as on emoji; the NTM has the rest
+max_iters = 160000  # four fifths of all images, about as on emoji; the NTM gets the rest
 warmup_iters = 5000
-ema = 0.9999  # a memory of 10,000 iterations, a short part of so many
+ema = 0.9999  # averages over 10,000 iterations, a small part of all
 workers = 8
 log_interval = 100
 val_interval = 5000

@@ -1,4 +1,4 @@
-# config/t2i_fm.py at 2.9 million parameters: a start for config/t2i_tiny.py, which tries the recipe on one CPU core.
+# config/t2i_fm.py with 2.9 million parameters: the start of config/t2i_tiny.py, to try the recipe on one CPU core.
 #   python data.py emoji
 #   python -m evidence.blocks --out=out/blocks
 #   python data.py encode --data_dir=out/data/emoji --encoder=out/blocks/encoder.pt2 --image_size=32 --out=out/data/emoji_blocks

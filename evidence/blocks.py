@@ -1,8 +1,8 @@
-"""An autoencoder that needs no training: a fixed orthonormal transform makes four numbers of each 2x2 block of pixels.
+"""An autoencoder without training (ours): a fixed orthonormal transform of each 2x2 block of pixels into four numbers.
 
     python -m evidence.blocks --out=out/blocks     encoder.pt2 and decoder.pt2, for data.py encode and --decoder
 
-With it config/t2i_tiny.py tries the recipe of config/t2i.py, on latents, in an hour of one core.
+config/t2i_tiny.py uses it to try the recipe of config/t2i.py, on latents, in an hour on one core.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ SIDE = 2  # pixels of a block
 
 
 def basis():
-    """The four directions that are kept of the twelve numbers of a block, orthonormal, (4, 3, 2, 2).
+    """The four orthonormal directions, (4, 3, 2, 2), that are kept of the twelve numbers of a block.
 
     They are the block's mean grey, its two mean opponent colours, and the difference of grey along its diagonal.
     """
@@ -45,14 +45,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(Encoder):
-    """Latents (B, 4, h, w) to the images (B, 3, 2h, 2w) that have them and nothing else."""
+    """Latents (B, 4, h, w) to images (B, 3, 2h, 2w): those that the latents stand for, without any other detail."""
 
     def forward(self, latents):
         return F.conv_transpose2d(latents, self.basis, stride=SIDE)
 
 
 def export(module, example, path):
-    """Saves a module by torch.export, for any number of images and any size that blocks divide."""
+    """Save a module by torch.export, for any number of images and any size that blocks divide."""
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     step = SIDE if example.shape[1] == 3 else 1  # images have whole blocks
     shapes = {0: batch, 2: step * height, 3: step * width}

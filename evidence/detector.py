@@ -1,9 +1,10 @@
 """Does an image show what its caption says? An exact detector for the shapes data set; nothing in it is learned.
 
-Objects never touch, so each is a connected component of the pixels that are mostly paint. Its shape is that of the
-nearest template, rendered with the same area and centre of mass; its colour is the nearest to its paint; what is far
-from all of them still counts, without a name. `follows` requires what the caption says and nothing else; the six tasks
-of GenEval (Ghosh, Hajishirzi and Schmidt 2023) each test one aspect of it, by captions of the data set.
+Objects never touch, so each object is a connected component of the pixels that are mostly paint. Its shape is that of
+the nearest template, rendered with the same area and centre of mass, and its colour is the one nearest to its paint. An
+object far from all templates or colours still counts, but has no shape or colour. `follows` requires exactly what the
+caption says; each of the six tasks of GenEval (Ghosh, Hajishirzi and Schmidt 2023) tests one aspect of it, by captions
+of the data set.
 """
 from collections import Counter
 from itertools import permutations
@@ -20,18 +21,18 @@ PAINTS = np.array(list(COLOURS.values()), dtype=float) - GROUND  # 8-bit units, 
 
 # Measured on thousands of validation images at 16x16, clean and with noise of standard deviation 0.1, and on 841
 # objects in the samples of a small model.
-MIN_COVER = 0.6  # of a pixel, to belong to an object: at 0.5 more neighbours in samples merge
-MIN_AREA = MIN_RADIUS**2 / 2  # of the image: less than a quarter of the smallest triangle is a speck, not an object
-MAX_AREA = 5 * LONE_RADIUS[1] ** 2  # of the image: the largest square has 4; an all red image is not a red square
+MIN_COVER = 0.6  # of a pixel that belongs to an object; at 0.5, more neighbours in samples merge
+MIN_AREA = MIN_RADIUS**2 / 2  # of the image; less than a quarter of the smallest triangle is a speck, not an object
+MAX_AREA = 5 * LONE_RADIUS[1] ** 2  # of the image; the largest square has 4, and an all red image is not a red square
 MAX_COLOUR_ERROR = 70  # 8-bit units: less than half of the 151 between the two closest colours
 MAX_MISFIT = 0.09  # half of the 0.17 between circle and square; clean images reach 0.02, noisy ones 0.06
 
 
 class Task(NamedTuple):
-    """What one of GenEval's tasks tests."""
-    kind: str  # of its captions, one of KINDS
+    """The aspect that one of GenEval's tasks tests."""
+    kind: str  # the kind of its captions, one of KINDS
     coloured: bool  # whether colours matter
-    exact: bool  # whether there may be no more than the caption says
+    exact: bool  # whether more objects than the caption says are an error
 
 
 TASKS = {
@@ -45,7 +46,7 @@ TASKS = {
 
 
 def all_captions():
-    """All that the data set has: {caption: (one of KINDS, list of (colour, shape), relation or None)}."""
+    """All captions of the data set: {caption: (one of KINDS, list of (colour, shape), relation or None)}."""
     things = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     captions = {}
     for thing in things:
@@ -65,7 +66,7 @@ CAPTIONS = all_captions()
 
 
 class Object(NamedTuple):
-    """A detected object; lengths are in image widths, and a colour or shape that has no name is None."""
+    """A detected object; lengths are in image widths, and an unknown colour or shape is None."""
     colour: str | None
     shape: str | None
     x: float  # the centre of the bounding square, as in shapes.Scene
@@ -74,12 +75,12 @@ class Object(NamedTuple):
 
 
 def dilate(labels):
-    """Each pixel (H, W) takes the largest number among itself and its eight neighbours."""
+    """The largest number among each pixel (H, W) and its eight neighbours."""
     return sliding_window_view(np.pad(labels, 1), (3, 3)).max((2, 3))
 
 
 def components(mask):
-    """Boolean (H, W) -> labels (H, W): a positive number for each 8-connected component, 0 outside of them."""
+    """Labels (H, W) of a boolean mask: a positive number for each 8-connected component, 0 outside."""
     labels = mask * np.arange(1, mask.size + 1).reshape(mask.shape)
     before = None
     while not np.array_equal(labels, before):
@@ -90,7 +91,9 @@ def components(mask):
 
 def detect(image):
     """The objects in an image (3, S, S), array or tensor, a list of Object. Values outside [-1, 1] are clipped.
-    Raises ValueError for another shape, a grey image has no colours, and for integers, which are not in [-1, 1]."""
+
+    Raises ValueError for another shape, since a grey image has no colours, and for integers, which are not in [-1, 1].
+    """
     image = square_array(image)
     size = image.shape[1]
     away = np.moveaxis((image.clip(-1, 1) + 1) * 128 - 0.5, 0, -1) - GROUND  # (S, S, 3)
@@ -124,8 +127,10 @@ def square_array(image):
 
 
 def explain(away):
-    """The amount of each paint that explains a pixel best, and the square of what it leaves unexplained: both
-    (S, S, 6). away: (S, S, 3), from the ground, in 8-bit units."""
+    """The amount of each paint that explains a pixel best, and the square of the unexplained rest, both (S, S, 6).
+
+    away: (S, S, 3), the pixels' distance from the ground, in 8-bit units.
+    """
     squares = (PAINTS**2).sum(1, keepdims=True)
     cover = away @ (PAINTS / squares).T
     unexplained = away[:, :, None] - cover[..., None] * PAINTS
@@ -133,7 +138,7 @@ def explain(away):
 
 
 def recognise(mask, region, away):
-    """The Object that covers a mask (S, S) in [0, 1], which is 0 outside of a boolean region; away: as explain's."""
+    """The Object that covers a mask (S, S) in [0, 1], zero outside of a boolean region; away: as in explain."""
     size = len(mask)
     middles = (np.arange(size) + 0.5) / size
     area = mask.mean()
@@ -157,7 +162,7 @@ def recognise(mask, region, away):
 
 
 def parse(caption):
-    """A caption as (one of KINDS, list of (colour, shape), relation or None). Raises ValueError for any other text."""
+    """The meaning of a caption: (one of KINDS, list of (colour, shape), relation or None). Raises ValueError."""
     if caption not in CAPTIONS:
         raise ValueError(f"{caption!r} is not a caption of the shapes data set; 'a red circle', 'two red circles', "
                          "'a red circle and a blue square' and 'a red circle left of a blue square' are")
@@ -165,7 +170,7 @@ def parse(caption):
 
 
 def holds(relation, a, b):
-    """Is object a in that relation to b? The longer of the two distances decides, so only one relation holds."""
+    """Whether object a is in that relation to b. The longer of the two distances decides: only one relation holds."""
     dx = b.x - a.x
     dy = b.y - a.y
     ahead, aside = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
@@ -173,7 +178,7 @@ def holds(relation, a, b):
 
 
 def rule_of(task, caption, kind):
-    """The Task that a caption of that kind is tested by; None: strictly. Raises ValueError for another kind's."""
+    """The Task that tests a caption of this kind; for None, the strict one. Raises ValueError for a task of others."""
     if task is None:
         return Task(kind, coloured=True, exact=True)
     if task not in TASKS or TASKS[task].kind != kind:
@@ -183,11 +188,11 @@ def rule_of(task, caption, kind):
 
 
 def follows(image, caption, task=None):
-    """Does the image (3, S, S) in [-1, 1], array or tensor, show exactly the objects that the caption says?
+    """Whether the image (3, S, S) in [-1, 1], array or tensor, shows exactly the objects that the caption says.
 
-    task: one of TASKS, to test one aspect only, as GenEval does: objects of other shapes are ignored, and so are
-    colours but for "colours" and "colour attribution"; only "counting" also refuses more objects than the caption says.
-    Raises ValueError for a caption that is not of the data set or not of the task, and as detect() does.
+    task: one of TASKS, to test one aspect only, as GenEval does. Objects of other shapes are then ignored; colours
+    matter in "colours" and "colour attribution" only, and additional objects in "counting" only. Raises ValueError for
+    a caption that is not of the data set or not of the task, and as detect() does.
     """
     kind, things, relation = parse(caption)
     rule = rule_of(task, caption, kind)
@@ -220,8 +225,10 @@ def is_clear(caption):
 
 
 def task_prompts(count, seed=0):
-    """`count` captions for each of the six tasks, a list of (task, caption), the same at every call. A task repeats a
-    caption only once it has used all. Pairs differ in both shape and colour."""
+    """`count` captions for each of the six tasks, a list of (task, caption), the same at every call.
+
+    A task repeats a caption only after all others. The objects of a pair differ in both shape and colour.
+    """
     prompts = []
     for number, (task, rule) in enumerate(TASKS.items()):
         captions = [caption for caption in CAPTIONS if CAPTIONS[caption][0] == rule.kind and is_clear(caption)]

@@ -1,12 +1,12 @@
-"""Makes shards of emoji: some 3,700 things, each drawn in up to four styles, with captions that a person would type.
+"""Make shards of emoji: some 3,700 things, each drawn in up to four styles, with captions that a person would type.
 
     python data.py emoji                                      14,000 images in four styles, fetched by npm
     python data.py emoji --styles=google,twitter,fluent       without OpenMoji, the only one drawn from SVG
-    python data.py emoji --pictures=out/emoji.zip             keeps them in a file of 35 MB, for where no network is
+    python data.py emoji --pictures=out/emoji.zip             keeps them in a file of 35 MB, for use without a network
 
-Names and tags are those of the Unicode CLDR, by way of the openmoji package, which is fetched for them in any case.
-Held out, in every tone of skin, are emoji that are never trained on, out/val, and emoji in a style in which they are
-not trained on, but in another, out/combinations/val.
+Names and tags are those of the Unicode CLDR, from the openmoji package, which is therefore always fetched. Two sets are
+held out, in every skin tone: out/val has emoji that training never shows, and out/combinations/val has emoji that
+training shows in other styles only.
 """
 
 import io
@@ -29,7 +29,7 @@ from plumbing.images import resize_and_crop
 from plumbing.paths import at_home
 from plumbing.prepare import write_splits
 
-PACKAGES = {  # style: the npm package, where its pictures are in it, and what they may be used for
+PACKAGES = {  # style: the npm package, the paths of its pictures, and their licence
     "google": ("emoji-datasource-google@16.0.0", r"img/google/64/(.+)\.png",
                "Noto Emoji, https://github.com/googlefonts/noto-emoji, Apache License 2.0"),
     "twitter": ("emoji-datasource-twitter@16.0.0", r"img/twitter/64/(.+)\.png",
@@ -42,7 +42,7 @@ PACKAGES = {  # style: the npm package, where its pictures are in it, and what t
 NAMES = "data/openmoji.json"  # in the package openmoji
 WORDS = "words.json"  # in a file of --pictures
 SIZE = 64  # pixels
-NPM = shutil.which("npm") or "npm"  # on Windows a script, npm.cmd, which subprocess finds by its full name alone
+NPM = shutil.which("npm") or "npm"  # on Windows npm.cmd, which subprocess finds by its full path only
 RASTERIZER = "@resvg/resvg-js@2.6.2"
 RASTERIZE = """const svg = require("@resvg/resvg-js"), fs = require("fs");
 const options = { fitTo: { mode: "width", value: %d } };
@@ -51,21 +51,21 @@ for (const name of fs.readdirSync("."))
         fs.writeFileSync(name.replace("svg", "png"), new svg.Resvg(fs.readFileSync(name), options).render().asPng());
 """ % SIZE
 VAL, COMBINATIONS = 0.05, 0.05  # the fractions of emoji, and of an emoji's styles, that are held out
-COPIES = 3  # in train, of what has no skin tone: else tones make people, and hands, half of an epoch
+COPIES = 3  # in train, of emoji without skin tones: else people and hands, in all tones, make half an epoch
 PEOPLE = ("man", "woman", "person", "boy", "girl", "adult", "child")
-# where a mirror image is as good, but for names that speak of left, right or writing
+# groups whose images may be mirrored, except where a name speaks of left, right or writing
 SYMMETRIC = ("smileys-emotion", "people-body", "animals-nature", "food-drink")
 ONE_SIDED = re.compile(r"left|right|speech|thought|hundred|anger|zzz|facing")
 
 
 def code_of(text):
-    """The code points of an emoji's file name or hexcode in one form, without variation selectors, skin tones kept."""
+    """The code points of an emoji's file name or hexcode in one form, without variation selectors, with skin tones."""
     points = [int(point, 16) for point in re.split("[-_]", text)]
     return "-".join(f"{point:x}" for point in points if point != 0xFE0F)
 
 
 def with_article(name):
-    """ "a red apple", "an apple", "women holding hands"."""
+    """A name with its article, if it takes one: "a red apple", "an apple", "women holding hands"."""
     noun = re.split(r" (?:with|of|in|on|from|holding|and) ", name)[0].split()[-1]
     if noun in ("women", "men", "people", "hands") or noun.endswith("s") and not noun.endswith(("ss", "us")):
         return name
@@ -73,8 +73,10 @@ def with_article(name):
 
 
 def described(annotation):
-    """The name of an emoji as one would say it, from CLDR's, such as "man: dark skin tone, beard"; and what it is said
-    to have, which belongs to its synonyms as well."""
+    """The name of an emoji as one would say it, from CLDR's, and the part "with ...", which its synonyms share.
+
+    CLDR's name is such as "man: dark skin tone, beard".
+    """
     name, _, rest = annotation.lower().replace("’", "'").replace("“", "").replace("”", "").partition(": ")
     if name in ("flag", "keycap"):
         return (f"the flag of {rest}" if name == "flag" else f"the key {rest}"), ""
@@ -95,7 +97,7 @@ def head(annotation):
 
 
 def read_words(table):
-    """{code: (names, the first CLDR's; what else is stored of an emoji)}, from the entries of openmoji.json."""
+    """{code: (its names, CLDR's own first; other facts to store)} from the entries of openmoji.json."""
     table = [emoji for emoji in table if emoji["group"] not in ("extras-openmoji", "extras-unicode", "component")]
     things = [emoji for emoji in table if emoji["group"] not in ("people-body", "flags", "symbols")]
     nouns = {head(emoji["annotation"]) for emoji in things}
@@ -104,7 +106,7 @@ def read_words(table):
     for code, emoji in named.items():
         concept = code_of(emoji["skintone_base_hexcode"] or emoji["hexcode"])
         name, having = described(emoji["annotation"])
-        # of its tags those by which other emoji are named: "apple" and "fruit", but not "diet" or "yay"
+        # only tags that are names of other emoji: "apple" and "fruit", but not "diet" or "yay"
         tags = emoji["tags"].lower().split(", ") if emoji in things else []
         others = [head(emoji["annotation"]), *tags] if emoji in things else []
         names = dict.fromkeys([name + having, *(with_article(tag) for tag in others if tag in nouns)])
@@ -114,7 +116,7 @@ def read_words(table):
 
 
 def fetch(packages, folder):
-    """Has npm put packages, by name, into a folder. Returns {name: path of its .tgz}."""
+    """Let npm download packages into a folder; return the paths of their .tgz files."""
     command = [NPM, "pack", "--json", *packages]
     try:
         packed = json.loads(subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout)
@@ -125,7 +127,7 @@ def fetch(packages, folder):
 
 
 def read_packages(paths):
-    """The npm name of each .tgz and its files, {name: {path: bytes}}, of those that any style needs."""
+    """The files that any style needs, in each .tgz: {npm name: {path: bytes}}."""
     wanted = re.compile("|".join([*(pattern for _, pattern, _ in PACKAGES.values()), r"package\.json", NAMES]))
     packages = {}
     for path in tqdm(paths, desc="read", leave=False):
@@ -141,7 +143,7 @@ def read_packages(paths):
 
 
 def rasterize(svgs):
-    """{code: SVG bytes} to {code: PNG bytes}, by a library of npm's, since no Python package here draws SVG."""
+    """PNG bytes {code: bytes} of SVG bytes {code: bytes}, by a library from npm: no Python package here draws SVG."""
     with tempfile.TemporaryDirectory() as folder:
         for code, svg in svgs.items():
             (Path(folder) / f"{code}.svg").write_bytes(svg)
@@ -162,15 +164,17 @@ def on_white(suffix, data):
 
 
 def captions_of(names, style):
-    """What is said of a picture, one of these at random in each epoch: the name with the style, twice as likely, and
-    without; its synonyms likewise."""
+    """The captions of a picture, of which each epoch takes one at random.
+
+    The name with the style is twice as likely as the name alone; synonyms also come with and without the style.
+    """
     first, *others = names
     styled = [f"{name}, {style} style" for name in (first, first, *others)]
     return [*styled, first, *others[:1]]
 
 
 def splits_of(pairs):
-    """{(concept, style): split} of pairs (concept, style), each by a hash of itself, so that more styles move none."""
+    """{(concept, style): split} of pairs (concept, style), by a hash of each pair, so that new styles move no other."""
     def split_of(concept, style):
         if hashed(concept) < VAL:
             return "val"
@@ -182,12 +186,12 @@ def splits_of(pairs):
 
 
 def pictures_of_packages(styles, sources):
-    """What npm's packages hold: read_words' result, and {(code, style): PNG bytes on white}.
+    """The contents of npm's packages: the result of read_words, and {(code, style): PNG bytes on white}.
 
-    sources: paths of .tgz files, or None: npm fetches them. Raises ValueError where a package is missing.
+    sources: paths of .tgz files; None: npm downloads them. Raises ValueError if a package is missing.
     """
     with tempfile.TemporaryDirectory() as folder:
-        needed = dict.fromkeys(PACKAGES[style][0] for style in (*styles, "openmoji"))  # which has the names
+        needed = dict.fromkeys(PACKAGES[style][0] for style in (*styles, "openmoji"))  # openmoji has the names
         packages = read_packages(sources or fetch(needed, folder))
     for package in needed:
         if package.rpartition("@")[0] not in packages:
@@ -211,7 +215,7 @@ def pictures_of_packages(styles, sources):
 
 
 def pack(path, words, pictures):
-    """Writes words and pictures {(code, style): PNG bytes} to a zip: WORDS, and STYLE/CODE.webp without loss."""
+    """Write words and pictures {(code, style): PNG bytes} into a zip: WORDS, and lossless STYLE/CODE.webp."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with zipfile.ZipFile(part, "w") as file:
@@ -224,7 +228,7 @@ def pack(path, words, pictures):
 
 
 def unpack(path, styles):
-    """What pack() has written of some styles: words, and {(code, style): webp bytes}. Raises ValueError."""
+    """Read words and pictures {(code, style): webp bytes} of some styles that pack() wrote. Raises ValueError."""
     try:
         with zipfile.ZipFile(path) as file:
             words = json.loads(file.read(WORDS))
@@ -265,7 +269,7 @@ def prepare_emoji(args):
         for copy in range(copies):
             members = {suffix: data, "json": json.dumps(record | {"copy": copy}).encode()}
             examples.append((f"{style}-{code}" + f"-{copy}" * (copy > 0), split, members))
-    examples.sort(key=lambda example: hashed(example[0]))  # for readers that stream
+    examples.sort(key=lambda example: hashed(example[0]))  # shuffled, for readers that stream
     write_splits(Path(args.out), examples)
     licences = "".join(f"{style}: {PACKAGES[style][2]}, from npm's {PACKAGES[style][0]}.\n" for style in styles)
     (Path(args.out) / "LICENCES.txt").write_text(licences + "Names: Unicode CLDR, Unicode License v3.\n", "utf-8")
@@ -273,7 +277,7 @@ def prepare_emoji(args):
 
 
 def add_commands(command):
-    """The command of data.py, by command(name, function, help, examples) -> parser."""
+    """Add the command `emoji` to data.py, by command(name, function, help, examples) -> parser."""
     examples = ["python data.py emoji", "python data.py emoji --styles=google,twitter,fluent"]
     sub = command("emoji", prepare_emoji, "makes shards of emoji in four styles, fetched by npm", examples)
     sub.add_argument("--styles", default=",".join(PACKAGES), help="the styles; default %(default)s")

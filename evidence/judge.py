@@ -1,5 +1,7 @@
-"""Judges of samples that are not the model: Frechet distances, nearest neighbours, and of shards whose examples have
-labels in KEY.json, such as emoji, a small convolutional network that has learned them from the real images.
+"""Scores of samples by other means than the model: Frechet distances, nearest neighbours, and a classifier, the judge.
+
+The judge (ours) is a small convolutional network. It learns, from the real images of shards such as emoji, the labels
+that their KEY.json holds.
 
     python -m evidence.judge --data_dir=out/data/emoji --out=out/emoji_judge.pt
     python evaluate.py --out_dir=out/emoji --data_dir=out/data/emoji/combinations --judge=out/emoji_judge.pt
@@ -22,13 +24,15 @@ from plumbing.runtime import find_device, one_line_errors
 from plumbing.shards import Shards
 
 LABELS = "style", "group", "concept"
-SHIFT = 2  # pixels by which training images are moved at most
+SHIFT = 2  # pixels by which training images are shifted, at most
 
 
 def frechet_distance(a, b):
-    """Between Gaussians fitted to two sets of images or features, (n, ...) and (m, ...), n and m at least 2:
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). Blur shows in it as missing variance, and so do few images:
-    compare equal numbers."""
+    """The Frechet distance between Gaussians fitted to two sets of images or features, (n, ...) and (m, ...).
+
+    It is |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), for n and m of at least 2. Blur raises the distance, as
+    missing variance, and so does a small number of images: compare equal numbers.
+    """
     mean_a, A = mean_and_root(a)
     mean_b, B = mean_and_root(b)
     cross = torch.linalg.svdvals(A @ B.T).sum()  # the trace of the root of S_a S_b
@@ -37,7 +41,7 @@ def frechet_distance(a, b):
 
 
 def mean_and_root(x):
-    """The mean of x (n, ...), flattened, and A with A^T A = S, its covariance."""
+    """The mean of x (n, ...), flattened, and a matrix A with A^T A = S, the covariance."""
     x = x.flatten(1).double()
     mean = x.mean(0)
     A = torch.linalg.qr((x - mean) / math.sqrt(len(x) - 1), mode="r").R
@@ -45,12 +49,12 @@ def mean_and_root(x):
 
 
 def nearest_labels(images, examples, labels):
-    """The label (n,) of the example (m, C, H, W) nearest to each image (n, C, H, W), by squared distance."""
+    """The label (n,) of the nearest example (m, C, H, W) to each image (n, C, H, W), by squared distance."""
     return labels[torch.cdist(images.flatten(1), examples.flatten(1)).argmin(dim=1)]
 
 
 class Judge(nn.Module):
-    """Says which of its classes images (B, 3, size, size) show. classes: {label: list of names}."""
+    """A classifier of images (B, 3, size, size) by several labels at once. classes: {label: list of names}."""
 
     def __init__(self, size, classes, width=48):
         super().__init__()
@@ -69,12 +73,12 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({label: nn.Linear(channels, len(names)) for label, names in classes.items()})
 
     def features(self, images):
-        """(B, 4 width): what a Frechet distance is measured in."""
+        """Features (B, 4 width), in which Frechet distances are measured."""
         return self.trunk(images).mean(dim=(-2, -1))
 
     @torch.no_grad()
     def judge(self, images, batch_size=500):
-        """The features (n, 4 width) of images (n, 3, H, W), and for each label the names that it gives them."""
+        """The features (n, 4 width) of images (n, 3, H, W), and for each label the names that they get."""
         images = F.interpolate(images, [self.size] * 2, mode="area")
         features = torch.cat([self.features(batch) for batch in images.split(batch_size)])
         names = {}
@@ -85,13 +89,13 @@ class Judge(nn.Module):
 
 
 def labels_of(dataset, count):
-    """KEY.json of the first examples of shards, a list. Raises ValueError where labels are missing."""
+    """The KEY.json of the first examples of shards, a list of dicts. Raises ValueError if labels are missing."""
     records = []
     for i in range(min(count, len(dataset))):
         record = json.loads(dataset.members(i).get("json", b"{}"))
         for label in (*LABELS, "captions"):
             if label not in record:
-                raise ValueError(f"example {i} has no {label} in its .json, as those of `python data.py emoji` have")
+                raise ValueError(f"example {i} has no {label} in its .json: name shards of `python data.py emoji`")
         records.append(record)
     return records
 
@@ -102,14 +106,16 @@ def images_of(dataset, count):
 
 
 def numbered(dataset, numbers):
-    """The images of shards with those numbers, (n, C, H, W)."""
+    """The images of shards with these numbers, (n, C, H, W)."""
     images, *_ = collate(dataset.__getitems__(list(numbers)))
     return images
 
 
 def judged(judge, images, records):
-    """The features of images (n, 3, H, W) that are to show what their records say; and for each label of which the
-    judge knows the class whether it finds it, {label: list of booleans}."""
+    """The features of images (n, 3, H, W), and whether they show what their records say, {label: list of booleans}.
+
+    Images whose class the judge does not know are left out, and labels without a known class too.
+    """
     features, given = judge.judge(images)
     hits = {}
     for label, names in given.items():
@@ -122,7 +128,7 @@ def judged(judge, images, records):
 
 
 def load(path):
-    """A judge that main() has trained. Raises ValueError for a file that is none."""
+    """Load a judge that main() has trained. Raises ValueError for any other file."""
     contents = checkpoint.load(path, "judge")
     judge = Judge(contents["size"], contents["classes"], contents["width"])
     checkpoint.restore(judge, contents["judge"], path)
@@ -130,9 +136,11 @@ def load(path):
 
 
 def compare(path, images, dataset, train_set):
-    """What the judge in a file finds in samples (n, 3, H, W) for the first captions of shards: a list of booleans for
-    each label, and the distance from the shards' own images in its features; and the same of real images, for the
-    distance those of train_set, or None."""
+    """The judge's findings on samples (n, 3, H, W) for the first captions of shards, and the same on real images.
+
+    Of each label, a list of booleans; of the features, the Frechet distance to the shards' own images. The real images
+    are the shards' own, and for the distance those of train_set, unless it is None.
+    """
     judge = load(path)
     records = labels_of(dataset, len(images))
     reference, real_hits = judged(judge, images_of(dataset, len(images)), records)
@@ -149,14 +157,17 @@ def compare(path, images, dataset, train_set):
 
 
 def train(judge, images, targets, iterations, batch_size=128, lr=3e-3):
-    """Trains by cross-entropy of all labels, on images (n, 3, size, size) that are moved by up to SHIFT pixels and have
-    some noise, since samples are not clean either. targets: {label: class numbers (n,)}. On the judge's device."""
+    """Train the judge by the cross-entropy of all labels, on its device.
+
+    images (n, 3, size, size) are shifted by up to SHIFT pixels and get some noise, since samples are not clean either.
+    targets: {label: class numbers (n,)}.
+    """
     device = next(judge.parameters()).device
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations)
     images = F.pad(images, [SHIFT] * 4, value=1.0).to(device)
     targets = {label: classes.to(device) for label, classes in targets.items()}
-    generator = torch.Generator().manual_seed(0)  # on the CPU: the same judge wherever it is trained, but for rounding
+    generator = torch.Generator().manual_seed(0)  # on the CPU: every device trains the same judge, up to rounding
     bar = trange(iterations, desc="judge", leave=False)
     for _ in bar:
         chosen = torch.randint(len(images), (batch_size,), generator=generator)
@@ -177,7 +188,7 @@ def train(judge, images, targets, iterations, batch_size=128, lr=3e-3):
 
 
 def report(judge, folder):
-    """Prints how often a judge is right on the shards held out in a folder, if there are any."""
+    """Print how often a judge is right on the shards held out in a folder, if there are any."""
     try:
         held_out = Shards(folder, "val", 3, judge.size, judge.size)
     except FileNotFoundError:

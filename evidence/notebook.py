@@ -1,10 +1,10 @@
-"""Makes a Jupyter notebook, with its outputs, from a plain Python file in which each cell begins with "# %%".
+"""Make a Jupyter notebook, with its outputs, from a plain Python file in which each cell begins with "# %%".
 
     python -m evidence.notebook docs/tour.py tour.ipynb
     python -m evidence.notebook docs/tour.py out/tour.ipynb
 
-A cell "# %% [markdown]" is text, each line a comment. The cells are run here, without Jupyter, and what they print is
-stored, and the value of the last line: an image as PNG, anything else as text.
+A cell "# %% [markdown]" is text, each line a comment. The cells run here, without Jupyter. The notebook stores what a
+cell prints and the value of its last line: an image as PNG, any other value as text.
 """
 
 import ast
@@ -36,7 +36,7 @@ def read_cells(source):
 
 
 def run_cell(source, names):
-    """Runs a code cell in the namespace `names`. Returns what it printed and the value of its last line, or None."""
+    """Run a code cell in the namespace `names`; return what it printed and the value of its last line, or None."""
     tree = ast.parse(source)
     printed, value = io.StringIO(), None
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
@@ -48,7 +48,7 @@ def run_cell(source, names):
 
 
 def as_lines(text):
-    """A text as notebooks store it, a list of lines with their ends."""
+    """A text as a list of lines with their ends, the form in which notebooks store texts."""
     return text.splitlines(keepends=True)
 
 
@@ -59,7 +59,7 @@ def png(image):
 
 
 def outputs_of(printed, value, count):
-    """What a notebook stores of a cell's run, the count-th."""
+    """The outputs of the count-th code cell, in the form in which notebooks store them."""
     outputs = []
     if printed:
         outputs.append({"output_type": "stream", "name": "stdout", "text": as_lines(printed)})
@@ -73,7 +73,7 @@ def outputs_of(printed, value, count):
 
 
 def make_notebook(source):
-    """The notebook of a file's text, run from the top, as a dict of format 4.5."""
+    """Run a file's text from the top; return its notebook, a dict of format 4.5."""
     cells, names, count = [], {"__name__": "__main__"}, 0
     for number, (kind, text) in enumerate(read_cells(source)):
         cell = {"cell_type": kind, "id": f"cell-{number:02d}", "metadata": {}, "source": as_lines(text)}

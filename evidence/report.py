@@ -1,18 +1,18 @@
-"""The report card of speedrun.sh, of what its stages have found so far."""
+"""The report of speedrun.sh, with the results of its stages so far."""
 
 TITLES = {"fm": "flow matching", "ntm": "NTM", "denoiser": "denoiser"}
-LABELS = {"style": "style", "group": "group", "concept": "emoji"}  # of the judge
+LABELS = {"style": "style", "group": "group", "concept": "emoji"}  # {label of the judge: heading}
 
 
 def table(rows):
-    """Rows of strings, the first of them headings, in Markdown."""
+    """A Markdown table of rows of strings, the first of them the headings."""
     heading, *others = rows
     lines = [heading, ["---"] * len(heading), *others]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def number(value, digits=3):
-    """A number with so many digits, or a dash for None."""
+    """A number with `digits` digits as text, or a dash for None."""
     if value is None:
         return "–"
     if abs(value) >= 10**digits:
@@ -21,10 +21,10 @@ def number(value, digits=3):
 
 
 def report(state):
-    """report.md as a string; state: what speedrun.json holds."""
+    """The text of report.md; state: the contents of speedrun.json."""
     stages = state["stages"]
     minutes = sum(stage["seconds"] for stage in stages.values()) / 60
-    missing = [] if "judged" in stages else ["It is not judged yet: the run goes on, or was interrupted.\n"]
+    missing = [] if "judged" in stages else ["The samples are not judged yet: the run continues, or was interrupted.\n"]
     parts = [
         "# 64×64 emoji by speedrun.sh\n",
         f"{state['card']}, torch {state['torch']}, {minutes:.1f} of {state['minutes']:g} minutes.\n",
@@ -38,7 +38,7 @@ def report(state):
 
 
 def training(state):
-    """What was trained, how fast, and how much of the chip that is."""
+    """The table of what was trained, how fast, and at which share of the chip's speed."""
     rates = state["rates"]
     rate = rates[state["precision"]]
     rows = [["", "images", "iterations", "seconds", "images/s", "waiting for data", "million weights",
@@ -57,13 +57,13 @@ def training(state):
                      number(stage.get("val_loss")), number(stage.get("val_bound"), 4), number(stage.get("val_psnr"))])
     coarse, fine = (number(rates[precision] / 1e12) for precision in ("bfloat16", "float32"))
     note = (f"The chip: {coarse} TFLOP/s in bfloat16 and {fine} in float32, by a large matrix product in the same run. "
-            f"\"Of the chip\" is of {state['precision']}, in which it was trained. Operations are counted, of matrix "
-            "products alone. Seconds are a stage's, with its first updates, compilation and validation.\n")
+            f"\"Of the chip\" is the share of its speed in {state['precision']}, in which the model was trained. Only "
+            "operations of matrix products count. Seconds include first updates, compilation and validation.\n")
     return table(rows) + "\n" + note
 
 
 def judged(found):
-    """What the judge makes of samples for unseen combinations."""
+    """The table of the judge's scores of samples for unseen combinations."""
     rows = [["", *LABELS.values(), "Fréchet", "images/s"]]
     real = found["ntm"][0]
     shares = [number(share(real, f"{label}, of real images")) for label in LABELS]
@@ -76,25 +76,25 @@ def judged(found):
             rows.append([title, *shares, number(curve["frechet_distance"]), number(curve["images_per_s"])])
     n = found["count"]
     note = (f"{n} unseen combinations of emoji and style, guidance 1, one seed; a share p has the standard error "
-            f"√(p (1 − p) / {n}), at most {0.5 / n**0.5:.3f}. Real images have the Fréchet distance of others. "
-            "Distances fall with the number of images.\n")
+            f"√(p (1 − p) / {n}), at most {0.5 / n**0.5:.3f}. For real images, the Fréchet distance is that of "
+            "other real images. Distances fall with the number of images.\n")
     return table(rows) + "\n" + note
 
 
 def share(curve, label):
-    """The proportion that the judge finds, or None where it knows no class of the captions."""
+    """The proportion of samples that the judge finds right; None where it knows no class of the captions."""
     return curve[label]["mean"] if label in curve else None
 
 
 def files(stages):
-    """What lies beside the report, and how to use it."""
+    """The part that lists the files beside the report and how to use them."""
     lines = []
     for stage in stages.values():
         if stage.get("sheet"):
             lines.append(f"![samples]({stage['sheet']})\n")
     names = [name for stage in stages.values() for name in stage.get("files", ())]
     joined = sorted({name.rpartition(".")[0] for name in names if not name.endswith(".pt")})
-    lines.append("Weights, averaged, in float16: " + ", ".join(f"`{name}`" for name in names) + ".\n")
+    lines.append("Averaged weights in float16: " + ", ".join(f"`{name}`" for name in names) + ".\n")
     for name in joined:
         lines.append(f"Join the parts: `cat {name}.?? > {name}`\n")
     if "ckpt.pt" in [*joined, *names]:

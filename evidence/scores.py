@@ -1,4 +1,4 @@
-"""Scores of samples and captions with their standard errors, the images they are taken of, and how they are shown."""
+"""Scores of samples and captions with standard errors, the images to compare with, and how scores are printed."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from plumbing.runtime import rank_and_world
 
 
 def mean_and_error(values):
-    """The mean of a tensor (n,) and, of more than one value, its standard error."""
+    """The mean of a tensor (n,) and, for n > 1, its standard error."""
     found = {"mean": values.mean().item()}
     if len(values) > 1:
         found["standard_error"] = (values.std() / math.sqrt(len(values))).item()
@@ -23,8 +23,10 @@ def mean_and_error(values):
 
 
 def proportion(hits):
-    """The proportion of true ones in a list of booleans, or fractions, and its standard error. Of none or all of n that
-    would be 0: there it is Agresti and Coull's, the error with half a hit and half a miss more."""
+    """The proportion of true ones in a list of booleans or fractions, and its standard error.
+
+    At 0 or 1 the usual error would be 0; there it is Agresti and Coull's, with half a hit and half a miss added.
+    """
     n = len(hits)
     mean = sum(hits) / n
     p = mean
@@ -35,13 +37,13 @@ def proportion(hits):
 
 
 def shrunk(images):
-    """Images (n, C, H, W), the mean of their pixels where they are larger than 32x32."""
+    """Images (n, C, H, W) averaged down to 32x32 where they are larger."""
     return F.interpolate(images, [min(size, 32) for size in images.shape[2:]], mode="area")
 
 
 @functools.lru_cache(2)
 def first_images(dataset, count):
-    """The first images of a data set, or all if there are fewer, shrunk: (count, C, H, W)."""
+    """The first `count` images of a data set, or all if there are fewer, shrunk: (count, C, H, W)."""
     numbers = list(range(min(count, len(dataset))))
     found = []
     for start in range(0, len(numbers), 100):
@@ -51,8 +53,11 @@ def first_images(dataset, count):
 
 
 def credits(log_p, text, truth):
-    """A list of B: 1 where the true one, truth (B,), of candidates text (B, K, L) alone has the greatest log_p (B, K),
-    1/k if k have, else 0. Candidates of equal ids, captions that are cut alike, have equal log_p but for rounding."""
+    """The credit of each of B choices among K candidates, a list: 1/k if the true one is among the k likeliest, else 0.
+
+    log_p (B, K). text (B, K, L): ids of the candidates; those with equal ids, such as captions that are cut alike,
+    count as equally likely despite rounding. truth (B,): which candidate is the true one.
+    """
     alike = (text[:, :, None] == text[:, None]).all(dim=-1)
     at_the_top = log_p == log_p.amax(dim=1, keepdim=True)
     greatest = (alike & at_the_top[:, None]).any(dim=-1)
@@ -61,8 +66,7 @@ def credits(log_p, text, truth):
 
 
 def scores_of_tasks(images, captions, tasks):
-    """The proportions of images of shapes that show exactly what they should, and that pass each GenEval task, and the
-    tasks' mean."""
+    """The proportions of shapes' images that show exactly what they should and that pass each task; the tasks' mean."""
     hits = defaultdict(list)
     for image, caption, task in zip(images, captions, tasks):
         hits["strictly"].append(follows(image, caption))
@@ -75,7 +79,7 @@ def scores_of_tasks(images, captions, tasks):
 
 
 def curves_of(path):
-    """What evaluate.json holds of samples, for plot_quality. Raises ValueError for another file."""
+    """The samples' results in an evaluate.json, for plot_quality. Raises ValueError for another file."""
     try:
         return json.loads(Path(path).read_text("utf-8"))["curves"]
     except (ValueError, KeyError, TypeError) as error:
@@ -83,7 +87,7 @@ def curves_of(path):
 
 
 def show(title, found):
-    """Prints what was found of a part, from the first rank."""
+    """Print the results of a part, on the first rank."""
     if rank_and_world()[0]:
         return
     print(title)

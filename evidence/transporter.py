@@ -1,11 +1,11 @@
-"""What the flow of a step buys: the bound against processor time, with and without each of its parts.
+"""The gain from a step's flow: the bound against training time, with and without each part of the flow.
 
     python train.py config/fashion_fm.py
     python -m evidence.transporter config/fashion.py --minutes=4
     python -m evidence.transporter config/shapes.py --init_from=CKPT --minutes=4 --only=gaussian,both
 
-Trains the same model from the same start once for each variant, for equal time: it measures a few updates, and sets the
-number of iterations by them. Leaves transporter.json and transporter.png in --out. Run it on an idle machine.
+Trains the same model from the same start once for each variant, for equal time: a few trial updates decide the number
+of iterations. Writes transporter.json and transporter.png into --out. Run it on an idle machine.
 """
 
 import argparse
@@ -34,7 +34,7 @@ VARIANTS = {
         "--transporter_heads=4",
     ],
 }
-TRIAL = 20  # iterations by which the speed is measured
+TRIAL = 20  # iterations that measure the speed
 
 
 def read_log(out):
@@ -44,7 +44,7 @@ def read_log(out):
 
 
 def train(config, out, settings):
-    """Runs train.py and returns its log. Raises ValueError if it fails."""
+    """Run train.py and return its log. Raises ValueError if it fails."""
     command = [sys.executable, "train.py", config, f"--out_dir={out}", *settings]
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise ValueError(f"{' '.join(command[1:])} failed")
@@ -52,7 +52,7 @@ def train(config, out, settings):
 
 
 def minutes_at(log, batch_size):
-    """{iteration: minutes of training up to it}, validations left out."""
+    """{iteration: minutes of training before it}, without the time of validations."""
     minutes, passed, before = {0: 0.0}, 0.0, 0
     for line in log:
         if "images_per_s" not in line:
@@ -72,7 +72,7 @@ def curve_of(name, config, out, minutes, settings):
     log = train(config, out / f"{name}_trial", [*settings, *trial])
     speed = log[-2]["images_per_s"]
     iterations = max(6, int(minutes * 60 * speed / batch_size))
-    every = iterations // 6  # so the last validation comes at the end of the schedule, or just before
+    every = iterations // 6  # the last validation comes at the end of the schedule
     whole = [f"--max_iters={6 * every}", f"--val_interval={every}", f"--log_interval={every}"]
     log = train(config, out / name, [*settings, *whole])
     passed = minutes_at(log, batch_size)

@@ -1,19 +1,19 @@
-"""The true density of noisy images of the "shapes" data set: it makes the distance of a model from the truth a number.
+"""The true density of noisy images of the "shapes" data set, and the distance of a model's steps from the truth.
 
     python -m evidence.truth out/shapes_plain --examples=50
 
-prints by how many nats -log p(x_s | x_t, caption) of each step is above the true one, in minutes, and leaves
-truth.json in the model's folder.
+takes minutes. It prints by how many nats -log p(x_s | x_t, caption) of each step exceeds the true one, and writes
+truth.json into the model's folder.
 
-A scene is a function of uniform numbers, its draws, of which the caption determines a few. So the density of an image
-at noise level t is an integral over the others,
+A scene is a function of uniform numbers, its draws (ours), and the caption determines a few of them. So the density of
+an image at noise level t is an integral over the others,
 
     q(x_t | caption) = E N(x_t; (1-t) x_0, t^2 I),
 
-and that of a reverse step follows: q(x_s | x_t, caption) = q(x_t | x_s) q(x_s | caption) / q(x_t | caption). Near the
-data few scenes explain x_t. Sequential Monte Carlo (Del Moral, Doucet & Jasra 2006) finds them by degrees: from scenes
-as they are drawn the power of the likelihood rises from 0 to 1, and at every stage the likelier ones are copied, then
-moved. The estimate of the integral is unbiased, and knows nothing of the scene that x_t was made from.
+and the density of a reverse step follows: q(x_s | x_t, caption) = q(x_t | x_s) q(x_s | caption) / q(x_t | caption).
+Near the data few scenes explain x_t. Sequential Monte Carlo (Del Moral, Doucet & Jasra 2006) finds these gradually: it
+starts from random scenes, raises the power of the likelihood from 0 to 1, and at every stage copies the likelier scenes
+and then moves them. The estimate of the integral is unbiased and does not use the scene that x_t was made from.
 """
 
 import json
@@ -37,10 +37,10 @@ from plumbing.runtime import find_device, one_line_errors
 from plumbing.shapes import DRAWS, compose, render
 
 OF_THE_CAPTION = [0, 2, 3, 4]  # the draws of kind, count and things
-RELATION = 1  # the draw of the relation,
-KIND_OF_RELATIONS = 0.75  # which is the caption's where the kind's draw is at least this
-CROWD = 10  # times as many scenes at first, so that every arrangement that explains x_t is among them
-COLUMNS = "", ", nearest diagonal Gaussian", ", nearest full Gaussian"  # of what is measured of each step
+RELATION = 1  # the draw of the relation
+KIND_OF_RELATIONS = 0.75  # captions with a relation are those whose kind's draw is at least this
+CROWD = 10  # times as many scenes at the start, so that they include every arrangement that explains x_t
+COLUMNS = "", ", nearest diagonal Gaussian", ", nearest full Gaussian"  # the figures of each step
 
 
 def some_scenes(draws, z):
@@ -54,19 +54,21 @@ def some_scenes(draws, z):
 
 
 def moments_of_noise(t):
-    """The scale of x_0 in x_t, and the variance around it; dequantisation, far narrower than t, adds little."""
+    """The scale of x_0 in x_t, and the variance around it; dequantisation adds little, being far narrower than t."""
     return 1 - t, t**2 + (1 - t) ** 2 / (12 * 128**2)
 
 
 def pixels(scene, image_size):
-    """(P, 3 size^2) float32: the centres of the bins that dequantisation fills."""
+    """Images of scenes, (P, 3 size^2) float32: pixels at the centres of the bins that dequantisation fills."""
     values = render(scene, image_size).reshape(len(scene.kind), -1)
     return (values + np.float32(0.5)) / 128 - 1
 
 
 def posterior(x, t, draws, rng, particles=1000, moves=5):
-    """Of a noisy image x (3, size, size) float32, log q(x_t | caption) in nats and scenes of q(x_0 | x_t, caption):
-    images (P, 3 size^2) and weights (P,), which sum to 1. draws: of any scene of that caption."""
+    """log q(x_t | caption) in nats of a noisy image x (3, size, size) float32, and scenes from q(x_0 | x_t, caption).
+
+    draws: of any scene with that caption. The scenes are images (P, 3 size^2) with weights (P,), which sum to 1.
+    """
     scale, variance = moments_of_noise(t)
     size = x.shape[-1]
     log_constant = 0.5 * x.size * math.log(2 * math.pi * variance)
@@ -100,17 +102,19 @@ def posterior(x, t, draws, rng, particles=1000, moves=5):
 
 
 def resample(weights, count, rng):
-    """Numbers of `count` scenes, each as often as its weight says, but for rounding (systematic resampling)."""
+    """The numbers of `count` scenes, each as often as its weight says, up to rounding (systematic resampling)."""
     shares = np.cumsum(weights) / weights.sum()
     places = (np.arange(count) + rng.random()) / count
     return np.searchsorted(shares, places).clip(max=len(weights) - 1)
 
 
 def move(z, fit, power, log_likelihood, rng):
-    """Moves scenes, z (P, DRAWS) and fit (P,), in place: a Metropolis step whose target is the normal distribution
-    times the likelihood to that power."""
+    """Move scenes, z (P, DRAWS) and fit (P,), in place by a Metropolis step.
+
+    The target is the normal distribution times the likelihood to the given power.
+    """
     column = len(z), 1
-    # of some draws and of any size; by itself it would leave the normal distribution as it is
+    # moves some of the draws, by a random size; the proposal keeps the normal distribution
     moved = rng.random(z.shape) < rng.choice([0.15, 0.4, 1.0], column)
     size = 10 ** rng.uniform(-2, 0, column) * moved
     proposed = np.sqrt(1 - size**2) * z + size * rng.standard_normal(z.shape)
@@ -121,7 +125,7 @@ def move(z, fit, power, log_likelihood, rng):
 
 
 def next_rise(fit, most, enough):
-    """The greatest rise of the power, up to `most`, whose weights exp(rise * fit) leave so many effective samples."""
+    """The greatest rise of the power, up to `most`, whose weights exp(rise * fit) leave `enough` effective samples."""
     def suffices(rise):
         weights = np.exp(rise * (fit - fit.max()))
         return weights.sum() ** 2 / np.square(weights).sum() >= enough
@@ -140,8 +144,11 @@ def next_rise(fit, most, enough):
 
 
 def log_gaussians(x_s, x_t, A, B, C, scenes, weights):
-    """log-density in nats of x_s, shaped like x_t, under the two Gaussians nearest to p(x_s | x_t, caption), a mixture
-    of N(A x_t + B x_0, C^2 I) over posterior's scenes x_0: with independent numbers, and with the full covariance."""
+    """log-densities in nats of x_s, shaped like x_t, under the two Gaussians nearest to p(x_s | x_t, caption).
+
+    That is a mixture of N(A x_t + B x_0, C^2 I) over posterior's scenes x_0. The first Gaussian has independent
+    numbers, the second the full covariance.
+    """
     x_s = x_s.flatten().double()
     x_t = x_t.flatten().double()
     means = A * x_t + B * scenes
@@ -154,9 +161,11 @@ def log_gaussians(x_s, x_t, A, B, C, scenes, weights):
 
 
 def distances(network, tokenizer, ts, dataset, count, seed=0):
-    """Nats by which -log p(x_s | x_t, caption) of an NTM is above the true one, and by which the two nearest Gaussians
-    of log_gaussians are, of the first `count` held-out images: (count, T-1, 3), for all steps but the last, cleanest
-    first. ts (T+1,): the noise levels, T > 1; dataset: shapes in colour."""
+    """Distances in nats from the truth, (count, T-1, 3), of all steps but the last, cleanest first.
+
+    For each of the first `count` held-out images: by how much -log p(x_s | x_t, caption) of an NTM, and of the two
+    Gaussians of log_gaussians, exceeds the true one. ts (T+1,): the noise levels, T > 1. dataset: shapes in colour.
+    """
     text_len = network.config.text_len
     rows = []
     bar = tqdm(total=min(count, len(dataset)), desc="truth", leave=False, unit="image")
@@ -176,8 +185,10 @@ def distances(network, tokenizer, ts, dataset, count, seed=0):
 
 
 def true_steps(network, x, ts, dataset, number, seed):
-    """log q(x_s | x_t, caption) of each step of a trajectory of held-out image `number`, (K-1,), and those of
-    log_gaussians, (K-1, 2). x: its levels (K, N, D) at the times ts (K,)."""
+    """log q(x_s | x_t, caption) of a trajectory's steps, (K-1,), and the two log_gaussians of each, (K-1, 2).
+
+    x: the levels (K, N, D) of held-out image `number` at the times ts (K,).
+    """
     draws = uniforms(dataset.seed, dataset.numbers([number]), DRAWS)[0]
     rng = np.random.default_rng([seed, number])
     images = network.unpatchify(x)
@@ -195,7 +206,7 @@ def true_steps(network, x, ts, dataset, number, seed):
 
 
 def summary(rows):
-    """{"step 1": {"mean", "standard_error"}, "step 1, nearest ...": ...} of what distances() has returned."""
+    """Means of the result of distances(): {"step 1": {"mean", "standard_error"}, "step 1, nearest ...": ...}."""
     results = {}
     for k, step in enumerate(rows.unbind(dim=1), start=1):
         for name, nats in zip(COLUMNS, step.unbind(dim=1)):
@@ -231,12 +242,12 @@ def parse(arguments):
 
 
 def check(path, settings, config, steps):
-    """Raises ValueError for a model whose true steps are not known."""
+    """Raise ValueError for a model whose true steps are not known."""
     if settings["dataset"] != "shapes" or config.channels != 3:
         raise ValueError(f"{path} is of the data set {settings['dataset']}, channels {config.channels}: the truth is "
-                         "known of shapes with 3 channels, choose a model of those")
+                         "known for shapes with 3 channels only, choose such a model")
     if steps < 2:
-        raise ValueError(f"steps is {steps}, but the truth is known of all steps but the last: choose at least 2")
+        raise ValueError(f"steps is {steps}, but the truth is known for all steps except the last: choose at least 2")
     first_noise = getattr(config, "first_noise", 1)
     if first_noise != 1:
         raise ValueError(f"{path} has first_noise {first_noise}: the truth of a coupled first step is not known, "

@@ -4,7 +4,7 @@ A checkpoint is a dict of tensors and plain values: `kind` (as in networks.py, o
 fields of NTMConfig), `settings` (those of the script that wrote it), `vocabulary`, `words` (of the training captions),
 `model`, `ema`, `optimizers` (a list), `iter`.
 
-    python -m plumbing.checkpoint out/shapes assets/shapes     what sampling needs of model and denoiser, in float16
+    python -m plumbing.checkpoint out/shapes assets/shapes     copies what sampling needs, in float16
 """
 
 import contextlib
@@ -22,17 +22,19 @@ from plumbing.console import module_parser
 from plumbing.records import last_validation
 from plumbing.runtime import gathered, job, one_line_errors, restarts
 
-# of the networks that are sampled from
+# of networks that sample, and of their denoiser
 KINDS = "ntm", "sit", "pixels", "coupled", "coupled_sit", "tarflow", "fm", "denoiser"
 WORDS = {"fm": "flow matching", "denoiser": "a denoiser", "judge": "a judge"}  # the other kinds are NTMs
 RESUME = "no", "yes", "auto"
-OF_A_SITTING = {"out_dir", "resume", "device"}  # settings that a resumed run does not take from its checkpoint
+OF_A_SITTING = {"out_dir", "resume", "device"}  # a resumed run does not take these from its checkpoint
 
 
 def save(path, **contents):
-    """Writes `contents` by way of a temporary file, so that whatever happens one whole checkpoint is there: modules and
-    optimisers (a list) as their state, and `model`'s config as `model_config`. Raises SystemExit if it cannot be
-    written, a full disk for instance; the old one is then still in place."""
+    """Write `contents` to a checkpoint, by way of a temporary file: at any time there is one whole checkpoint.
+
+    Modules and optimisers (in a list) are written as their state, and the config of `model` as `model_config`. Raises
+    SystemExit if the file cannot be written, for instance on a full disk; the old one is then still in place.
+    """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     if isinstance(contents.get("model"), torch.nn.Module):
@@ -61,8 +63,10 @@ def kept(path):
 
 
 def keep(path, i, count):
-    """Keeps the checkpoint `path`, of iteration i, as ckpt_000500.pt, say, too, and removes those before the newest
-    `count`. Where the file system has hard links, the two names are one file. Raises SystemExit where that fails."""
+    """Keep a copy of the checkpoint `path` of iteration i, such as ckpt_000500.pt, and only the newest `count` copies.
+
+    Where the file system has hard links, both names are one file. Raises SystemExit where this fails.
+    """
     own = path.with_name(f"{path.stem}_{i:06d}{path.suffix}")
     part = own.with_name(own.name + ".part")
     try:
@@ -72,7 +76,7 @@ def keep(path, i, count):
         except OSError:
             shutil.copyfile(path, part)
         os.replace(part, own)
-        earlier = [older for iteration, older in kept(path).items() if iteration <= i]  # later: of a run gone back
+        earlier = [older for iteration, older in kept(path).items() if iteration <= i]  # a run set back has later
         for older in earlier[:-count]:
             older.unlink()
     except OSError as error:
@@ -80,21 +84,23 @@ def keep(path, i, count):
 
 
 def state_of(value):
-    """Modules and optimisers as their state, settings as a plain dict: what loading without running anything takes."""
+    """Replace modules and optimisers by their state, and settings by a plain dict: load() then runs no code."""
     if isinstance(value, list):
         return [state_of(item) for item in value]
     return value.state_dict() if hasattr(value, "state_dict") else dict(value) if isinstance(value, dict) else value
 
 
 def load(path, *kinds):
-    """The contents of a checkpoint, its tensors mapped from the file: they take no memory until they are read. Raises
-    ValueError if it is missing, damaged, or of none of the `kinds`."""
+    """The contents of a checkpoint. Tensors are mapped from the file and take no memory until they are read.
+
+    Raises ValueError for a checkpoint that is missing, damaged, or of none of the `kinds`.
+    """
     try:
         contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
         script = {"denoiser": "distill.py", "judge": "python -m evidence.judge"}.get(kinds[0], "train.py")
         raise ValueError(f"there is no checkpoint {path}: make it with {script}, or name another") from None
-    except Exception as error:  # what reading garbage raises depends on the garbage
+    except Exception as error:  # a damaged file may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read checkpoint {path}: it is truncated or not a checkpoint ({reason})") from error
     if not isinstance(contents, dict) or contents.get("kind") not in kinds:
@@ -116,8 +122,10 @@ def restore(module, state, path):
 
 
 def load_network(path, networks, device="cpu"):
-    """The network that a checkpoint holds, with its averaged weights in evaluation mode, and what else the checkpoint
-    holds. networks: {kind: class with a config_class}, the kinds that it may be of."""
+    """The network of a checkpoint, with its averaged weights, in evaluation mode; and the checkpoint's other contents.
+
+    networks: {kind: class with a config_class}, the kinds that are allowed. Raises ValueError.
+    """
     contents = load(path, *networks)
     network_class = networks[contents["kind"]]
     fields = contents["model_config"]
@@ -133,7 +141,7 @@ def load_network(path, networks, device="cpu"):
 
 
 def fingerprint(network):
-    """A hash of a network's weights, in hexadecimal. They are rounded to float16, so that slim() does not change it."""
+    """A hash of a network's weights, in hexadecimal; they are rounded to float16, so that slim() does not change it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
@@ -143,14 +151,16 @@ def fingerprint(network):
 
 
 def find_resumable(resume, path, *kinds):
-    """The contents of the checkpoint that a run continues, or None for a run that starts anew, by `resume`: "yes"
-    continues, "auto" does so if there is something to continue, and so does what torchrun has restarted, if it wrote
-    that itself. No checkpoint that is there is overwritten by a run that starts anew."""
+    """The contents of the checkpoint that a run continues, or None for a run that starts anew.
+
+    resume: "yes" continues, "auto" continues where there is a checkpoint, and so does "no" in a run that torchrun has
+    restarted, if that run wrote the checkpoint. A run that starts anew never overwrites one. Raises ValueError.
+    """
     if resume not in RESUME:
         raise ValueError(f"resume {resume!r} is unknown: choose {', '.join(map(repr, RESUME))}")
     seen, restarted = zip(*gathered((path.exists(), restarts())))
     if len(set(seen)) > 1:
-        raise ValueError(f"{path} is seen by some ranks only: out_dir has to be where all of them reach it")
+        raise ValueError(f"{path} is seen by some ranks only: choose an --out_dir that all of them can reach")
     if not seen[0] and (others := list(kept(path).values())):
         raise ValueError(f"there is no {path}, but {others[-1].name} beside it: copy that to {path.name} and continue "
                          "with --resume=yes, or choose another --out_dir")
@@ -159,7 +169,7 @@ def find_resumable(resume, path, *kinds):
         if resume == "no" and contents.get("job") != job():
             raise ValueError(f"{path} is of another job: continue it with --resume=yes, or choose another --out_dir")
         if "optimizers" not in contents:
-            raise ValueError(f"{path} holds what sampling needs and no more: it cannot be resumed")
+            raise ValueError(f"{path} holds only what sampling needs: continue the run's own checkpoint instead")
         return contents
     if seen[0]:
         raise ValueError(f"{path} is there already: continue it with --resume=yes, or choose another --out_dir")
@@ -167,53 +177,55 @@ def find_resumable(resume, path, *kinds):
 
 
 def keep_settings(config, contents):
-    """A run that is resumed keeps the checkpoint's settings, but for those that the command line gives."""
+    """Take the settings of a resumed run from its checkpoint, except for those that the command line gives."""
     for name in config.keys() - config.given - OF_A_SITTING:
         config[name] = contents["settings"].get(name, config[name])
 
 
 def resume(contents, path, model, ema, optimizers, config, *fixed):
-    """Brings weights and optimisers back. Raises ValueError that names every setting that does not fit: what the
-    model is made by, and those in `fixed`."""
+    """Restore weights and optimisers of a run that is resumed.
+
+    Raises ValueError that names every setting that does not fit: those that shape the model, and those in `fixed`.
+    """
     theirs = {**contents["model_config"], **{name: contents["settings"].get(name) for name in fixed}}
     ours = {**asdict(model.config), **{name: config[name] for name in fixed}}
     if wrong := [f"{name} is {theirs.get(name)}, the settings say {value}"
-                 for name, value in ours.items() if theirs.get(name, value) != value]:  # older ones lack what is new
+                 for name, value in ours.items() if theirs.get(name, value) != value]:  # old files lack new settings
         raise ValueError(f"{path} is of another model: {', '.join(wrong)}; leave them out to resume it")
     restore(model, contents["model"], path)
     restore(ema, contents["ema"], path)
     for optimizer, state in zip(optimizers, contents["optimizers"]):
-        groups = optimizer.state_dict()["param_groups"]  # with the weight_decay and words_lr of now
+        groups = optimizer.state_dict()["param_groups"]  # of this run: its weight_decay and words_lr
         if [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
             raise ValueError(f"{path} groups its weights as another version did: resume it with that one")
-        state = {"state": copy.deepcopy(state["state"]), "param_groups": groups}  # not the file's memory, which will go
+        state = {"state": copy.deepcopy(state["state"]), "param_groups": groups}  # a copy: the file will be replaced
         optimizer.load_state_dict(state)
 
 
 def restore_frozen(contents, path, predictor):
-    """Brings back the weights of the flow-matching model that a run started from. Raises ValueError without them."""
+    """Restore the weights of the flow-matching model that a run started from. Raises ValueError if there are none."""
     if "frozen" not in contents:
         raise ValueError(f"{path} was trained with aux_weight 0: resume it with --aux_weight=0")
     restore(predictor, contents["frozen"], path)
 
 
 def check_teacher(path, contents, iteration, sha256):
-    """Raises ValueError where a denoiser's checkpoint learned from another model than that of an iteration and hash."""
+    """Raise ValueError for a denoiser that learned from another model than the one of this iteration and hash."""
     taught = contents.get("teacher", iteration)
     if taught != iteration:
         raise ValueError(f"{path} learns from iteration {taught}, but the model is at {iteration}: remove it, to "
                          "distil anew")
-    if contents.get("teacher_sha256", sha256) != sha256:  # older ones have none
+    if contents.get("teacher_sha256", sha256) != sha256:  # older checkpoints have no hash
         raise ValueError(f"{path} learns from another model than {path.with_name('ckpt.pt')}, which has the same "
                          "iteration and other weights: remove it, to distil anew")
 
 
 def slim(path, out):
-    """Writes what sampling needs of the checkpoint `path`, its averaged weights in float16, to `out`."""
+    """Write what sampling needs of the checkpoint `path`, with averaged weights in float16, to `out`."""
     contents = load(path, *KINDS)
     names = "kind", "model_config", "iter", "vocabulary", "words", "teacher", "teacher_sha256"
     kept = {name: contents[name] for name in names if name in contents}
-    paths = dict.fromkeys(("out_dir", "init_from", "data_dir", "decoder"), "")  # which are of no use elsewhere
+    paths = dict.fromkeys(("out_dir", "init_from", "data_dir", "decoder"), "")  # useless on another machine
     settings = contents["settings"] | paths
     log = path.with_name("log.jsonl" if path.name == "ckpt.pt" else "denoiser_log.jsonl")
     kept["validation"] = contents.get("validation") or last_validation(log)

@@ -1,5 +1,8 @@
-"""Two folders of PNGs for programs that compare images, such as clean-fid and torch-fidelity: samples of a model of
-latents, decoded, and real images of the same size, prepared as for encoding. There is nothing else in them."""
+"""Folders of PNGs for programs that compare images, such as clean-fid and torch-fidelity.
+
+One folder holds decoded samples of a model of latents, the other real images of the same size, cropped as for encoding.
+Neither holds any other file.
+"""
 
 import json
 
@@ -13,20 +16,20 @@ from plumbing.shards import Shards
 
 
 def empty_folder(folder):
-    """Makes a folder, or removes the images that an earlier run has left there."""
+    """Make a folder, or remove the images that an earlier run left in it."""
     make_folder(folder)
     for path in files_named(folder, OF_AN_IMAGE):
         path.unlink()
 
 
 def write_folder(folder, numbers, images):
-    """Writes images (n, C, H, W) in [-1, 1] under their numbers: 0000.png, 0001.png, ..."""
+    """Write images (n, C, H, W) in [-1, 1] under their numbers: 0000.png, 0001.png, ..."""
     for number, image in zip(numbers, images):
         save_image(to_pil(image), folder / f"{number:04d}.png")
 
 
 def source_of(latents):
-    """Where `data.py encode` has found the images of shards of latents, or "" if they were not made by it."""
+    """The folder whose images `data.py encode` made into these latents; "" if they were made in another way."""
     shard = latents.paths[0]
     for folder in shard.parent, shard.parent.parent:
         try:
@@ -37,9 +40,11 @@ def source_of(latents):
 
 
 def open_real_images(latents, height, width, images_dir):
-    """The held-out images that shards of latents were made of, scaled and cropped to height x width; or None, and a
-    note, where they are no longer. images_dir: which shards; empty: those that were encoded. Raises ValueError or
-    OSError for an images_dir that is given."""
+    """The held-out images that latents were made of, at height x width, or None and a note if they are not found.
+
+    images_dir: the images' shards; empty: those that were encoded. Raises ValueError or OSError for an images_dir that
+    is given but cannot be read.
+    """
     source = images_dir or source_of(latents)
     try:
         if not source:
@@ -48,22 +53,22 @@ def open_real_images(latents, height, width, images_dir):
     except (OSError, ValueError) as error:
         if images_dir:
             raise
-        note(f"in place of the real images there are reconstructions, decoded latents: name the images in --real_dir "
-             f"({error})")
+        note(f"the real images cannot be read ({error}): decoded latents take their place, unless --real_dir names "
+             "them")
         return None
 
 
 def write_real_images(folder, latents, count, to_images, device, images_dir="", batch_size=100):
-    """Writes `count` real images, or as many as are held out, into an empty folder, by all ranks.
+    """Write `count` real images, or as many as are held out, into an empty folder, by all ranks.
 
-    latents: the held-out set that the model is compared with. to_images: its latents (B, C, h, w), on the device, to
-    images, which decides their size. images_dir: as open_real_images's.
+    latents: the held-out set to compare the model with. to_images: a function from latents (B, C, h, w), on the device,
+    to images, whose size the real images get. images_dir: as in open_real_images.
     """
     height, width = to_images(latents[0][0][None].to(device)).shape[2:]
     images = open_real_images(latents, height, width, images_dir)
     there = len(latents if images is None else images)
     if there < count:
-        note(f"there are only {there} real images for {count} samples: a distance wants as many of both")
+        note(f"there are only {there} real images for {count} samples: compare equal numbers")
     count = min(count, there)
     rank, world = rank_and_world()
     for start in tqdm(range(0, count, batch_size)[rank::world], "real images", leave=False, disable=rank > 0):

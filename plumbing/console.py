@@ -1,4 +1,4 @@
-"""What scripts say on a terminal: --help, and text that the terminal's encoding does not know."""
+"""Output on a terminal: --help, and characters that the terminal's encoding lacks."""
 
 import argparse
 import ast
@@ -13,7 +13,7 @@ import tokenize
 COLUMN = 30  # where the sentences of --help begin
 WIDEST = 110  # characters of a line of --help
 HEADING = re.compile(r"# -{2,} *(\w.*?)[ -]*")  # "# ---- optimisation": a heading among the settings
-PLAIN = re.compile(r"[\w./,:-]+")  # what a shell takes as it is
+PLAIN = re.compile(r"[\w./,:-]+")  # text that a shell needs no quotes for
 
 
 def print_all_text():
@@ -25,7 +25,7 @@ def print_all_text():
 
 
 def parser_with_examples(make=argparse.ArgumentParser, *args, examples, **settings):
-    """A parser of argparse, from `make`, whose --help ends in examples, a list of commands."""
+    """A parser of argparse, from `make`, whose --help ends with examples, a list of commands."""
     text = "\n".join(["examples:", *[f"  {example}" for example in examples]])
     layout = argparse.RawDescriptionHelpFormatter  # argparse would otherwise join the examples' lines
     return make(*args, epilog=text, formatter_class=layout, allow_abbrev=False, **settings)
@@ -41,7 +41,7 @@ def module_parser(module, description, examples):
 
 
 def comments_of(source):
-    """{line: text} of the comments that stand behind code, and {line: text} of the headings."""
+    """The comments that stand behind code, {line: text}, and the headings, {line: text}."""
     behind, headings = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT:
@@ -56,7 +56,7 @@ def comments_of(source):
 
 
 def as_argument(value):
-    """A setting's value as one would type it behind --name=."""
+    """A setting's value as one would type it after --name=."""
     if isinstance(value, tuple) and value:
         return ",".join(map(str, value)) + "," * (len(value) == 1)
     if isinstance(value, str):
@@ -65,7 +65,7 @@ def as_argument(value):
 
 
 def describe(argument, sentence, width):
-    """The lines of --help for one setting: the argument, and beside it the sentence, wrapped."""
+    """The lines of --help for one setting: the argument and, beside it, the wrapped sentence."""
     left = f"  {argument}"
     lines = textwrap.wrap(sentence, width - COLUMN) or [""]
     if len(left) > COLUMN - 2:
@@ -74,8 +74,10 @@ def describe(argument, sentence, width):
 
 
 def help_text(script, source, settings):
-    """What --help prints of a script with the text `source`: usage, what it does, examples, and all settings with their
-    defaults and comments. settings: {name: (default, ast node)}."""
+    """The text of --help of a script with the text `source`: usage, purpose, examples, and all settings.
+
+    settings: {name: (default, ast node)}; each is shown with its default and its comment.
+    """
     width = min(shutil.get_terminal_size().columns, WIDEST)
     paragraphs = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")
     lines = [f"usage: python {script} [CONFIG.py ...] [--NAME=VALUE ...]"]

@@ -1,4 +1,4 @@
-"""Image files to pixels, whatever is odd about what stands beside the pixels: EXIF, texts, profiles, thumbnails."""
+"""Image files to pixels, even if other parts of the file are odd: EXIF, texts, profiles, thumbnails."""
 
 import io
 import warnings
@@ -9,8 +9,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from plumbing.images import over_white
 
-PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # what their files begin with
-SCAN = 0xDA  # the segment of a JPEG after which pixels follow
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # the first bytes of such files
+SCAN = 0xDA  # the segment of a JPEG before the pixels
 METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1 to APP13, APP15 and COM; APP14 says how colours are coded
 TURNS = {  # by the orientation in a photograph's EXIF
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -24,10 +24,12 @@ TURNS = {  # by the orientation in a photograph's EXIF
 
 
 def decode(data):
-    """The bytes of an image file as an RGB PIL.Image: rotated as its EXIF says, transparency over white. Raises
-    DecompressionBombWarning or DecompressionBombError for an enormous image, and anything for garbage."""
+    """The image of a file's bytes, as an RGB PIL.Image: rotated as its EXIF says, transparency over white.
+
+    Raises DecompressionBombWarning or DecompressionBombError for an enormous image, and any exception for garbage.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # oddities of formats, of which a large data set has all
+        warnings.simplefilter("ignore")  # about odd files, which every large data set has
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             return to_rgb(data)
@@ -41,29 +43,33 @@ def decode(data):
 def to_rgb(data):
     try:
         image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:  # which names a place in memory
+    except UnidentifiedImageError as error:  # its message is an address in memory
         raise ValueError("it is no image file that Pillow knows") from error
     image = upright(image)
-    if image.mode.startswith("I;16"):  # which Pillow would clip instead of scale
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits instead of scaling them
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return over_white(image) if image.has_transparency_data else image.convert("RGB")
 
 
 def upright(image):
-    """A PIL.Image, turned as its EXIF says, or as it is where that cannot be read. Unlike ImageOps.exif_transpose this
-    writes no EXIF anew, which fails where cameras wrote something odd."""
+    """A PIL.Image, turned as its EXIF says; unchanged if the EXIF cannot be read.
+
+    ImageOps.exif_transpose would also rewrite the EXIF, and fail on what some cameras put there.
+    """
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         turn = TURNS.get(orientation)
-    except Exception:  # what reading garbage raises depends on the garbage
+    except Exception:  # a damaged file may raise anything
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 def pixels_alone(data):
-    """The bytes of a PNG or JPEG without what pixels do not depend on, which may be larger than Pillow allows, or
-    damaged. The bytes of another file, or of one that ends early, as they are."""
+    """The bytes of a PNG or JPEG without the parts that do not affect pixels.
+
+    Those may be damaged, or larger than Pillow allows. Bytes of other files, or of one that ends early, stay unchanged.
+    """
     try:
         if data.startswith(PNG):
             return png_without_metadata(data)
@@ -75,7 +81,7 @@ def pixels_alone(data):
 
 
 def png_without_metadata(data):
-    """The critical chunks of a PNG, and where they are whole its transparency and its EXIF, which may turn it."""
+    """A PNG's critical chunks, with its transparency and its EXIF (which may turn the image) where they are whole."""
     kept, at = [PNG], len(PNG)
     while at < len(data):
         end = at + 12 + int.from_bytes(data[at:at + 4])  # a chunk is length, name, contents and checksum

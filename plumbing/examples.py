@@ -1,8 +1,8 @@
-"""What the members of a shard mean: which of them make an example, its captions, its image or its latent.
+"""From the members of a shard to examples: which members belong together, their captions, image or latent.
 
 A member is named KEY.SUFFIX. KEY ends at the first dot of the file name: 0000.jpg, 0000.txt and 0000.mask.png are one
-example. Only where several names with further dots each have a picture and a text of their own (photo.0.jpg,
-photo.0.txt, photo.1.jpg, photo.1.txt) is each of them an example. Of several members of a kind the one with the
+example. A name with further dots is an example of its own only where several such names each have a picture and a
+text: photo.0.jpg, photo.0.txt, photo.1.jpg, photo.1.txt. Of several members of a kind the one with the
 plainest suffix is read: 0000.png rather than 0000.mask.png, and 0000.input.png where there is no other.
 """
 
@@ -18,15 +18,15 @@ from PIL import Image
 
 from plumbing.decoding import decode
 
-IMAGES = ("jpg", "jpeg", "png", "webp")  # suffixes of images in shards and folders; that of latents is npy
+IMAGES = ("jpg", "jpeg", "png", "webp")  # suffixes of images in shards and folders; latents have npy
 PICTURES = {*IMAGES, "npy"}
 TEXTS = ("txt", "json", "cls")  # suffixes of captions
-WRAPPED = ("caption", "text", "raw")  # where an object among the captions keeps its text, as COCO's do
+WRAPPED = ("caption", "text", "raw")  # keys of the text in captions that are objects, such as COCO's
 TYPES = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a text"}
 
 
 class Unusable(ValueError):
-    """What is wrong with an example."""
+    """An example cannot be used; the message says why."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -34,9 +34,11 @@ class Unusable(ValueError):
 
 
 def key_and_suffix(name):
-    """The key and the suffix of a member, parted at the first dot of its file name: "a/0.Mask.png" -> ("a/0",
-    "mask.png"). None for what belongs to no example: a file without a suffix, and hidden files and folders, among them
-    the AppleDouble files (._0.jpg, __MACOSX/) that macOS packs beside each file."""
+    """Split a member's name at the first dot of its file name: "a/0.Mask.png" gives ("a/0", "mask.png").
+
+    Returns None for a member of no example: a file without a suffix, and hidden files and folders, also the AppleDouble
+    files (._0.jpg, __MACOSX/) that macOS packs beside each file.
+    """
     *folders, file = name.split("/")
     stem, _, suffix = file.partition(".")
     hidden = any(folder.startswith(".") and folder.strip(".") for folder in folders)
@@ -51,8 +53,10 @@ def last(suffix):
 
 
 def complete_parts(suffixes):
-    """The first parts of suffixes of several parts, "" for plain suffixes, that have a picture and a text of their
-    own. Beside a plain example the text has to be a .txt, since masks and the like may have a .json of their own."""
+    """The first parts of the suffixes that have a picture and a text of their own; "" stands for plain suffixes.
+
+    Beside a plain example the text has to be a .txt, since masks and the like may have a .json of their own.
+    """
     kinds = defaultdict(set)
     for suffix in suffixes:
         first, dot, _ = suffix.partition(".")
@@ -64,7 +68,7 @@ def complete_parts(suffixes):
 
 
 def are_several(suffixes):
-    """Whether members of one key are several examples: more than one part is complete, or the only one is several."""
+    """Whether members of one key are several examples: more than one part is complete, or one holds several."""
     parts = complete_parts(suffixes)
     if len(parts) != 1 or "" in parts:
         return len(parts) > 1
@@ -78,7 +82,7 @@ def below(suffix):
 
 
 def split_examples(key, members):
-    """The examples, (key, members) each, in a run of adjacent members (suffix, block) of one key."""
+    """Yield the examples, (key, members) each, in a run of adjacent members (suffix, block) of one key."""
     suffixes = [suffix for suffix, _ in members]
     if not are_several(suffixes):
         yield from split_repeats(key, members)
@@ -97,7 +101,7 @@ def split_examples(key, members):
 
 
 def split_repeats(key, members):
-    """Members of one key, parted where a suffix repeats: neighbours that share a key are two examples."""
+    """Split members of one key where a suffix repeats: two adjacent examples may share a key."""
     example, seen = [], set()
     for suffix, block in members:
         if suffix in seen:
@@ -109,9 +113,11 @@ def split_repeats(key, members):
 
 
 def pick(members, *kinds):
-    """The suffix of the member {suffix: bytes} to read of some kinds, such as "png": the plainest; of several equally
-    plain, one that has a text and a picture of the same name; of these, one of the kind that stands first. None where
-    there is none. Raises Unusable where several remain."""
+    """The suffix of the member to read among members {suffix: bytes} of some kinds, such as "png", or None.
+
+    The plainest suffix is chosen; of equally plain ones, one with a text and a picture of the same name; of these, one
+    of the kind that comes first. Raises Unusable where several remain.
+    """
     found = [suffix for suffix in members if last(suffix) in kinds]
     if not found:
         return None
@@ -128,7 +134,7 @@ def pick(members, *kinds):
 
 
 def complete_names(members):
-    """The suffixes, without their last parts, that both a picture and a text have."""
+    """The suffixes, without their last parts, that have both a picture and a text."""
     pictures = {suffix.rpartition(".")[0] for suffix in members if last(suffix) in PICTURES}
     texts = {suffix.rpartition(".")[0] for suffix in members if last(suffix) in TEXTS}
     return pictures & texts
@@ -139,7 +145,7 @@ def complete_names(members):
 
 
 def captions_of(members):
-    """An example's captions, each of them true, and whether its mirror image is as good. Raises Unusable."""
+    """An example's captions, all of them true, and whether the image may be mirrored. Raises Unusable."""
     sources, faults = [], []
     for kind in TEXTS:
         try:
@@ -147,7 +153,7 @@ def captions_of(members):
                 sources.append(suffix)
         except Unusable as error:
             faults.append(error)
-    sources.sort(key=lambda suffix: (last(suffix) == "cls", suffix.count(".")))  # a class only where there is no text
+    sources.sort(key=lambda suffix: (last(suffix) == "cls", suffix.count(".")))  # texts before class numbers
     captions, symmetric = [], True
     for suffix in sources:
         try:
@@ -162,7 +168,7 @@ def captions_of(members):
 
 
 def read_record(data, kind):
-    """What a .txt, .json or .cls says, as a .json would. Raises Unusable."""
+    """The contents of a .txt, .json or .cls as a dict like a .json's. Raises Unusable."""
     if kind == "json":
         try:
             record = json.loads(data)
@@ -183,9 +189,9 @@ def read_record(data, kind):
 
 
 def captions_in(record):
-    """The captions that a record has in "captions", or else in "caption". Raises Unusable where it has none."""
+    """The captions in a record's "captions", or else in its "caption". Raises Unusable where it has none."""
     fault = "it has no caption"
-    for name in "caption", "captions":  # what is wrong with the second is told
+    for name in "caption", "captions":  # the fault of the second is reported
         if name in record:
             if isinstance(record[name], str) and not record[name].strip():
                 fault = "its caption is empty"
@@ -198,7 +204,7 @@ def captions_in(record):
 
 
 def texts_in(value, depth=3):
-    """The texts in a text, in a list or in an object of them by language, say; what is empty or no text is left out."""
+    """The texts in a value: a text, a list, or an object of them, say by language; skips what is empty or no text."""
     if isinstance(value, str):
         text = value.strip().encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
         return [text] if text else []
@@ -211,7 +217,7 @@ def texts_in(value, depth=3):
 
 
 def described(value):
-    """The type of a value of a .json in words, and the value where it is short."""
+    """The type of a value from a .json in words, with the value where it is short."""
     if value is None:
         return "null"
     name = TYPES[type(value)]
@@ -231,13 +237,16 @@ def decode_image(members):
         return decode(members[suffix])
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise Unusable(f"it is enormous ({error})") from error
-    except Exception as error:  # what decoding garbage raises depends on the garbage
+    except Exception as error:  # a damaged image may raise anything
         raise Unusable(f"it cannot be decoded ({str(error) or type(error).__name__})") from error
 
 
 def holds_latent(members):
-    """Whether what an example has to train on is its array. Beside an image as plainly named, an array is its latent
-    where it has three sizes and several channels; embeddings and maps of depth are not. Raises Unusable."""
+    """Whether an example is trained on as its array instead of its image. Raises Unusable.
+
+    Beside an image with an equally plain name, an array is a latent only if it has three sizes and several channels,
+    unlike embeddings and depth maps.
+    """
     array, image = pick(members, "npy"), pick(members, *IMAGES)
     if array is None or image is None:
         return array is not None
@@ -248,7 +257,7 @@ def holds_latent(members):
 
 
 def decode_latent(members, shape=None):
-    """An example's latent (C, h, w), float32. Raises Unusable, also for another shape than the given."""
+    """An example's latent (C, h, w), float32. Raises Unusable, also for a latent of another shape than `shape`."""
     suffix = pick(members, "npy")
     if suffix is None:
         raise Unusable("it has no latent")
@@ -257,7 +266,7 @@ def decode_latent(members, shape=None):
         if array.dtype.kind not in "fiu":
             raise ValueError(f"its numbers are {array.dtype}")
         latent = torch.from_numpy(array.astype(np.float32))
-    except Exception as error:  # what reading garbage raises depends on the garbage
+    except Exception as error:  # a damaged file may raise anything
         raise Unusable(f"it is not an array ({str(error) or type(error).__name__})") from error
     found = "x".join(map(str, latent.shape))
     if latent.ndim != 3:

@@ -1,7 +1,7 @@
-"""A folder of captioned images: which files are read, which caption is whose, and which of them are held out.
+"""A folder of captioned images: which files are read, which caption belongs to which image, and which are held out.
 
-Captions stand in NAME.txt beside NAME.png, or in a metadata.jsonl or .csv of Hugging Face's kind, which is of the
-images of its folder and of those below it; names may be spelled in several ways there (see tidy).
+Captions stand in NAME.txt beside NAME.png, or in a metadata.jsonl or .csv as Hugging Face has them, for the images in
+its folder and below. Names may be spelled in several ways there (see tidy).
 """
 
 import csv
@@ -20,21 +20,21 @@ from plumbing.shards import IMAGES
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # where a folder has both, the first is read
 READ = tuple(f".{suffix}" for suffix in (*IMAGES, "npy"))
-OTHER_IMAGES = (".heic", ".heif", ".jxl", ".svg", ".psd",  # which Pillow does not know
+OTHER_IMAGES = (".heic", ".heif", ".jxl", ".svg", ".psd",  # Pillow cannot read these
                 ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
-COPIES = ("__MACOSX", "@eaDir")  # folders of thumbnails and of attributes, which systems leave beside images
-LATIN_1 = {0xDC00 + byte: byte for byte in range(128, 256)}  # how Python holds bytes that are not UTF-8
+COPIES = ("__MACOSX", "@eaDir")  # folders of thumbnails and attributes that operating systems add
+LATIN_1 = {0xDC00 + byte: byte for byte in range(128, 256)}  # how Python stores other bytes than UTF-8
 UNNAMED = "more columns than there are names (quote a text that holds commas)"
 
 
 def hashed(text):
-    """A number in [0, 1) that is a function of the text alone."""
+    """A number in [0, 1) that depends on the text alone."""
     data = text.encode("utf-8", "surrogateescape")  # names of files may be other bytes than UTF-8
     return int(hashlib.sha256(data).hexdigest()[:8], 16) / 16**8
 
 
 def printable(text):
-    """A path or name as text that can be printed: bytes of names that are not UTF-8 become backslashes and digits."""
+    """A path or name as printable text: bytes that are not UTF-8 become backslashes and digits."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -43,9 +43,11 @@ def stop(error):
 
 
 def files_below(folder):
-    """{name: path} of the files in a folder and its subfolders, names by "/" and in order; and a Counter of what is
-    left out. Hidden files and folders are no data: .ipynb_checkpoints, for one, holds copies. Links are followed to
-    files, not to folders, which could lead round in circles."""
+    """The files in a folder and its subfolders, {name: path} in order, names with "/"; and a Counter of those left out.
+
+    Hidden files and folders are skipped: .ipynb_checkpoints, for one, holds copies. Links to files are followed, links
+    to folders are not, since they could lead in circles.
+    """
     files, left_out = {}, Counter()
     for place, folders, names in os.walk(folder, onerror=stop):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
@@ -63,24 +65,25 @@ def files_below(folder):
 
 
 def unread_formats(files):
-    """A Counter {".heic files": 2} of images in formats that are not read."""
-    Image.init()  # which is when Pillow knows all formats
+    """A Counter of image files in formats that are not read, such as {".heic files": 2}."""
+    Image.init()  # only now does Pillow know all formats
     formats = {*Image.EXTENSION, *OTHER_IMAGES} - set(READ)
     suffixes = [path.suffix for path in files.values()]
     return Counter(f"{printable(suffix)} files" for suffix in suffixes if suffix.lower() in formats)
 
 
 def tidy(name):
-    """A name in one spelling: slashes for backslashes, no "./", the suffix in small letters, accents composed, which
-    macOS takes apart, and as characters what old systems wrote in Latin-1."""
+    """A name in one spelling: slashes for backslashes, no "./", the suffix in lower case.
+
+    Accents that macOS has decomposed are composed, and bytes that old systems wrote in Latin-1 become characters.
+    """
     path = posixpath.normpath(name.strip().replace("\\", "/").translate(LATIN_1))
     stem, suffix = posixpath.splitext(path)
     return unicodedata.normalize("NFC", stem + suffix.lower())
 
 
 def finder(names):
-    """A function that gives for a name the one of `names` that is meant: that very name, or the only one that differs
-    in its spelling alone; None where there is none or there are several."""
+    """A function from a name to the one of `names` that is equal, or the only one spelled differently, or None."""
     exact, by_spelling = set(names), defaultdict(list)
     for name in names:
         by_spelling[tidy(name)].append(name)
@@ -93,7 +96,7 @@ def finder(names):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, without the mark that some editors put first. Raises ValueError for other files."""
+    """The text of a file in UTF-8, without a byte-order mark. Raises ValueError for another encoding."""
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -101,7 +104,7 @@ def read_text(path):
 
 
 def rows_of(path):
-    """The rows of a metadata.jsonl or .csv, in order: (file_name, text). Raises ValueError for other contents."""
+    """The rows (file_name, text) of a metadata.jsonl or .csv, in order. Raises ValueError for other contents."""
     text, shown = read_text(path), printable(path)
     try:
         if path.suffix.lower() == ".csv":
@@ -122,9 +125,9 @@ def rows_of(path):
 
 
 def metadata_of(files):
-    """{folder: path} of the metadata files, folders as in the names of files, "" for the outermost."""
+    """The metadata files, {folder: path}; folders are named as in the names of files, the outermost ""."""
     found = {}
-    for wanted in reversed(METADATA):  # the first has the last word
+    for wanted in reversed(METADATA):  # so that the first overwrites the second
         for name, path in files.items():
             folder, base = posixpath.split(name)
             if base.lower() == wanted:
@@ -133,7 +136,7 @@ def metadata_of(files):
 
 
 def image_meant(name, home, folder, find):
-    """The image that a name in the metadata of a folder `home`, itself seen from `folder`, means; or None."""
+    """The image that a name in the metadata of the folder `home`, relative to `folder`, refers to; or None."""
     if os.path.isabs(name):
         return find(os.path.relpath(name, folder.resolve()))
     found = find(posixpath.join(home, name)) or find(posixpath.join(home, name.strip()))
@@ -142,8 +145,10 @@ def image_meant(name, home, folder, find):
 
 
 def read_metadata(folder, files, find):
-    """{image: caption} by all metadata files, and the names in them that are no image's. Raises ValueError where an
-    image has two captions."""
+    """{image: caption} from all metadata files, and the names in them that match no image.
+
+    Raises ValueError where an image has two captions.
+    """
     captions, unknown = {}, []
     for home, path in metadata_of(files).items():
         for number, (name, text) in enumerate(rows_of(path), 1):
@@ -159,7 +164,7 @@ def read_metadata(folder, files, find):
 
 
 def read_sidecars(images, files):
-    """{image: caption} of the images that have a text file beside them: NAME.txt, or NAME.png.txt."""
+    """{image: caption} of the images with a text file beside them, NAME.txt or NAME.png.txt."""
     find = finder([name for name, path in files.items() if path.suffix.lower() == ".txt"])
     captions = {}
     for image in images:
@@ -170,8 +175,10 @@ def read_sidecars(images, files):
 
 
 def read_captions(folder, files, images):
-    """{image: caption} of the images that have one, and the names in metadata files that are no image's. Where metadata
-    stand in a folder or above it, text files there are not read: they may be of something else."""
+    """{image: caption} of the images that have one, and the names in metadata files that match no image.
+
+    In folders with metadata, and below them, text files are not read: they may be about something else.
+    """
     captions, unknown = read_metadata(folder, files, finder(images))
     homes = metadata_of(files)
     covered = tuple(f"{home}/" for home in homes if home)
@@ -181,8 +188,11 @@ def read_captions(folder, files, images):
 
 
 def twins(images, files):
-    """Lists of images that belong together, in order of the first of each: equal files, and files whose names differ in
-    the suffix alone, cat.jpg and cat.webp, which share a caption."""
+    """Lists of images that belong together, in the order of the first of each.
+
+    Images belong together if their files are equal, or if their names differ in the suffix alone: cat.jpg and cat.webp
+    share a caption.
+    """
     sizes = {image: files[image].stat().st_size for image in images}
     of_size, parent = Counter(sizes.values()), {}
 
@@ -194,7 +204,7 @@ def twins(images, files):
 
     for image in images:
         parent[root(("stem", posixpath.splitext(image)[0]))] = root(image)
-        if of_size[sizes[image]] > 1:  # others need not be read
+        if of_size[sizes[image]] > 1:  # files of unique size equal no other
             with open(files[image], "rb") as file:
                 parent[root(("content", hashlib.file_digest(file, "sha256").digest()))] = root(image)
     groups = defaultdict(list)
@@ -204,8 +214,10 @@ def twins(images, files):
 
 
 def choose_held_out(groups, fraction):
-    """The set of images to validate with, about that fraction and at least one, the first of groups of twins. Groups
-    stay whole, unless there is but one."""
+    """The set of images to validate with: about that fraction, at least one, from the first groups of twins.
+
+    Groups stay whole, unless there is only one.
+    """
     total = sum(map(len, groups))
     count = min(max(1, round(fraction * total)), total - 1)
     if len(groups) == 1:

@@ -1,4 +1,4 @@
-"""Pixels as numbers, and images for people to look at: contact sheets of captioned samples, and plots of curves."""
+"""Pixels as numbers, and images to look at: contact sheets of captioned samples, and films."""
 
 import math
 import os
@@ -16,26 +16,28 @@ PAPER, INK = (255, 255, 255), (20, 20, 20)
 GAP = 8  # pixels between cells, and around them
 FONT_SIZE = 13
 MIN_CELL = 96  # pixels; a narrower cell would have no room for its caption
-MOST_LINES = 8  # of a caption under an image
+MOST_LINES = 8  # lines of the caption under an image, at most
 ELLIPSIS = "…"
-THUMBNAIL = 256  # pixels; the longer side of what `python data.py` shows of larger images
+THUMBNAIL = 256  # pixels of the longer side, at most, where `python data.py` shows images
 
 
 def to_pixels(images):
-    """8-bit images (uint8, any shape, array or tensor) -> float32 tensor: v becomes (2v + 1)/256 - 1."""
+    """8-bit images (uint8, any shape, array or tensor) as a float32 tensor: v becomes (2v + 1)/256 - 1."""
     pixels = torch.as_tensor(images).to(torch.float32, copy=True)
-    return pixels.mul_(2).add_(1).div_(256).sub_(1)  # in place: of a batch, new memory takes most of the time
+    return pixels.mul_(2).add_(1).div_(256).sub_(1)  # in place: for a batch, allocation takes most of the time
 
 
 def to_uint8(images):
-    """Images in [-1, 1] -> the uint8 value of the bin each pixel is in; what lies outside [-1, 1] is clipped."""
+    """The uint8 value of each pixel's bin, for images in [-1, 1]; values outside are clipped."""
     return ((images + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
 def dequantize(images, generator=None, batch=0, rows=slice(None)):
-    """Eq. (17): uniform noise over each pixel's bin, v -> 2(v + U[0, 1))/256 - 1, so that a density exists. `images`
-    come from to_pixels; a generator must live on their device. rows: the slice that they are of a batch of `batch`
-    images, whose noise is drawn."""
+    """Add uniform noise over each pixel's bin, Eq. (17): v -> 2(v + U[0, 1))/256 - 1, so that a density exists.
+
+    images: from to_pixels, on the generator's device. rows: the slice of a batch of `batch` images that they are; noise
+    is drawn for the whole batch.
+    """
     # 16 random bits: float32 adds them to any level without rounding, so that noise never leaves the bin
     shape = batch or len(images), *images.shape[1:]
     bits = drawn(lambda tensor: tensor.random_(2**16, generator=generator), shape, rows, images.device, images.dtype)
@@ -44,15 +46,17 @@ def dequantize(images, generator=None, batch=0, rows=slice(None)):
 
 
 def over_white(image):
-    """A PIL.Image with transparency, laid over white, as RGB."""
+    """A PIL.Image with its transparency laid over white, as RGB."""
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
 
 
 def resize_and_crop(image, height, width, across=0.5, down=0.5):
-    """A PIL.Image, scaled with antialiasing until it just covers height x width, and cropped to that size. across and
-    down, in [0, 1], place the crop; 0.5 is the centre."""
+    """A PIL.Image scaled with antialiasing until it just covers height x width, and cropped to that size.
+
+    across and down, in [0, 1], place the crop; 0.5 is the centre.
+    """
     scale = min(image.height / height, image.width / width)  # source pixels per target pixel
     wide, high = scale * width, scale * height  # source pixels of the crop
     left = max(0, across * (image.width - wide))
@@ -60,12 +64,14 @@ def resize_and_crop(image, height, width, across=0.5, down=0.5):
     right = min(left + wide, image.width)
     bottom = min(top + high, image.height)
     box = left, top, right, bottom
-    return image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)  # unlike ImageOps.fit, fast
+    return image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)  # fast, unlike ImageOps.fit
 
 
 def wrap(text, font, width):
-    """Breaks `text` into lines of about `width` pixels, between words where that is possible, and cuts it with an
-    ellipsis after MOST_LINES of them. Its own lines stay apart; the last of several is never cut away: a likelihood."""
+    """Break `text` into lines of about `width` pixels, between words if possible; MOST_LINES of them, then an ellipsis.
+
+    Line ends in the text are kept. The last of several lines is always shown, since it may be a likelihood.
+    """
     letters = max(1, int(width / font.getlength("n")))
     *others, last = text.split("\n")
     lines = []
@@ -78,14 +84,16 @@ def wrap(text, font, width):
 
 
 def break_line(line, letters):
-    """One line as at most MOST_LINES lines of `letters` characters, a list."""
-    enough = line[:letters * MOST_LINES * 10]  # textwrap is slow with books; ten times, as spaces may be many
+    """One line as a list of at most MOST_LINES lines of `letters` characters."""
+    enough = line[:letters * MOST_LINES * 10]  # textwrap is slow on books; ten times, for texts with many spaces
     return textwrap.wrap(enough, letters, max_lines=MOST_LINES, placeholder=ELLIPSIS)
 
 
 def pixels_of(images):
-    """(..., C, H, W) in [-1, 1], to uint8 arrays (..., H, W, 3). C is 1 or 3; of other C, latents of standard deviation
-    1, the first three channels are shown, which gives an idea."""
+    """Images (..., C, H, W) in [-1, 1] as uint8 arrays (..., H, W, 3).
+
+    C is 1 or 3. For another C, of latents of standard deviation 1, the first three channels are shown, as a rough idea.
+    """
     channels = images.shape[-3]
     if channels not in (1, 3):
         shown = 3 if channels > 3 else 1
@@ -96,14 +104,14 @@ def pixels_of(images):
 
 
 def to_pil(image, scale=1):
-    """One image (C, H, W) in [-1, 1], each pixel a square of `scale`, as an RGB PIL.Image."""
+    """One image (C, H, W) in [-1, 1] as an RGB PIL.Image, each pixel a square of side `scale`."""
     pixels = pixels_of(image)
     pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     return Image.fromarray(pixels)
 
 
 def thumbnail(image):
-    """An image (C, H, W), reduced by averaging to at most THUMBNAIL pixels a side; smaller ones as they are."""
+    """An image (C, H, W) averaged down to at most THUMBNAIL pixels a side; smaller images unchanged."""
     size = fit(*image.shape[1:])
     if size == tuple(image.shape[1:]):
         return image
@@ -117,7 +125,7 @@ def fit(height, width):
 
 
 def columns_for(count):
-    """About as many columns as rows for `count` cells, full rows if that can be."""
+    """The number of columns for `count` cells: about as many as rows, with full rows if possible."""
     root = math.isqrt(count - 1) + 1
     for columns in range(root, 2 * root):
         if count % columns == 0:
@@ -126,9 +134,11 @@ def columns_for(count):
 
 
 def contact_sheet(images, captions=None, columns=None, scale=None):
-    """Images (B, C, H, W) in [-1, 1] with their captions underneath ("" for none), as an RGB PIL.Image. Long captions
-    are cut. columns: by default about as many as rows, full rows if that can be. scale: how often a pixel is repeated,
-    by default until images are 96 wide."""
+    """Images (B, C, H, W) in [-1, 1] with their captions underneath ("" for none), as an RGB PIL.Image.
+
+    Long captions are cut. columns: by default about as many as rows, with full rows if possible. scale: side of a
+    pixel; by default such that images are at least 96 wide.
+    """
     count, (height, width) = len(images), images[0].shape[-2:]
     columns = columns or columns_for(count)
     scale = scale or -(-MIN_CELL // width)
@@ -157,7 +167,7 @@ def contact_sheet(images, captions=None, columns=None, scale=None):
 
 
 def save_image(image, path, **how):
-    """Writes a PIL.Image, as PNG unless `how` has another format, whole or not at all; makes the folder."""
+    """Write a PIL.Image, as PNG unless `how` names another format, whole or not at all; make its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -166,7 +176,7 @@ def save_image(image, path, **how):
 
 
 def save_film(images, path):
-    """Writes images (n, C, H, W) in [-1, 1] as an endless GIF: two seconds for all, and two for the last."""
+    """Write images (n, C, H, W) in [-1, 1] as an endless GIF: two seconds in all, and two more for the last image."""
     scale = -(-MIN_CELL // images.shape[-1])
     first, *others = [to_pil(image, scale) for image in images]
     each = max(20, 2000 // (len(others) or 1))  # milliseconds

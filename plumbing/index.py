@@ -1,4 +1,4 @@
-"""Which shards there are, and the index of where in them each example begins."""
+"""The shards that a path names, and the index of where each example begins in them."""
 
 import contextlib
 import hashlib
@@ -19,14 +19,16 @@ from plumbing.paths import at_home, expand, wildcards
 from plumbing.runtime import CAN_FORK
 
 BLOCK = 512  # bytes, of a tar
-VERSION = 2  # of what an index holds; one of another version is built anew
+VERSION = 2  # of the index's format; an index of another version is rebuilt
 
 
 def find_shards(data_dir, split):
-    """The shards that data_dir names, in order: a folder, a tar, a glob, or a brace range such as
-    cc12m-{00000..01242}.tar; and whether they are the split's own: a folder may have train/ and val/ in it. What exists
-    under a name is meant by it, though it holds [ ] or { }; ~ is the home folder. Raises FileNotFoundError where there
-    are none, or one of a range is missing."""
+    """The shards that data_dir names, in order, and whether they belong to the split alone.
+
+    data_dir: a folder, a tar, a glob, or a brace range such as cc12m-{00000..01242}.tar; ~ is the home folder. A folder
+    may have subfolders train/ and val/; then the shards are the split's own. A name with [ ] or { } that exists is
+    taken literally. Raises FileNotFoundError where there are no shards, or one of a range is missing.
+    """
     folder = Path(at_home(data_dir))
     own = any((folder / name).is_dir() for name in ("train", "val"))
     if data_dir and folder.is_dir():
@@ -41,13 +43,15 @@ def find_shards(data_dir, split):
 
 
 def tars_in(folder):
-    """The .tar files in a folder, but for hidden ones, such as macOS leaves beside others."""
+    """The .tar files in a folder, except for hidden ones, such as those that macOS adds."""
     return sorted(path for path in folder.glob("*.tar") if path.is_file() and not path.name.startswith("."))
 
 
 def shards_named(pattern):
-    """The shards that a path with braces or wildcards names; a folder stands for the shards in it. Raises
-    FileNotFoundError where one of several names is missing."""
+    """The shards that a path with braces or wildcards names; a folder stands for the shards in it.
+
+    Raises FileNotFoundError where one of several names is missing.
+    """
     paths, missing = expand(pattern), []
     found = []
     for path in paths:
@@ -71,19 +75,19 @@ def scan(path):
                     scanner.take(member.name, member.offset // BLOCK)
             end = tar.offset
         faults = ["it has no end"] if end >= size else []
-        if not faults and np.memmap(path, dtype=np.uint8, mode="r", offset=end).any():  # not empty blocks alone
+        if not faults and np.memmap(path, dtype=np.uint8, mode="r", offset=end).any():  # other than empty blocks
             faults = [f"what follows its byte {end} is not a member"]
     except OSError:
         raise
-    except Exception as error:  # what reading garbage raises depends on the garbage
-        faults = [str(error) or type(error).__name__]  # its examples so far are good, except perhaps the last
+    except Exception as error:  # a damaged file may raise anything
+        faults = [str(error) or type(error).__name__]  # the examples so far are good, perhaps except the last
         end = -(-size // BLOCK) * BLOCK
     scanner.end_run()
     return np.array([*scanner.starts, end // BLOCK], dtype=np.uint32), "; ".join(faults + scanner.faults())
 
 
 class Scanner:
-    """Takes the members of a shard one after another. starts: the blocks where its examples begin."""
+    """Reads the members of a shard in order. starts: the blocks where its examples begin."""
 
     def __init__(self):
         self.starts, self.key, self.run = [], None, []
@@ -101,14 +105,14 @@ class Scanner:
         self.run.append((suffix, block))
 
     def end_run(self):
-        """Parts the run of members of one key into examples."""
+        """Split the run of members of one key into examples."""
         if not self.run:
             return
         for key, members in split_examples(self.key, self.run):
             self.starts.append(members[0][1])
             suffixes = tuple(suffix for suffix, _ in members)
             before = self.seen.get(key, ())
-            if before and not set(before) & set(suffixes):  # else it is another example that shares the key
+            if before and not set(before) & set(suffixes):  # else the examples share a key
                 self.apart += 1
                 self.first_apart = self.first_apart or f"{key}.{suffixes[0]} is not beside {key}.{before[-1]}"
             self.seen[key] = before + suffixes
@@ -123,7 +127,7 @@ class Scanner:
 
 
 def read_index(path, shards):
-    """The header and the mapped starts of an index, or None if there is none for exactly these shards."""
+    """The header and the mapped starts of an index; None if there is none for exactly these shards."""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.readline())
@@ -136,10 +140,12 @@ def read_index(path, shards):
 
 
 def load_index(paths):
-    """The index of shards: its header, {"version", "shards": name, size and time of each, "counts": of examples,
-    "faults": {name: fault}}, and the starts of all shards one after another, each followed by the shard's end. Built
-    now if there is none yet or the shards have changed, by the first process to come. Raises OSError where it cannot be
-    written."""
+    """The index of shards: its header, and the starts of all shards in turn, each followed by the shard's end.
+
+    The header is {"version", "shards": name, size and time of each, "counts": of examples, "faults": {name: fault}}.
+    The first process to come builds the index if there is none, or the shards have changed. Raises OSError if it cannot
+    be written.
+    """
     folder = paths[0].parent
     shards = [[os.path.relpath(path, folder), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     digest = hashlib.sha256(json.dumps([name for name, _, _ in shards]).encode()).hexdigest()[:8]
@@ -151,7 +157,7 @@ def load_index(paths):
             raise OSError(f"the index of the shards cannot be written beside them ({error}): make the folder writable, "
                           "or link the shards into one that is") from error
         with lock:
-            with contextlib.suppress(OSError):  # without locks every process builds the index, and all build the same
+            with contextlib.suppress(OSError):  # without locks every process builds the same index
                 lock_file(lock, wait=True)
             if not read_index(path, shards):
                 build_index(path, paths, shards)
@@ -161,22 +167,22 @@ def load_index(paths):
 def build_index(path, paths, shards):
     with contextlib.ExitStack() as stack:
         scan_all = map
-        if CAN_FORK:  # a fresh interpreter, as on Windows, would run the calling script once more
+        if CAN_FORK:  # a fresh interpreter, as on Windows, would run the calling script again
             pool = multiprocessing.get_context("fork").Pool(min(len(paths), os.cpu_count()))
             scan_all = stack.enter_context(pool).imap
         scanned = list(tqdm(scan_all(scan, paths), total=len(paths), desc="index", unit="shard", leave=False))
     text = json.dumps({"version": VERSION, "shards": shards,
                        "counts": [len(starts) - 1 for starts, _ in scanned],
                        "faults": {name: fault for (name, _, _), (_, fault) in zip(shards, scanned) if fault}})
-    part = path.with_suffix(f".{uuid.uuid4().hex[:8]}.part")  # which no other process writes
+    part = path.with_suffix(f".{uuid.uuid4().hex[:8]}.part")  # a name that no other process writes
     with open(part, "wb") as file:
-        file.write((text + " " * (-(len(text) + 1) % 4) + "\n").encode())  # padded: the numbers are aligned
+        file.write((text + " " * (-(len(text) + 1) % 4) + "\n").encode())  # padding aligns the numbers
         file.write(np.concatenate([starts for starts, _ in scanned]).tobytes())
     os.replace(part, path)
 
 
 def files_in(path, start, stop):
-    """The files (name, bytes) in blocks [start, stop) of a shard that are of an example. Raises Unusable."""
+    """The files (name, bytes) of an example, in blocks [start, stop) of a shard. Raises Unusable."""
     try:
         with open(path, "rb") as file:
             file.seek(int(start) * BLOCK)
@@ -184,7 +190,7 @@ def files_in(path, start, stop):
         with tarfile.open(fileobj=blocks, mode="r:") as tar:
             return [(member.name, tar.extractfile(member).read()) for member in list(tar)
                     if member.isfile() and key_and_suffix(member.name)]
-    except Exception as error:  # what reading garbage raises depends on the garbage
+    except Exception as error:  # a damaged file may raise anything
         raise Unusable(f"its shard is truncated or cannot be read ({str(error) or type(error).__name__})") from error
 
 

@@ -1,7 +1,7 @@
-"""Shards of images to shards of latents, by an autoencoder that torch.export has saved, and latents back to images.
+"""Encode shards of images into shards of latents, and decode latents, by an autoencoder saved by torch.export.
 
     python data.py encode --data_dir=out/data/mine --encoder=encoder.pt2 --image_size=256 --out=out/data/mine_latents
-    torchrun --nproc_per_node=8 data.py encode ...     # the same by eight GPUs
+    torchrun --nproc_per_node=8 data.py encode ...     # with eight GPUs
 """
 
 import hashlib
@@ -21,24 +21,24 @@ from plumbing.lock import lock_file
 from plumbing.runtime import claim, gathered, leave_ranks, note, start_ranks
 from plumbing.shards import Shards, find_shards, first_example, write_shard
 
-PATIENCE = timedelta(days=1)  # of a rank whose shards are encoded, for the others
+PATIENCE = timedelta(days=1)  # how long a rank that has finished waits for the others
 
 
 def load_exported(path, device):
-    """A program saved by torch.export, as a function of a batch. Raises ValueError or OSError for another file."""
+    """A program saved by torch.export, as a function of a batch. Raises ValueError or OSError for any other file."""
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no {path}: docs/data.md shows how to export an autoencoder")
     try:
-        zipfile.ZipFile(path).close()  # torch would print much more about a file that is no archive
+        zipfile.ZipFile(path).close()  # fails in one line where torch would print many
         program = torch.export.load(path)
-    except Exception as error:  # what reading garbage raises depends on the garbage
+    except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"{path} is not a program saved by torch.export ({type(error).__name__})") from error
     module = program.module().to(device)
 
     def call(batch):
-        try:  # in pieces: torch.export allowed AutoencoderKL no more than 63 images at once, and memory is finite too
+        try:  # in pieces: AutoencoderKL was exported for at most 63 images at once, and memory is limited
             return torch.cat([module(piece) for piece in batch.split(16)])
-        except Exception as error:  # what a program says about other sizes depends on the program
+        except Exception as error:  # the error for another size depends on the program
             size = "x".join(map(str, batch.shape[1:]))
             raise ValueError(f"{path} cannot take {size}: {str(error).strip().splitlines()[-1]}; give it the size it "
                              "was exported for") from error
@@ -46,9 +46,11 @@ def load_exported(path, device):
 
 
 def load_decoder(settings, device):
-    """A function that makes images in [-1, 1] of the normalised latents (B, C, h, w) that a model of these settings
-    samples, by the program that their "decoder" names. Raises ValueError or OSError for a program that is no decoder,
-    or a model that samples images."""
+    """A function from normalised latents (B, C, h, w) of a model with these settings to images in [-1, 1].
+
+    It runs the program that the setting "decoder" names. Raises ValueError or OSError for a program that is no decoder,
+    or a model that samples images.
+    """
     path, statistics = settings["decoder"], settings.get("latents")
     if not statistics:
         raise ValueError(f"decoder is {path!r}, but this model makes images, not latents: leave it out")
@@ -61,7 +63,7 @@ def load_decoder(settings, device):
     def decode(latents):
         return program(latents / scale + mean).clamp(-1, 1)
 
-    made = decode(torch.zeros(1, *shape, device=device)).shape  # so that a wrong program is reported at once
+    made = decode(torch.zeros(1, *shape, device=device)).shape  # to report a wrong program at once
     if len(made) != 4 or made[1] not in (1, 3):
         sizes = ["x".join(map(str, size)) for size in (made[1:], shape)]
         raise ValueError(f"decoder {path} makes {sizes[0]} of a latent {sizes[1]}, which is no image: name the "
@@ -70,8 +72,10 @@ def load_decoder(settings, device):
 
 
 class Examples:
-    """What encoding reads of shards: ds[i] -> (image (3, H, W), suffix of its latent, {suffix: bytes} of its captions
-    and all else that the shard says about it), or None if it is unusable."""
+    """The examples of shards, as encoding reads them; None in place of an unusable one.
+
+    ds[i] -> (image (3, H, W), suffix of its latent, {suffix: bytes} of its captions and labels).
+    """
 
     def __init__(self, source):
         self.source = source
@@ -82,7 +86,7 @@ class Examples:
             image, _ = self.source.decode(members, number)
         except Unusable:
             return None
-        name = pick(members, *IMAGES).rpartition(".")[0]  # by which the latent is known to belong to a text
+        name = pick(members, *IMAGES).rpartition(".")[0]  # the latent keeps this name, which links it to a text
         texts = {suffix: data for suffix, data in members.items() if last(suffix) in TEXTS}
         return image, f"{name}.npy".lstrip("."), texts
 
@@ -107,13 +111,15 @@ def encode_shard(source, shard, encoder, device, args):
 
 
 def encode_shards(sources, folders, encoder, ranks, args):
-    """Encodes the shards of each split, every one to a shard in the split's folder, except those that are there
-    already, so that an interrupted encoding goes on. Ranks take them by turns. Returns how many unusable images all
-    ranks left out."""
+    """Encode the shards of each split, in turn by all ranks; return how many unusable images all of them left out.
+
+    Each shard becomes one shard of the split's folder. Shards that are already there are skipped, so that an
+    interrupted encoding continues.
+    """
     device, rank, world = ranks
     missing = [(split, shard) for split, source in sources.items() for shard, path in enumerate(source.paths)
                if not (folders[split] / path.name).exists()]
-    missing = gathered(missing)[0]  # by one rank's list, before any of them writes
+    missing = gathered(missing)[0]  # all ranks use one list, made before any of them writes
     left_out = 0
     for split, shard in tqdm(missing[rank::world], desc="encoding", unit="shard", disable=rank > 0):
         source = sources[split]
@@ -124,7 +130,7 @@ def encode_shards(sources, folders, encoder, ranks, args):
 
 
 def measure_latents(data_dir, most=10_000):
-    """Means, and scales to standard deviation 1, of the channels of the training latents in data_dir, two lists."""
+    """The means of the training latents' channels, and the scales to standard deviation 1: two lists."""
     _, shape = first_example(find_shards(data_dir, "train")[0])
     latents = Shards(data_dir, "train", *shape, latent_scale=1.0)
     count = min(most, len(latents))
@@ -136,13 +142,13 @@ def measure_latents(data_dir, most=10_000):
 
 
 def open_sources(args):
-    """The shards to encode, {split: Shards}. Raises ValueError where they cannot be encoded."""
+    """The shards to encode, {split: Shards}. Raises ValueError for shards that cannot be encoded."""
     splits = ("train", "val") if (Path(args.data_dir) / "train").is_dir() else ("all",)
     sources = {}
     for split in splits:
         paths, _ = find_shards(args.data_dir, split)
         if first_example(paths)[0]:
-            raise ValueError(f"{paths[0]} holds latents already")
+            raise ValueError(f"{paths[0]} holds latents already: name shards of images in --data_dir")
         if len({path.name for path in paths}) < len(paths):
             raise ValueError(f"several shards of data_dir {args.data_dir!r} have one name: encode folder by folder")
         sources[split] = Shards(args.data_dir, split, 3, args.image_size, args.image_size)
@@ -150,18 +156,20 @@ def open_sources(args):
 
 
 def take_folder(out, sources, args):
-    """Makes the folder `out`, or goes on with it, and removes what a killed process had begun in it. The folder is
-    taken as long as the file that this returns is open. Raises ValueError where another job has taken it, or it holds
-    other latents."""
+    """Make the folder `out`, or continue in it, and remove unfinished files of a killed process.
+
+    The folder is locked until the file that this returns is closed. Raises ValueError if another job has locked it, or
+    if it holds other latents.
+    """
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "encoding.lock", "w", encoding="utf-8")
     try:
         lock_file(lock)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process encodes into {out}: wait until it ends, or stop it and start one job of all "
+        raise ValueError(f"another process encodes into {out}: wait until it ends, or stop it and start one job on all "
                          "GPUs, torchrun --nproc_per_node=8 data.py encode ...") from None
     except OSError as error:
-        note(f"{out} cannot be locked ({error}): see to it that no other process encodes into it")
+        note(f"{out} cannot be locked ({error}): make sure that no other process encodes into it")
     shards = {split: source.header["shards"] for split, source in sources.items()}
     settings = {"data_dir": args.data_dir, "encoder": args.encoder, "image_size": args.image_size,
                 "encoder_sha256": hashlib.sha256(Path(args.encoder).read_bytes()).hexdigest(),
@@ -184,10 +192,10 @@ def prepare_latents(args):
             lock = take_folder(out, sources, args)
         except (ValueError, OSError) as error:
             fault = str(error)
-    if fault := gathered(fault)[0]:  # all ranks end by it, so that none waits for another
+    if fault := gathered(fault)[0]:  # all ranks end with the same error, so none waits for another
         raise ValueError(fault)
     if not all(gathered((out / "encoding.json").exists())):
-        raise ValueError(f"{out} is seen by some ranks only: --out has to be where all of them reach it")
+        raise ValueError(f"{out} is seen by some ranks only: choose an --out that all of them can reach")
     left_out = encode_shards(sources, folders, encoder, ranks, args)
     if rank == 0:
         mean, scale = measure_latents(str(out))
@@ -199,7 +207,7 @@ def prepare_latents(args):
 
 
 def add_commands(command):
-    """A command of data.py, by command(name, function, help, examples) -> parser."""
+    """Add the command `encode` to data.py, by command(name, function, help, examples) -> parser."""
     start = "data.py encode --data_dir=out/data/cats --encoder=encoder.pt2 --out=out/latents"
     examples = [f"python {start}", f"torchrun --nproc_per_node=8 {start} --batch_size=64 --workers=8"]
     sub = command("encode", prepare_latents, "makes shards of latents from shards of images", examples)

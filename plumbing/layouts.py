@@ -4,8 +4,8 @@
 - flat     the images and nothing else, for FID
 - geneval  for each prompt 00000/metadata.jsonl, 00000/samples/0000.png, ... and 00000/grid.png, for GenEval's scorer
 
-A folder holds the images of one run: what an earlier one left there is removed before the first image is written. The
-hidden file .settings.json says what they were made with, so that a flat or geneval run that was interrupted goes on.
+A folder holds the images of one run: images of an earlier run are removed before the first image is written. The hidden
+file .settings.json records the settings, so that an interrupted flat or geneval run can continue.
 """
 
 import contextlib
@@ -30,15 +30,17 @@ OF_A_PROMPT = re.compile(r"metadata\.jsonl|grid\.png(\.part)?")
 
 
 def read_prompts(path):
-    """The prompts in a file, a dict each: {"prompt": line} of every line, or what a .jsonl file says in it. Raises
-    ValueError for a file that cannot be read, holds nothing, or has a line that is no prompt."""
+    """The prompts in a file, a dict each: {"prompt": line} for a text file, or the objects of a .jsonl file.
+
+    Raises ValueError for a file that cannot be read, is empty, or has a line that is no prompt.
+    """
     try:
-        text = Path(at_home(path)).read_bytes().decode("utf-8-sig")  # a byte-order mark belongs to no prompt
+        text = Path(at_home(path)).read_bytes().decode("utf-8-sig")  # without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts file {path!r} cannot be read: {error}") from error
     if not text:
-        raise ValueError(f"{path} holds no prompts: write one a line")
-    # not splitlines(): U+2028 and others at which it splits may stand in a prompt
+        raise ValueError(f"{path} holds no prompts: write one per line")
+    # not splitlines(), which also splits at U+2028 and others that a prompt may contain
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if not path.endswith(".jsonl"):
         return [{"prompt": line} for line in lines]
@@ -53,7 +55,7 @@ def read_prompts(path):
 
 
 def make_folder(path):
-    """Makes a folder where there is none. Raises ValueError if no file can be written into it."""
+    """Make a folder if there is none. Raises ValueError if no file can be written into it."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -62,25 +64,25 @@ def make_folder(path):
 
 
 def path_of(folder, layout, i, per_prompt):
-    """Where image i goes; there are `per_prompt` of each prompt."""
+    """The path of image i, with `per_prompt` images for each prompt."""
     if layout == "geneval":
         return folder / f"{i // per_prompt:05d}" / "samples" / f"{i % per_prompt:04d}.png"
     return folder / f"{i:04d}.png"
 
 
 def files_named(folder, *patterns):
-    """The files in a folder, if it is there, whose name is as one of the patterns."""
+    """The files in a folder whose names match one of the patterns; none if there is no folder."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return [path for path in paths if path.is_file() and any(pattern.fullmatch(path.name) for pattern in patterns)]
 
 
 def prompt_folders(folder):
-    """The folders of prompts in a folder, those of the geneval layout."""
+    """The folders of prompts inside a folder, in the geneval layout."""
     return [path for path in folder.iterdir() if path.is_dir() and PROMPT.fullmatch(path.name)]
 
 
 def files_of_a_run(folder):
-    """The files in a folder that have names that sampling gives, in whatever layout."""
+    """The files in a folder that have the names of sampled files, in any layout."""
     found = files_named(folder, OF_AN_IMAGE, SHEET)
     for home in prompt_folders(folder):
         found += files_named(home, OF_A_PROMPT) + files_named(home / "samples", OF_AN_IMAGE)
@@ -88,10 +90,10 @@ def files_of_a_run(folder):
 
 
 def goes_on(folder, settings, own):
-    """Whether a folder holds a part of a flat or geneval run of these settings, which this run continues.
+    """Whether a folder holds part of a flat or geneval run with these settings, which this run continues.
 
-    own: whether the folder is for samples alone. Raises ValueError where such a run had other settings, and where
-    images have names that sampling gives but are nobody knows whose.
+    own: whether the folder is for samples alone. Raises ValueError if that run had other settings, or if the folder
+    holds files with the names of samples that no recorded run has written.
     """
     path = folder / SETTINGS
     if not path.exists():
@@ -107,7 +109,7 @@ def goes_on(folder, settings, own):
 
 
 def layout_of(path):
-    """The layout that a file of settings has recorded, or "" if it is damaged."""
+    """The layout recorded in a file of settings, or "" if the file is damaged."""
     try:
         return json.loads(path.read_text("utf-8"))["layout"]
     except (ValueError, LookupError, TypeError):
@@ -115,13 +117,13 @@ def layout_of(path):
 
 
 def start_run(folder, settings, kept):
-    """Removes what an earlier run has left in a folder, but for the paths `kept`, and records the settings of this."""
+    """Remove the files of an earlier run from a folder, except for the paths `kept`, and record this run's settings."""
     for path in files_of_a_run(folder):
         if path not in kept:
             path.unlink()
     for home in prompt_folders(folder):
         for empty in home / "samples", home:
-            with contextlib.suppress(OSError):  # it holds what sampling has not left there
+            with contextlib.suppress(OSError):  # it holds files that sampling did not write
                 empty.rmdir()
     if not kept:
         (folder / SETTINGS).unlink(missing_ok=True)
@@ -129,19 +131,19 @@ def start_run(folder, settings, kept):
 
 
 def read_image(path, scale=1):
-    """An image (H, W, 3), uint8, that was enlarged `scale` times when it was written."""
+    """An image (H, W, 3), uint8, that was enlarged `scale` times when it was written, at its own size."""
     with Image.open(path) as image:
         return np.asarray(image)[::scale, ::scale]
 
 
 def write_sheet(folder, labels, scale):
-    """The contact sheet of the images of a sheet layout, enlarged `scale` times, with a label under each."""
+    """Write the contact sheet of the images, which are enlarged `scale` times, with a label under each."""
     images = np.stack([read_image(path_of(folder, "sheet", i, 1), scale) for i in range(len(labels))])
     save_image(contact_sheet(to_pixels(images).permute(0, 3, 1, 2), labels), folder / "sheet.png")
 
 
 def write_geneval_sheets(folder, entries, per_prompt):
-    """What GenEval's scorer expects beside the samples of each prompt."""
+    """Write the files that GenEval's scorer expects beside the samples of each prompt."""
     for number, entry in enumerate(entries):
         home = folder / f"{number:05d}"
         (home / "metadata.jsonl").write_text(json.dumps(entry) + "\n", "utf-8")

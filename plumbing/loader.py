@@ -1,7 +1,7 @@
-"""Batches: which examples each iteration sees, how they are loaded, and all that is random about them.
+"""Batches: which examples each iteration sees, how they are loaded, and their random numbers.
 
-What is random in iteration i is sampled for the whole batch from (seed, i), and each rank takes its rows of it. So a
-run does not depend on how many ranks or accumulation passes share a batch, and a resumed run is the interrupted one.
+The random numbers of iteration i are drawn for the whole batch from (seed, i), and each rank takes its rows of them. So
+a run does not depend on how many ranks or accumulation passes share a batch, and a resumed run repeats the original.
 """
 
 import functools
@@ -18,13 +18,16 @@ from plumbing.shards import ATTEMPTS, attempts
 from plumbing.tokenizer import MOST_WORDS, survey, words
 from plumbing.workers import ReadAhead
 
-FEW = 50  # held-out examples, below which validation's figures are noise
+FEW = 50  # held-out examples; with fewer, validation is mostly noise
 NAMED = 10  # unusable examples that are named
 
 
 def order(size, batch_size, seed, start, stop, rows, again=0):
-    """Batches of numbers: epoch after epoch, each shuffled anew. Position p of this endless sequence is a function of
-    (seed, p). rows: those of the batch that a rank reads. again: what an example's number grows by with every epoch."""
+    """Yield batches of example numbers: epoch after epoch, each shuffled anew.
+
+    Position p of this endless sequence depends on (seed, p) alone. rows: those of the batch that this rank reads.
+    again: is added to an example's number once per epoch.
+    """
     for i in range(start, stop):
         positions = range(i * batch_size + rows.start, i * batch_size + rows.stop)
         yield [epoch * again + shuffled(size, seed, epoch)[k].item()
@@ -32,31 +35,33 @@ def order(size, batch_size, seed, start, stop, rows, again=0):
 
 
 def key(seed, number, use):
-    """A generator's seed, a hash: of a sum, seed 1 would have in epoch 0 what seed 0 has in epoch 1. use: 0 or 1."""
+    """A generator's seed, a hash: with a sum, seed 1 in epoch 0 would repeat seed 0 in epoch 1. use: 0 or 1."""
     return int(uniforms(seed, [number], 2)[0, use] * 2**53)
 
 
 @functools.lru_cache(1)
 def shuffled(size, seed, epoch):
     generator = torch.Generator().manual_seed(key(seed, epoch, 0))
-    return torch.randperm(size, generator=generator, dtype=torch.int32)  # half of int64
+    return torch.randperm(size, generator=generator, dtype=torch.int32)  # half the memory of int64
 
 
 def collate(examples):
-    """(image, caption) or (image, caption, fault or "") to images (B, C, H, W), B captions, and the faults."""
+    """Images (B, C, H, W), B captions and the faults of examples, (image, caption) or (image, caption, fault or "")."""
     images, captions, *faults = zip(*examples)
     return torch.stack(images), list(captions), [fault for fault in (faults[0] if faults else ()) if fault]
 
 
 def read_ahead(dataset, batches, workers, **settings):
-    """The same batches as ReadAhead, by a generator; the processes that load end with it."""
+    """Yield the batches of ReadAhead; the loading processes end with this generator."""
     with ReadAhead(dataset, batches, workers, **settings) as loaded:
         yield from loaded
 
 
 class Readable:
-    """The examples of a data set with their captions' ids: (image, caption, ids (L,), whether they are cut, fault or
-    ""). One whose caption the tokenizer refuses is replaced by the next usable one, and the fault says why."""
+    """The examples of a data set with token ids: (image, caption, ids (L,), whether they are cut, fault or "").
+
+    An example whose caption the tokenizer refuses is replaced by the next usable one, and the fault says why.
+    """
 
     def __init__(self, dataset, tokenizer, text_len):
         self.dataset, self.tokenizer, self.text_len = dataset, tokenizer, text_len
@@ -74,7 +79,7 @@ class Readable:
             try:
                 ids = self.tokenizer.encode([caption], self.text_len)[0]
                 return image, caption, ids, self.tokenizer.cut - cut, fault
-            except Exception as error:  # what encoding garbage raises depends on the tokenizer
+            except Exception as error:  # a tokenizer may raise anything
                 fault = fault or f"{self.name(number)}: {error}"
         raise ValueError(f"{ATTEMPTS} examples in a row have no readable caption, the first is {fault}")
 
@@ -87,24 +92,24 @@ class Readable:
 
 
 def collate_readable(examples):
-    """Examples of Readable to images (B, C, H, W), B captions, ids (B, L), how many are cut, and the faults."""
+    """Images (B, C, H, W), B captions, ids (B, L), how many are cut, and the faults, of Readable's examples."""
     images, captions, ids, cut, faults = zip(*examples)
     return torch.stack(images), list(captions), torch.stack(ids), sum(cut), [fault for fault in faults if fault]
 
 
 def name_faults(faults, what=""):
-    """Tells the user of unusable examples; `what` kind they are."""
+    """Print a note about each unusable example; `what` kind of example it is."""
     for fault in faults:
-        tqdm.write(f"note: an unusable {what}example, another stands in for it: {fault}", file=sys.stderr)
+        tqdm.write(f"note: an unusable {what}example is replaced by another: {fault}", file=sys.stderr)
 
 
 class Batches:
-    """A run's batches from iteration `start` on, dequantised and with some captions replaced by the null caption.
+    """A run's batches from iteration `start` on, dequantised, and with some captions replaced by the null caption.
 
-    A context: the processes that load (config's `workers`) end with it. ranks: device, rank, world. rows: this rank's,
-    a slice of the whole batch. randn: draws these rows of torch.randn(shape). interrupt: the context in which signals
-    ask for an end. counts: {"unusable": examples replaced, "cut": captions too long}, of this rank since the start.
-    faults: what was wrong with the first ten. words: in its captions. waited: seconds that loading took.
+    A context, with which the loading processes (config's `workers`) end. ranks: device, rank, world. rows: this rank's
+    slice of the whole batch. randn: draws these rows of torch.randn(shape). interrupt: the context in which a signal
+    ends the run in order. counts: {"unusable": examples replaced, "cut": captions too long}, of this rank since the
+    start. faults: the first ten reasons. words: those of its captions. waited: seconds that loading took.
     """
 
     def __init__(self, dataset, tokenizer, text_len, config, start, ranks, words=()):
@@ -133,22 +138,24 @@ class Batches:
 
     def __exit__(self, kind, *error):
         self.loading.__exit__(kind, *error)
-        if self.failure and kind is None:  # the run has ended for it, in order
+        if self.failure and kind is None:  # the failure has ended the run in order
             raise SystemExit(self.failure)
 
     def load_next(self):
-        """Loads the next batch, unless the run ends before it."""
+        """Load the next batch, unless the run ends before it."""
         if self.iteration < self.config["max_iters"] and not self.interrupt.asked:
             self.load()
 
     @property
     def must_end(self):
-        """Whether the run has to end without the next batch, all ranks after the same iteration: because a signal asked
-        for that, or since the data fail, as __exit__ then says."""
+        """Whether the run has to end without the next batch, because of a signal or a failure of the data.
+
+        All ranks end after the same iteration. __exit__ reports the failure.
+        """
         return self.interrupt.asked or bool(self.failure)
 
     def load(self):
-        """Has the next batch in self.ahead, or in self.failure a line that says why there is none."""
+        """Put the next batch into self.ahead, or into self.failure the line that says why there is none."""
         asked_at = time.perf_counter()
         try:
             self.ahead = next(self.loading)
@@ -157,7 +164,7 @@ class Batches:
         self.waited += time.perf_counter() - asked_at
 
     def __next__(self):
-        """images (b, C, H, W), text (b, L), and the generator from which the rest of the whole batch's noise comes."""
+        """images (b, C, H, W), text (b, L), and the generator for all other noise of the whole batch."""
         if self.ahead is None:  # the first
             self.load()
         if self.ahead is None:
@@ -179,13 +186,15 @@ class Batches:
         return images, text, generator
 
     def chunks(self, *tensors):
-        """The rows of a rank's tensors in as many parts as there are accumulation passes."""
+        """A rank's tensors split along their rows, one part for each accumulation pass."""
         return zip(*(tensor.chunk(self.passes) for tensor in tensors))
 
 
 def examine(train_set, val_set, tokenizer, text_len, bad_captions):
-    """What to know about a run's data before it starts, a list of lines. Raises ValueError where more than the fraction
-    bad_captions of the captions are cut by text_len, or fall apart."""
+    """Remarks on a run's data before it starts, a list of lines.
+
+    Raises ValueError if more than the fraction bad_captions of the captions are cut by text_len or unreadable.
+    """
     notes = [f"{name} is damaged: {fault}" for name, fault in getattr(train_set, "faults", {}).items()][:10]
     some = range(0, len(train_set), len(train_set) // 1000 + 1)
     captions = train_set.captions(some) if hasattr(train_set, "captions") else (train_set[i][1] for i in some)
@@ -201,9 +210,12 @@ def examine(train_set, val_set, tokenizer, text_len, bad_captions):
 
 
 def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, world=1, batch_size=100, bad_limit=1.0):
-    """This rank's part of the first `count` examples: (images, text, captions, a generator that is always the same).
-    Batches are dealt to ranks whole, so that sums over the ranks do not depend on how many there are. Raises SystemExit
-    where more than the fraction bad_limit of this rank's examples, and more than a few, are unusable."""
+    """Yield this rank's part of the first `count` examples: (images, text, captions, generator).
+
+    The generator is the same in every call. Each batch goes to one rank whole, so that sums over ranks do not depend on
+    their number. Raises SystemExit if more than the fraction bad_limit of this rank's examples, and at least ten, are
+    unusable.
+    """
     count, seen, unusable = min(count, len(dataset)), 0, []
     examples = Readable(dataset, tokenizer, text_len)
     for start in range(0, count, batch_size)[rank::world]:
@@ -217,4 +229,4 @@ def validation_batches(dataset, tokenizer, text_len, count, device, rank=0, worl
         yield images, text.to(device), captions, generator
     if len(unusable) >= NAMED and len(unusable) > bad_limit * seen:
         raise SystemExit(f"{len(unusable)} of {seen} held-out examples are unusable, more than bad_limit {bad_limit} "
-                         f"allows: mend them or raise bad_limit. The first is {unusable[0]}")
+                         f"allows: repair them or raise bad_limit. The first is {unusable[0]}")

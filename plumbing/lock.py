@@ -1,4 +1,4 @@
-"""One run at a time in a folder, by a lock that the operating system drops with the process that holds it."""
+"""One run at a time in a folder, by a lock that the operating system releases when its process ends."""
 
 import contextlib
 import os
@@ -23,13 +23,16 @@ def lock_file(file, wait=False):
     """
     if fcntl is None:
         raise OSError("this platform has no fcntl")
-    # not flock: the processes that load data would inherit it, and may outlive the run
+    # not flock: processes that load data would inherit the lock, and they may outlive the run
     fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Lock:
-    """The lock of a folder, held until its context ends. Raises ValueError where another process holds it, or where the
-    folder cannot be written to; what cannot be locked, as on some network file systems, is noted."""
+    """The lock of a folder, held until the context ends.
+
+    Raises ValueError if another process holds it, or if the folder cannot be written to. Where files cannot be locked,
+    as on some network file systems, a note says so.
+    """
 
     def __init__(self, folder):
         self.path = Path(folder) / NAME
@@ -48,8 +51,8 @@ class Lock:
             raise ValueError(f"another run is at work in out_dir {folder} ({holder}): wait for its end, or choose "
                              "another --out_dir") from None
         except OSError as error:
-            note(f"out_dir {folder} cannot be locked ({error}): see to it that no other run writes there")
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+            note(f"out_dir {folder} cannot be locked ({error}): make sure that no other run writes there")
+        with contextlib.suppress(OSError):  # on a full disk the lock works without a name in it
             self.file.truncate(0)
             self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self.file.flush()
@@ -59,7 +62,7 @@ class Lock:
 
     def __exit__(self, *error):
         with contextlib.suppress(OSError):
-            if os.listdir(self.path.parent) == [NAME]:  # of a run that left nothing, a wrong setting for instance
+            if os.listdir(self.path.parent) == [NAME]:  # the run has left nothing, for instance after a wrong setting
                 self.path.unlink()
                 if self.made_folder:
                     self.path.parent.rmdir()
@@ -68,8 +71,10 @@ class Lock:
 
 
 def lock_folder(folder):
-    """A context in which no other run, train.py's or distill.py's, works in the folder. The first rank holds the lock;
-    where it is refused, all raise ValueError."""
+    """A context in which no other run of train.py or distill.py works in the folder.
+
+    The first rank holds the lock; if it is refused, all ranks raise ValueError.
+    """
     lock, refusal = contextlib.nullcontext(), ""
     if rank_and_world()[0] == 0:
         try:
@@ -82,9 +87,9 @@ def lock_folder(folder):
 
 
 def run_alone(config, Run, loop):
-    """What train.py and distill.py do alike: joins the ranks, locks out_dir, sets up Run(config, ranks), and loop(run).
+    """Do what train.py and distill.py share: join the ranks, lock out_dir, set up Run(config, ranks), call loop(run).
 
-    A mistake in the settings is one line.
+    A mistake in the settings is reported in one line.
     """
     with one_line_errors():
         check_compile(config)

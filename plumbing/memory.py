@@ -1,15 +1,15 @@
-"""What fits into memory: how many examples at once, and a function of a batch in as many parts as that takes."""
+"""Limits of memory: how many examples fit at once, and how to apply a function to a batch in parts."""
 
 import torch
 
-LIMIT = 4_000_000_000  # bytes, beside the weights
-NUMBERS = 13  # that a layer makes for each token and unit of width
+LIMIT = 4_000_000_000  # bytes, in addition to the weights
+NUMBERS = 13  # activations of a layer per token and unit of width
 
 
 def examples_at_once(config, steps, gradients=True):
-    """The number of trajectories of `steps` steps that fit into about 4 GB, at least 1; config: an NTMConfig.
+    """How many trajectories of `steps` steps fit into about 4 GB, at least 1; config: an NTMConfig.
 
-    gradients: whether the activations of all layers are kept, as for a score, or those of one at a time.
+    gradients: whether the activations of all layers are kept, as for a score, or those of one layer at a time.
     """
     depth, transporter_layers = 1, 1
     if gradients:
@@ -23,7 +23,7 @@ def examples_at_once(config, steps, gradients=True):
 
 
 def in_chunks(function, chunk, *tensors):
-    """function(*tensors), by passing it at most `chunk` examples at a time.
+    """The result of function(*tensors), computed for at most `chunk` examples at a time.
 
     tensors: each (B, ...), split along the batch. The function returns a tensor (B, ...), or several in a tuple.
     """

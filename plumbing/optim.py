@@ -1,18 +1,20 @@
-"""Optimisers, the learning rate's schedule and the averaged weights."""
+"""Optimisers, the learning rate schedule, and the averaged weights."""
 
 import math
 from collections import defaultdict
 
 import torch
 
-HIDDEN = "attention.qkv.weight", "attention.out.weight", "mlp.0.weight", "mlp.2.weight"  # matrices of a layer
+HIDDEN = "attention.qkv.weight", "attention.out.weight", "mlp.0.weight", "mlp.2.weight"  # a layer's matrices
 
 
 def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HIDDEN, words_lr=1.0):
-    """A list: AdamW for all weights, or for name "muon" Muon for the Transformer layers' matrices and AdamW for the
-    rest: at equal time it went much further on every data set here. bfloat16: Muon's products; hidden: the endings of
-    its matrices' names; words_lr: of the words' embeddings, times lr.
-    Raises ValueError for another name."""
+    """The optimisers, a list: AdamW, or for name "muon" Muon for the layers' matrices and AdamW for all other weights.
+
+    At equal time Muon went much further on every data set here. bfloat16: of Muon's matrix products. hidden: the
+    endings of its matrices' names. words_lr: factor on the learning rate of the words' embeddings. Raises ValueError
+    for another name.
+    """
     if name not in ("adamw", "muon"):
         raise ValueError(f"optimizer {name!r} is unknown: choose 'adamw' or 'muon'")
     matrices, words, rest = [], [], []
@@ -33,11 +35,11 @@ def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HI
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose updates are orthogonalised, for matrices (https://kellerjordan.github.io/posts/muon/).
+    """Momentum with orthogonalised updates, for matrices (https://kellerjordan.github.io/posts/muon/).
 
-    torch.optim.Muon's rule with its "match_rms_adamw", so that one learning rate serves AdamW as well, but all matrices
-    of a shape at once, and in bfloat16 only where asked: on a CPU without instructions for it, it took half of all
-    training.
+    It is torch.optim.Muon's rule with "match_rms_adamw", so that one learning rate serves AdamW too. Differences: all
+    matrices of a shape are updated at once, and bfloat16 is optional. On a CPU without bfloat16 instructions the latter
+    would take half of the training time.
     """
 
     def __init__(self, params, weight_decay, bfloat16=False, lr=1e-3, momentum=0.95):
@@ -55,7 +57,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(matrices, group)
 
     def update(self, matrices, group):
-        """One step of matrices of the same shape."""
+        """Update matrices of the same shape."""
         lr, momentum = group["lr"], group["momentum"]
         for matrix in matrices:
             if not self.state[matrix]:
@@ -71,18 +73,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices):
-    """U V^T of each matrix U S V^T, roughly: singular values end between 0.7 and 1.2. matrices: (K, m, n)."""
+    """U V^T of each matrix U S V^T in matrices (K, m, n), roughly: singular values end between 0.7 and 1.2."""
     tall = matrices.shape[1] > matrices.shape[2]  # the iteration is cheaper on the smaller of x x^T and x^T x
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):  # Newton and Schulz's iteration, with the coefficients that lift small values fastest
+    for _ in range(5):  # the Newton-Schulz iteration, with coefficients that raise small values fast
         gram = x @ x.mT
         x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
     return x.mT if tall else x
 
 
 def learning_rate(config, i):
-    """Linear warm-up to lr, then a cosine to min_lr at max_iters."""
+    """The learning rate of iteration i: linear warm-up to lr, then a cosine to min_lr at max_iters."""
     highest, lowest = config["lr"], config["min_lr"]
     warmup = config["warmup_iters"]
     if i < warmup:
@@ -92,7 +94,7 @@ def learning_rate(config, i):
 
 
 def update_weights(optimizers, lr):
-    """A step of each optimiser, at the rate lr times the factor of a group."""
+    """Make a step with each optimiser; a group's learning rate is lr times its factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("factor", 1.0)
@@ -101,6 +103,6 @@ def update_weights(optimizers, lr):
 
 @torch.no_grad()
 def update_average(ema, model, decay, i):
-    """Eq. (18): exponential moving average of the weights; the first iterations are forgotten faster."""
+    """Update the exponential moving average of the weights, Eq. (18), which forgets the first iterations faster."""
     decay = min(decay, (1 + i) / (10 + i))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)

@@ -1,19 +1,19 @@
-"""How many updates fit into the time that a run is given, by the speed of its first ones."""
+"""How many updates fit into a run's time, estimated from the speed of its first updates."""
 
 import time
 
 from plumbing.runtime import from_first_rank
 
 UNKNOWN = 10**9  # max_iters, until the speed is known
-MEASURED = 0.02  # share of the time over which the speed is measured, at least
-LATEST = 0.1  # share of the time after which what has been measured must do: updates may be slow
+MEASURED = 0.02  # least share of the time over which the speed is measured
+LATEST = 0.1  # share of the time after which the measurement ends in any case: updates may be slow
 
 
 class Pace:
-    """Sets a run's max_iters, and with it the schedule of its learning rate, where config has `minutes`.
+    """Sets a run's max_iters, and so the schedule of its learning rate, if config has `minutes`.
 
-    They count from here to the last update, compilation included. Once max_iters is known, minutes is 0: a checkpoint
-    has the number, and a run that is resumed ends there.
+    Minutes count from here to the last update, compilation included. Once max_iters is known, config's minutes is 0:
+    the checkpoint then stores max_iters, and a resumed run ends there too.
     """
 
     def __init__(self, config):
@@ -25,12 +25,12 @@ class Pace:
             config["max_iters"] = UNKNOWN
 
     def updated(self, done):
-        """Takes note of an update, `done` in all; called on all ranks. Returns whether max_iters is known since now."""
+        """Record an update, the `done`-th; called on all ranks. Returns whether this update has settled max_iters."""
         if not self.config["minutes"]:
             return False
         self.times.append(time.perf_counter())
         count = len(self.times)
-        if count < 8 or count & (count - 1):  # at every power of two
+        if count < 8 or count & (count - 1):  # try at powers of two
             return False
         remaining = from_first_rank(self.remaining)
         if remaining is None:
@@ -40,7 +40,7 @@ class Pace:
         return True
 
     def remaining(self):
-        """How many updates still fit, by the later half of those so far; None: measure on."""
+        """How many updates still fit, by the speed of the later half of those so far; None: keep measuring."""
         half = len(self.times) // 2
         measured = self.times[-1] - self.times[half - 1]
         elapsed = self.times[-1] - self.start

@@ -1,4 +1,4 @@
-"""Paths as people write them: ~ for the home folder, ranges in braces, wildcards. What exists under a name is meant."""
+"""Paths as people write them: ~ for the home folder, ranges in braces, wildcards. A name that exists stays as it is."""
 
 import glob
 import os
@@ -9,7 +9,7 @@ BRACES = r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}"
 
 
 def at_home(path):
-    """A path, a str, with its ~ replaced by the home folder, also in sit:~/PATH. Shells leave that in --out_dir=~/x."""
+    """A path, as a str, with ~ replaced by the home folder; shells leave the ~ in --out_dir=~/x. Also sit:~/PATH."""
     path = str(path)
     if os.path.lexists(path):
         return path
@@ -18,13 +18,13 @@ def at_home(path):
 
 
 def existing_part(path):
-    """The innermost folder of a path that exists, and the rest of the path, a str."""
+    """The innermost existing folder of a path, and the rest of the path, a str."""
     folder = next(parent for parent in path.parents if parent.is_dir())
     return folder, str(path.relative_to(folder))
 
 
 def expand(path):
-    """The paths that a shell makes of the ranges {000..123} and lists {a,b} in a path; itself where it exists."""
+    """The paths that a shell makes of ranges {000..123} and lists {a,b} in a path; itself if it exists."""
     path = Path(path)
     if path.exists():
         return [path]
@@ -47,7 +47,7 @@ def expand_braces(text):
 
 
 def wildcards(path):
-    """The files and folders that a path with * ? [ ] names, in order; itself where it exists."""
+    """The files and folders that a path with * ? [ ] names, in order; itself if it exists."""
     if path.exists():
         return [path]
     folder, rest = existing_part(path)

@@ -7,8 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from plumbing.images import FONT_SIZE, GAP, INK, PAPER
 
-PANEL = 460, 300  # pixels of a panel's curves
-AXIS = 58  # pixels for the numbers beside and below them
+PANEL = 460, 300  # width and height in pixels of the area of the curves
+AXIS = 58  # pixels for the numbers beside and below the curves
 TOP = 3 * GAP
 GRID = (230, 230, 230)
 COLOURS = (
@@ -34,7 +34,7 @@ def ticks(low, high):
 
 
 def log_ticks(xs):
-    """Where to tick a logarithmic axis: at the data's own x if these are whole numbers, else at 1, 2, 5, 10, ..."""
+    """The ticks of a logarithmic axis: the data's own x if these are whole numbers, else 1, 2, 5, 10, ..."""
     if (xs % 1 == 0).all():
         return sorted(set(xs))
     marks = []
@@ -47,7 +47,7 @@ def log_ticks(xs):
 
 
 class Panel:
-    """One pair of axes: where its numbers are on the image. points (n, 2), left: its first pixel."""
+    """One pair of axes, with the place of its numbers in the image. points (n, 2); left: its first pixel column."""
 
     def __init__(self, points, left, log_x, shown):
         self.xs, self.ys = np.array(points, dtype=float).T
@@ -72,7 +72,7 @@ class Panel:
         return self.left + fraction * width
 
     def down(self, y):
-        """The pixel row of y, at an edge if it is outside."""
+        """The pixel row of y; rows outside are moved to the edge."""
         _, height = PANEL
         fraction = (y - self.y_low) / (self.y_high - self.y_low)
         return TOP + height - np.clip(fraction, 0, 1) * height
@@ -104,7 +104,7 @@ class Panel:
 def plot(panels, x_label, log_x=False, shown=1.0):
     """Curves in panels side by side, {title: {name: [(x, y), ...]}}, as an RGB PIL.Image.
 
-    log_x: the x axis is logarithmic. shown: the fraction of values that the y axis reaches up to.
+    log_x: whether the x axis is logarithmic. shown: the fraction of the values that the y axis covers.
     """
     width, height = PANEL
     each = width + AXIS + GAP
@@ -126,8 +126,11 @@ def plot(panels, x_label, log_x=False, shown=1.0):
 
 
 def plot_quality(rows):
-    """Quality against passes of the network and against seconds an image, each row on its curve; None if no curve has
-    several numbers of passes, or nothing measures quality. rows: {"curve", "passes", and results of samples}."""
+    """Quality against passes of the network, and against seconds per image; each row is a point of its curve.
+
+    rows: {"curve", "passes", and results of samples}. Returns None if no curve has several numbers of passes, or no
+    result measures quality.
+    """
     panels = defaultdict(lambda: defaultdict(list))
     for row in sorted(rows, key=lambda row: row["passes"]):
         axes = {"network passes": row["passes"], "seconds an image": 1 / row["images_per_s"]}

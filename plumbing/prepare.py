@@ -1,4 +1,4 @@
-"""Makes shards (see shards.py) of folders of captioned images (see folders.py), and vocabularies of captions.
+"""Make shards (see shards.py) from folders of captioned images (see folders.py), and vocabularies from captions.
 
     python data.py folder DIR
     python data.py vocab --data_dir=SHARDS --out=NAME.tiktoken
@@ -16,7 +16,7 @@ from plumbing.tokenizer import make_vocabulary
 
 
 def write_splits(out, examples):
-    """Writes examples (key, split, members {suffix: bytes or a path}) to out/SPLIT, for each of the splits."""
+    """Write examples (key, split, members {suffix: bytes or a path}) into out/SPLIT for each split."""
     for split in sorted({split for _, split, _ in examples}):
         chosen = [(key, members) for key, its_split, members in examples if its_split == split]
         write_shards(out / split, ((key, {suffix: data.read_bytes() if isinstance(data, Path) else data
@@ -54,17 +54,17 @@ def prepare_folder(args):
 
 
 def remarks(captions, groups):
-    """What may surprise in how images were divided, a list of lines."""
+    """Remarks on a division of images that may surprise, a list of lines."""
     told, homes = [], {name.split("/")[0] for name in captions if "/" in name}
     if "train" in homes and homes & {"val", "valid", "validation", "test"}:
-        told.append("its folder train and those beside it were put together and divided anew")
+        told.append("its folders, such as train and val, were merged and divided anew")
     if len(groups) == 1:
-        told.append("all images are copies of one, which is trained on and validated with")
+        told.append("all images are copies of one image, which is in both train and val")
     return told
 
 
 def explain_too_few(folder, count, told):
-    """Raises ValueError for a folder of no captioned image, or of one; told: what was left out of it."""
+    """Raise ValueError for a folder with one captioned image or none; told: lines about what was left out."""
     besides = "".join(f"; {line}" for line in told)
     if count == 0:
         raise ValueError(f"{printable(folder)} holds no captioned image{besides}: put the caption of NAME.png into "
@@ -88,7 +88,7 @@ def prepare_vocabulary(args):
 
 
 def add_commands(command):
-    """Commands of data.py, by command(name, function, help, examples) -> parser."""
+    """Add commands to data.py, by command(name, function, help, examples) -> parser."""
     examples = ["python data.py folder ~/pictures", "python data.py folder ~/pictures --out=out/data/cats --val=0.05"]
     sub = command("folder", prepare_folder, "makes shards of a folder of captioned images", examples)
     sub.add_argument("folder", metavar="DIR", help="images with .txt sidecars, metadata.jsonl or metadata.csv")

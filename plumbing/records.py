@@ -1,16 +1,16 @@
-"""What the lines of a log.jsonl say."""
+"""The records in a log.jsonl."""
 
 import json
 import math
 
 
 def read_record(line):
-    """What a line of a log holds, {name: number or None} with an "iter"; None for a line that is damaged."""
+    """The record in a line of a log, {name: number or None} with an "iter"; None for a damaged line."""
     try:
         record = json.loads(line)
         values = [value for value in record.values() if value is not None]
         whole = type(record["iter"]) is int and all(map(math.isfinite, values)) and bool not in map(type, values)
-    except Exception:  # what reading garbage raises depends on the garbage
+    except Exception:  # a damaged line may raise anything
         return None
     return record if whole else None
 

@@ -1,11 +1,11 @@
-"""Random numbers: hashes that stand in for a generator, and a rank's rows of what is drawn for a whole batch."""
+"""Random numbers: hashes in place of a generator, and a rank's rows of the numbers drawn for a whole batch."""
 
 import math
 
 import numpy as np
 import torch
 
-PIECE = 2**22  # numbers drawn at once, 16 MB; a multiple of the 16 that torch's normal numbers come in on a CPU
+PIECE = 2**22  # numbers drawn at once, 16 MB; a multiple of 16, the group in which torch draws normal numbers on a CPU
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's: 2^64 over the golden ratio
 
 
@@ -19,7 +19,7 @@ def mix(z):
 
 
 def uniforms(seed, indices, n):
-    """Numbers in [0, 1), float64 (B, n), that depend on (seed, indices[b], column) alone. Any integers will do."""
+    """Numbers in [0, 1), float64 (B, n), each a function of (seed, indices[b], column); any integers are allowed."""
     seed = np.array([seed % 2**64], dtype=np.uint64)
     indices = np.asarray(indices, dtype=np.int64).astype(np.uint64)
     columns = np.arange(1, n + 1, dtype=np.uint64)
@@ -31,10 +31,10 @@ def uniforms(seed, indices, n):
 
 
 def drawn(draw, shape, rows, device=None, dtype=torch.float32):
-    """Rows `rows`, a slice, of what draw(tensor), such as tensor.normal_, would make of a tensor of `shape`.
+    """Rows `rows`, a slice, of the result of draw(tensor), such as tensor.normal_, on a tensor of `shape`.
 
-    It draws all of it, piece by piece, so that the rows do not depend on who else draws which; on a CPU they are those
-    of a single draw, bit for bit.
+    All rows are drawn, piece by piece, so that the result does not depend on which rows other ranks draw. On a CPU it
+    is equal to that of a single draw, bit for bit.
     """
     first, stop, _ = rows.indices(shape[0])
     numbers_of_a_row = math.prod(shape[1:])
@@ -43,7 +43,7 @@ def drawn(draw, shape, rows, device=None, dtype=torch.float32):
     end = stop * numbers_of_a_row
     kept = torch.empty(end - begin, device=device, dtype=dtype)
     others = kept.new_empty(min(PIECE + 15, total) if len(kept) < total else 0)
-    starts = range(0, max(1, total - 15), PIECE)  # the last piece has at least 16 numbers, if there are as many
+    starts = range(0, max(1, total - 15), PIECE)  # the last piece has at least 16 numbers, if there are so many
     for start, next_start in zip(starts, [*starts[1:], total]):
         if begin <= start and next_start <= end:
             draw(kept[start - begin:next_start - begin])

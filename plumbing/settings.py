@@ -1,10 +1,10 @@
-"""Settings that contradict one another, where no single range tells."""
+"""Checks of settings that contradict one another, which no range of a single setting can find."""
 
 from plumbing.runtime import note
 
 OBJECTIVES = "ntm", "fm", "tarflow"
 RENAMED = {"resume": "--resume=yes", "auto": "--resume=auto"}
-# what only an NTM learns by, and the values at which it has no effect
+# settings of an NTM's loss and steps, and the values at which they have no effect
 OF_NTM = {
     "rank": 0,
     "filters": 0,
@@ -31,7 +31,7 @@ SIZES_OF_NTM = (
 
 
 def check_settings(config, model_config):
-    """Raises ValueError for settings of a run that contradict one another; model_config: the NTMConfig they make."""
+    """Raise ValueError for settings of a run that contradict one another; model_config: the NTMConfig made of them."""
     objective = config["objective"]
     if objective == "fm":
         check_flow_matching(config)
@@ -46,7 +46,7 @@ def check_settings(config, model_config):
         if config[name] and blocks:
             raise ValueError(f"{name} is {config[name]}, which needs transporter_blocks 0, not {blocks}")
     if config["closed_form"] and model_config.flow_outputs:
-        raise ValueError("closed_form is True, which a step with filters or logistics does not have: use mirrored")
+        raise ValueError("closed_form is True, but steps with filters or logistics have no closed form: use mirrored")
     if config["closed_form"] and config["mirrored"]:
         raise ValueError("closed_form and mirrored are both True, but each replaces the loss: choose one")
     if config["first_noise"] < 1 and objective == "tarflow":
@@ -56,23 +56,23 @@ def check_settings(config, model_config):
 
 
 def check_init_from(init_from):
-    """Raises ValueError for what init_from could be in older versions."""
+    """Raise ValueError for values of init_from that were allowed in older versions."""
     if init_from in RENAMED:
         raise ValueError(f"init_from {init_from!r} is now a setting of its own: write {RENAMED[init_from]}")
 
 
 def check_objective(objective):
-    """Raises ValueError for an objective that is none of the known."""
+    """Raise ValueError for an unknown objective."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is unknown: choose 'ntm', 'fm' or 'tarflow'")
 
 
 def check_flow_matching(config):
-    """Raises ValueError for what only an NTM learns by; what sizes an NTM alone is noted: one file does for both."""
+    """Raise ValueError for settings of an NTM's loss; note those of an NTM's size, which one config file may share."""
     given = [name for name in OF_NTM if name in config.given and config[name] != OF_NTM[name]]
     if given:
         wrong = ", ".join(f"{name} {config[name]}" for name in given)
         raise ValueError(f"objective is 'fm', and {wrong} is for an NTM: leave it out")
     unused = [name for name in SIZES_OF_NTM if name in config.given]
     if unused:
-        note(f"flow matching does not use {', '.join(unused)}, which an NTM does")
+        note(f"flow matching does not use {', '.join(unused)}: only an NTM does")

@@ -2,7 +2,7 @@
 
 - four kinds of caption, equally frequent: one object ("a red circle"), two to four alike ("three blue circles"), two
   joined by "and" ("a red circle and a blue square"), two in a relation ("a red square left of a green circle")
-- scene i of a seed is a pure function of (seed, i): a hash stands in for a random generator
+- scene i is a pure function of (seed, i): a hash takes the place of a random generator
 - objects never touch: the image is cut at random into as many rectangles, and each object stays well inside its own
 - lengths are in image widths, x to the right and y down, so a scene can be rendered at any size
 """
@@ -13,7 +13,7 @@ import numpy as np
 from plumbing.rng import uniforms
 
 SHAPES = ("circle", "square", "triangle")
-COLOURS = {  # far apart, and so are their greys
+COLOURS = {  # far apart, in grey as well
     "red": (230, 40, 30),
     "green": (60, 200, 60),
     "blue": (30, 60, 230),
@@ -36,8 +36,11 @@ CUT = 0.4, 0.6  # where a cut may fall; the narrowest rectangle still holds 2 (M
 
 
 class Scene(NamedTuple):
-    """B scenes of up to 4 objects each. Columns from `count` on are meaningless, and so is `relation` where `kind` is
-    not 3. Integers index the constants above; x, y and radius are in image widths."""
+    """B scenes of up to 4 objects each.
+
+    Columns from `count` on are meaningless, and so is `relation` where `kind` is not 3. Integers index the constants
+    above; x, y and radius are in image widths.
+    """
     kind: np.ndarray  # (B,)
     relation: np.ndarray  # (B,)
     count: np.ndarray  # (B,)
@@ -49,12 +52,12 @@ class Scene(NamedTuple):
 
 
 def scenes(seed, indices):
-    """Scenes number `indices` (B integers, which may be negative) of the endless sequence `seed`, as a Scene."""
+    """The Scene of the scenes number `indices` (B integers, which may be negative) of the endless sequence `seed`."""
     return compose(uniforms(seed, indices, DRAWS))
 
 
 def compose(u):
-    """The Scene that B rows of uniform numbers, (B, DRAWS) in [0, 1), stand for."""
+    """The Scene made from B rows of uniform numbers, (B, DRAWS) in [0, 1)."""
     kind = whole(u[:, 0], len(KINDS))
     relation = whole(u[:, 1], len(RELATIONS))
     several = 2 + whole(u[:, 2], len(NUMBERS))
@@ -79,7 +82,7 @@ def whole(u, n):
 
 
 def draw_things(kind, u_first, u_second):
-    """Colour and shape of 4 objects, (B, 4) each: of "several" all are alike, and no other pair is. All (B,)."""
+    """Draw colour and shape of 4 objects, (B, 4) each: all alike for "several", different for pairs. Arguments (B,)."""
     first = whole(u_first, len(THINGS))
     other = (first + 1 + whole(u_second, len(THINGS) - 1)) % len(THINGS)
     second = np.where(kind == 1, first, other)
@@ -87,13 +90,13 @@ def draw_things(kind, u_first, u_second):
 
 
 def place_objects(kind, count, cuts, size, place_along, place_across):
-    """Where objects are along an axis and across it, and their radii, each (B, 4). cuts: (B, 3); the rest: (B, 4).
+    """Place objects: positions along an axis and across it, and radii, each (B, 4). cuts: (B, 3); the rest: (B, 4).
 
-    One cut makes two halves, one after the other "along" the axis; three and four objects need halves cut once more,
-    "across" it.
+    One cut makes two halves, one after the other "along" the axis. For three and four objects, a half is cut once more,
+    "across" the axis.
     """
     half = np.arange(MAX_OBJECTS) % 2
-    is_second = np.arange(MAX_OBJECTS) // 2 == 1  # of the two in its half
+    is_second = np.arange(MAX_OBJECTS) // 2 == 1  # the second of the two objects in its half
     alone = (count == 1)[:, None]
     shares_half = count[:, None] > 2 + half
     first_cut = cuts[:, :1]

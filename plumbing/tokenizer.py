@@ -17,15 +17,18 @@ ASSETS = Path(__file__).parent.parent / "assets"
 VOCABULARIES = ("captions", "emoji")  # assets/NAME.tiktoken
 PAD, NULL = 0, 1  # the null caption is what guidance uses; a vocabulary's own ids come after these
 WORD = r" ?[^\s,]+|,|\s+"  # a word includes the space before it, so that a common word is one token
-LETTERS = r"[^\W\d_]+(?:['’-][^\W\d_]+)*"  # a word as people count them: "don't", "t-shirt"
-MOST_WORDS = 200_000  # that a run keeps of its captions
-MOST_BYTES = 20_000_000  # of different words that a vocabulary is made of: some minutes and 4 GB
+LETTERS = r"[^\W\d_]+(?:['’-][^\W\d_]+)*"  # a word as people count words: "don't", "t-shirt"
+MOST_WORDS = 200_000  # words of its captions that a run keeps, at most
+MOST_BYTES = 20_000_000  # of the different words that make a vocabulary, at most: some minutes and 4 GB
 
 
 class Tokenizer:
-    """Byte-pair ids of a tiktoken encoding, shifted by two to leave room for PAD and NULL. vocabulary: the text of its
-    .tiktoken file, which checkpoints store, or None. cut: how many captions encode() has truncated so far. A vocabulary
-    without capitals, but for single bytes, was made of captions without them: others are put into lower case."""
+    """Byte-pair ids of a tiktoken encoding, shifted by two to leave room for PAD and NULL.
+
+    vocabulary: the text of its .tiktoken file, which checkpoints store, or None. cut: how many captions encode() has
+    truncated so far. A vocabulary without capitals was made from lower-case captions, so others are put into lower
+    case.
+    """
 
     def __init__(self, encoding, vocabulary=None):
         self.encoding, self.vocabulary, self.cut = encoding, vocabulary, 0
@@ -41,14 +44,16 @@ class Tokenizer:
         return [i + 2 for i in self.ordinary(caption.strip())] or [NULL]
 
     def falls_apart(self, caption):
-        """Whether the vocabulary does not know a fourth or more of a caption's words: most of a word's tokens are then
-        single bytes. Numbers and single letters do not count."""
+        """Whether a fourth or more of a caption's words are unknown: most tokens of such a word are single bytes.
+
+        Numbers and single letters do not count.
+        """
         words = [word for word in re.findall(WORD, caption) if re.search(r"[^\W\d_]{2}", word)]
         single = [[len(self.encoding.decode_single_token_bytes(i)) == 1 for i in self.ordinary(word)] for word in words]
         return 0 < len(words) <= 4 * sum(sum(bytes) > len(bytes) / 2 for bytes in single)
 
     def encode(self, captions, length):
-        """B captions -> ids (B, length) int64, truncated or padded with PAD."""
+        """Token ids (B, length), int64, of B captions, truncated or padded with PAD."""
         ids = torch.full((len(captions), length), PAD)
         for row, caption in zip(ids, captions):
             tokens = self.tokens(caption)
@@ -57,12 +62,12 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """Ids (L,) -> the caption; PAD and NULL are dropped."""
+        """The caption of ids (L,), without PAD and NULL."""
         return self.encoding.decode([i - 2 for i in torch.as_tensor(ids).tolist() if i > NULL])
 
 
 class ClassNumbers(Tokenizer):
-    """Captions that are class numbers: "class 207" has the id 2 + 207, and an empty caption, for any class, NULL."""
+    """Captions that are class numbers: "class 207" has the id 2 + 207; an empty caption, for any class, has NULL."""
 
     def __init__(self, classes):
         self.classes, self.vocab_size, self.vocabulary, self.cut = classes, classes + 2, None, 0
@@ -80,10 +85,13 @@ class ClassNumbers(Tokenizer):
 
 
 def get_tokenizer(name="captions", vocabulary=None):
-    """The tokenizer `name`: "captions" (shapes, garments and digits, a token for each word), "emoji", or another file
-    NAME.tiktoken of `python data.py vocab`; "gpt2", which tiktoken downloads once; "classes" or "classes:N", numbers of
-    ImageNet's 1,000 classes or of N. vocabulary: the text of the file, from a checkpoint; the file then need not exist.
-    Raises ValueError for any other name or a damaged file, OSError where a file is missing or gpt2 cannot be had."""
+    """The tokenizer `name`.
+
+    "captions": the words of shapes, garments and digits, one token each. "emoji". NAME.tiktoken: a file made by `python
+    data.py vocab`. "gpt2": downloaded by tiktoken once. "classes:N": class numbers; "classes": the 1,000 of ImageNet.
+    vocabulary: the text of the file, from a checkpoint; the file is then not needed. Raises ValueError for another name
+    or a damaged file, OSError for a missing file or if gpt2 is not available.
+    """
     if name in VOCABULARIES or name.endswith(".tiktoken"):
         path = ASSETS / f"{name}.tiktoken" if name in VOCABULARIES else Path(at_home(name))
         try:
@@ -107,13 +115,16 @@ def get_tokenizer(name="captions", vocabulary=None):
 
 
 def words(captions):
-    """The words of captions, in lower case, a set."""
+    """The set of the captions' words, in lower case."""
     return set(re.findall(LETTERS, " ".join(captions).lower()))
 
 
 def survey(captions, tokenizer, text_len, most=1.0):
-    """Says in a line what share of captions text_len cuts, what share falls apart and what share the tokenizer refuses,
-    and what would help; "" where all are whole. Raises ValueError with it where one of them is more than `most`."""
+    """A line that says which share of captions is cut, has too many unknown words, or is refused, and what would help.
+
+    The line is "" where all captions are whole. Raises ValueError with the line where one of the shares is above
+    `most`.
+    """
     lengths, refusals = [], []
     for caption in captions:
         try:
@@ -126,30 +137,34 @@ def survey(captions, tokenizer, text_len, most=1.0):
     refused = len(refusals) / count
     faults = [f"{cut:.1%} are longer than text_len {text_len} and cut (text_len {lengths[-1 - len(lengths) // 100]} "
               "would hold 99%)"] if cut else []
-    faults += [f"{apart:.1%} fall apart into bytes, of words that the vocabulary does not know (`python data.py vocab "
+    faults += [f"{apart:.1%} have too many words that the vocabulary does not know (`python data.py vocab "
                "--data_dir=SHARDS --out=NAME.tiktoken` makes one)"] if apart else []
-    faults += [f"{refused:.1%} are refused, the first since {refusals[0]}"] if refusals else []
+    faults += [f"{refused:.1%} are refused, the first because {refusals[0]}"] if refusals else []
     line = f"of {len(captions):,} captions, {' and '.join(faults)}" if faults else ""
     if max(cut, apart, refused) > most:
-        raise ValueError(f"{line}; bad_captions is {most}: --bad_captions=1 trains all the same")
+        raise ValueError(f"{line}; bad_captions is {most}: set --bad_captions=1 to train anyway")
     return line
 
 
 class Candidate(NamedTuple):
-    """A pair of tokens that may be merged, and how often it occurred when this was noted. Heaps are to give the most
-    frequent pair first; of equally frequent ones the last by its bytes."""
+    """A pair of tokens that may be merged, and its count when it was noted.
+
+    Heaps give the most frequent pair first; of equally frequent ones, the last by its bytes.
+    """
 
     count: int
     pair: tuple
 
     def __lt__(self, other):
-        return tuple.__gt__(self, other)  # heapq gives the least first
+        return tuple.__gt__(self, other)  # since heapq gives the least first
 
 
 class Splits:
-    """Words split into tokens, at first into bytes, and how often each pair of neighbours occurs. All words stand in
-    one linked list, with a None around each; a place is a position in it. A merge costs as much as the pair has places,
-    so that long words, such as whole sentences of Chinese, take no longer than short ones."""
+    """Words split into tokens, at first into bytes, with the count of each pair of neighbours.
+
+    All words stand in one linked list, with a None around each; a place is a position in the list. A merge takes time
+    in proportion to the pair's places, so long words, such as sentences of Chinese, take no longer than short ones.
+    """
 
     def __init__(self, words):
         self.tokens, self.weights = [None], [0]
@@ -163,7 +178,7 @@ class Splits:
             self.gain(place)
 
     def pair_at(self, place):
-        """The token at a place and the next one of its word; None at the ends of words and where a merge left none."""
+        """The token at a place and the next one in its word; None at the ends of words and where a merge left none."""
         left, right = self.tokens[place], self.tokens[self.after[place]]
         return None if left is None or right is None else (left, right)
 
@@ -180,7 +195,7 @@ class Splits:
             self.counts[pair] -= self.weights[place]
 
     def merge(self, pair):
-        """Makes one token of each occurrence of a pair. Returns the pairs that the new token is part of."""
+        """Merge each occurrence of a pair into one token; return the pairs that the new token is part of."""
         joined, gained = pair[0] + pair[1], set()
         for place in sorted(self.places.pop(pair), reverse=True):  # from the right: of "aaa" the last two
             if self.pair_at(place) != pair:
@@ -197,8 +212,10 @@ class Splits:
 
 
 def train_bpe(words, vocab_size):
-    """Byte-pair encoding of `words`, a Counter of byte strings: merges the most frequent pair of tokens until there are
-    `vocab_size` tokens or every word is one. Returns the tokens by rank, the 256 bytes first."""
+    """Byte-pair encoding of `words`, a Counter of byte strings: the tokens by rank, the 256 bytes first.
+
+    The most frequent pair of tokens is merged until there are `vocab_size` tokens, or every word is one token.
+    """
     vocab, splits = [bytes([b]) for b in range(256)], Splits(words)
     heap = [Candidate(count, pair) for pair, count in splits.counts.items()]
     heapq.heapify(heap)
@@ -218,7 +235,7 @@ def train_bpe(words, vocab_size):
 
 
 def commonest(words, most):
-    """The commonest of `words`, a Counter of byte strings, that together have at most `most` bytes."""
+    """The most common of `words`, a Counter of byte strings, with at most `most` bytes in all."""
     kept, held = {}, 0
     for word, count in words.most_common():
         held += len(word)
@@ -229,8 +246,10 @@ def commonest(words, most):
 
 
 def make_vocabulary(captions, size=512):
-    """The bytes of a .tiktoken file of at most `size` tokens for such captions: a line a token, base64 and rank. Of
-    more than MOST_BYTES of different words the commonest count."""
+    """The bytes of a .tiktoken file of at most `size` tokens for such captions: a line per token, base64 and rank.
+
+    If the different words have more than MOST_BYTES in all, only the most common count.
+    """
     words = Counter(word.encode() for caption in captions for word in re.findall(WORD, caption))
     vocab = train_bpe(commonest(words, MOST_BYTES), size)
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(vocab))

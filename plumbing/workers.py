@@ -1,4 +1,4 @@
-"""Processes that load data, and the end of a run where one of them dies or stays silent."""
+"""Processes that load data, and the orderly end of a run if one of them dies or hangs."""
 
 import atexit
 import contextlib
@@ -17,16 +17,16 @@ from torch.utils.data import DataLoader
 
 from plumbing.runtime import CAN_FORK, ENDING, note
 
-LONGEST_WAIT = 480  # seconds for a batch: less than the ten minutes after which other ranks give up on this one
+LONGEST_WAIT = 480  # seconds for a batch; less than the ten minutes after which other ranks give up on this rank
 SHARED_MEMORY = "/dev/shm"
 
 
 class ReadAhead:
-    """The batches of a data set, loaded ahead by `workers` processes, or with 0 by this one when they are asked for.
+    """The batches of a data set, loaded ahead by `workers` processes, or with 0 on demand by this process.
 
-    An iterator and a context, with which the processes end. batches: lists of numbers. asked: a function that says
-    whether a signal asks for an end: a batch that is not there is then not waited for. settings: of torch's DataLoader.
-    Raises OSError or ValueError, in one line, for what is wrong with the data or with a process that loads them.
+    An iterator, and a context with which the processes end. batches: lists of numbers. asked: a function that says
+    whether a signal asks for an end; then a missing batch is not waited for. settings: of torch's DataLoader. Raises
+    OSError or ValueError with one line for faults of the data or of a process that loads them.
     """
 
     def __init__(self, dataset, batches, workers, asked=lambda: False, **settings):
@@ -35,13 +35,13 @@ class ReadAhead:
             workers = 0
         self.workers, self.asked, self.in_order = workers, asked, True
         others = multiprocessing.active_children()
-        # It forks: a fresh interpreter would run the script once more. A wait ends every second, to look at signals.
+        # Fork: a fresh interpreter would run the script again. A timeout of 1 s, so that signals are seen.
         loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, timeout=1 if workers else 0,
                             worker_init_fn=start_loading, multiprocessing_context="fork" if workers else None,
                             **settings)
         try:
             if workers:
-                multiprocessing.get_context("fork").Lock()  # fails where a loader would, but in one line
+                multiprocessing.get_context("fork").Lock()  # fails where the loader would, but with one line
             self.loaded = iter(loader)
         except OSError as error:
             end(process for process in multiprocessing.active_children() if process not in others)
@@ -49,9 +49,9 @@ class ReadAhead:
                           f"and see that {SHARED_MEMORY} is there and has room") from error
         self.processes = [process for process in multiprocessing.active_children() if process not in others]
         self.last_resort = functools.partial(end, self.processes)
-        atexit.register(self.last_resort)  # Python would wait for them, and they are deaf to SIGTERM
+        atexit.register(self.last_resort)  # Python would wait for the processes, which ignore SIGTERM
         if workers:
-            # torch's own handler raises wherever the program happens to be, in the middle of an update, say
+            # torch's own handler may raise in the middle of an update
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def __enter__(self):
@@ -59,8 +59,8 @@ class ReadAhead:
 
     def __exit__(self, *error):
         if not self.in_order:
-            end(self.processes)  # first, since one that hangs keeps the others' end waiting
-        self.loaded = None  # its last reference: the processes are told to end
+            end(self.processes)  # first, since a process that hangs would delay the end of the others
+        self.loaded = None  # the last reference: torch now tells the processes to end
         end(self.processes)
         atexit.unregister(self.last_resort)
 
@@ -80,7 +80,7 @@ class ReadAhead:
             raise
 
     def next_in_a_second(self):
-        """The next batch. Raises NotYet where the processes need longer, or ValueError or OSError in one line."""
+        """The next batch. Raises NotYet if it takes longer than a second, or ValueError or OSError with one line."""
         try:
             return next(self.loaded)
         except (ValueError, OSError, EOFError, MemoryError, RuntimeError) as error:
@@ -91,21 +91,21 @@ class ReadAhead:
             if isinstance(error, RuntimeError) and (of_a_process or not self.workers):
                 raise  # a mistake in the program
             if not of_a_process:
-                self.check_processes(patience=2)  # one that dies may leave half a message
+                self.check_processes(patience=2)  # a process that dies may leave half a message
             line = text.splitlines()[-1].partition(": ")[2] if of_a_process else text.partition("\n")[0]
             if isinstance(error, MemoryError):
                 line = f"memory ran out while data were loaded: {self.fewer()}"
             raise (ValueError if isinstance(error, ValueError) else OSError)(line) from None
 
     def check_processes(self, patience=0):
-        """Raises ChildProcessError where a process that loads has died or does in `patience` seconds, with a remedy."""
+        """Raise ChildProcessError, with a remedy, if a loading process has died or dies in `patience` seconds."""
         wait([process.sentinel for process in self.processes], patience)
         for process in self.processes:
             if not process.is_alive():
                 raise ChildProcessError(f"a process that loads data has died: {self.reason(process.exitcode)}")
 
     def reason(self, status):
-        """What a process died of, by its exit status, and the remedy."""
+        """Why a process died, by its exit status, and the remedy."""
         if status == errno.EMFILE:
             return f"too many files are open: raise the limit with `ulimit -n 65536`, or {self.fewer()}"
         if status in (errno.ENOSPC, errno.ENOMEM, -signal.SIGBUS):
@@ -121,38 +121,38 @@ class ReadAhead:
         return f"set fewer workers than {self.workers}, or 0" if self.workers else "set a smaller batch_size"
 
     def check_wait(self, seconds):
-        """Raises InterruptedError where an end is asked for, TimeoutError after a wait of LONGEST_WAIT seconds."""
+        """Raise InterruptedError if an end is asked for, and TimeoutError after LONGEST_WAIT seconds."""
         if self.asked():
             raise InterruptedError("interrupted while waiting for data")
         if seconds > LONGEST_WAIT:
-            raise TimeoutError(f"no batch came for {seconds:.0f} s, so the processes that load data hang: see whether "
-                               "the disk that the data are on answers, and go on with --workers=0 to see where")
+            raise TimeoutError(f"no batch came for {seconds:.0f} s, so the processes that load data hang: check "
+                               "whether the data's disk responds, and resume with --workers=0 to see where")
 
 
 class NotYet(Exception):
-    """A batch needs longer than a second."""
+    """A batch takes longer than a second."""
 
 
 def start_loading(number):
-    """Prepares a process that loads: a batch that it cannot hand on would be waited for, so it dies of that."""
+    """Prepare a process that loads: if it cannot hand on a batch, it dies, since the batch would be waited for."""
     leave_signals_to_the_trainer()
     Queue._on_queue_feeder_error = staticmethod(die)  # a hook, in this process's own copy of the class
 
 
 def leave_signals_to_the_trainer():
-    """What a terminal or a scheduler sends reaches these processes too; they must outlive the update it interrupts."""
+    """Ignore signals from a terminal or scheduler: these processes must outlive the update that a signal interrupts."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
 def die(error, batch):
-    """Ends the process, with the number of the system's error as its status: torch's messages end in it."""
+    """End the process with the system's error number as its status; torch's messages end with that number."""
     number = re.search(r"\((\d+)\)$", str(error))
     os._exit(int(number[1]) if number else getattr(error, "errno", None) or 1)
 
 
 def end(processes):
-    """Ends processes that load, which may hang in a read and ignore SIGTERM."""
+    """Kill processes that load: they may hang in a read, and they ignore SIGTERM."""
     for process in processes:
         process.kill()
         process.join(5)

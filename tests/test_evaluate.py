@@ -556,7 +556,7 @@ def test_flow_matching_has_samples_only(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     assert "other.json, which is no evaluate.json with samples" in fails("evaluate.py", *samples, beside)
     line = fails("evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", "--parts=samples,likelihood")
-    assert "'likelihood' is unknown of flow matching: choose among samples" in line
+    assert "'likelihood' is unknown for flow matching: choose among samples" in line
 
 
 def test_a_likelihood_that_is_not_finite_is_an_error(copied):

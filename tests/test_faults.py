@@ -484,7 +484,7 @@ def test_a_folder_that_cannot_be_locked_is_used_with_a_note(tmp_path, monkeypatc
     assert [note for note in notes if "cannot be locked ([Errno 37] No locks available)" in note]
     monkeypatch.setattr(lock, "fcntl", None)
     _, _, notes = run_with_notes("train.py", *TRAIN, f"--out_dir={tmp_path / 'b'}", "--max_iters=1")
-    assert [note for note in notes if "cannot be locked" in note and "see to it" in note]
+    assert [note for note in notes if "cannot be locked" in note and "make sure" in note]
     assert contents(tmp_path / "a" / "ckpt.pt")["iter"] == contents(tmp_path / "b" / "ckpt.pt")["iter"] == 1
 
 

@@ -294,7 +294,8 @@ def test_a_run_that_continues_says_where_it_started_if_that_is_not_what_is_asked
     assert notes == []
     other = trained / "ckpt.pt"
     _, _, notes = run_with_notes("train.py", *tune, f"--init_from={other}", "--max_iters=3", "--resume=yes")
-    assert notes == [f"{tmp_path / 'ckpt.pt'} continues, which started from {base / 'ckpt.pt'}, not from {other}"]
+    path, origin = tmp_path / "ckpt.pt", base / "ckpt.pt"
+    assert notes == [f"init_from {other} is ignored: {path} is resumed, and it started from {origin}"]
     held = contents(tmp_path / "ckpt.pt")
     assert held["iter"] == 3 and held["settings"]["init_from"] == str(base / "ckpt.pt")
 
@@ -358,7 +359,7 @@ def test_fine_tuning_without_the_auxiliary_loss(tune, tmp_path):
 @pytest.mark.slow
 def test_the_base_decides_about_the_network(tune, tmp_path):
     line = fails("train.py", *tune, "--max_iters=1", "--width=24", "--depth=3")
-    assert re.search(r"(width is 24|depth is 3), but .*ckpt.pt decides it, (16|1): leave it out", line)
+    assert re.search(r"(width is 24|depth is 3), but .*ckpt.pt fixes it at (16|1): leave it out", line)
     _, printed = run("train.py", *[setting for setting in tune if "--width" not in setting], "--max_iters=1")
     assert contents(tmp_path / "ckpt.pt")["model_config"]["width"] == 16  # and not the default
     assert "width 16, depth 1, heads 2" in printed
@@ -466,7 +467,7 @@ def test_what_flow_matching_does_not_use_is_noted(tmp_path):
     sizes = ["--transporter_blocks=2", "--transporter_width=16", "--steps=8", "--pairs=False", "--chunk=3"]
     _, _, notes = run_with_notes("train.py", *short, *sizes, f"--out_dir={tmp_path / 'c'}")
     note, = notes
-    assert note == "flow matching does not use transporter_width, transporter_blocks, steps, pairs, chunk, which an NTM does"
+    assert note == "flow matching does not use transporter_width, transporter_blocks, steps, pairs, chunk: only an NTM does"
     assert same_training(*(tmp_path / name / "ckpt.pt" for name in "ac"))
 
 

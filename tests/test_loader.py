@@ -60,14 +60,14 @@ def test_a_caption_that_the_tokenizer_refuses_is_replaced_and_named(workers, cap
         seen = torch.cat([next(loading)[1][:, 0] - 2 for _ in range(9)])
     assert sorted(seen.tolist()) == sorted([*range(3), 4, *range(4, 12)] * 3)  # the next one stands in for it
     assert loading.counts["unusable"] == 3 and loading.faults == ["example 3: caption '3' is no class"] * 3
-    assert capsys.readouterr().err.count("another stands in for it: example 3: caption '3' is no class") == 3
+    assert capsys.readouterr().err.count("is replaced by another: example 3: caption '3' is no class") == 3
 
 
 def test_a_refused_caption_among_the_held_out_is_replaced_and_named(capsys):
     images, text, captions, _ = next(validation_batches(DATA, Classes(), 3, 12, "cpu"))
     assert captions == ["0", "1", "2", "4", *map(str, range(4, 12))] and text[3].tolist() == [6, 6, 6]
     assert (images[3] - DATA[4][0]).abs().max() <= 1 / 256
-    assert "an unusable held-out example, another stands in for it: example 3: caption '3'" in capsys.readouterr().err
+    assert "an unusable held-out example is replaced by another: example 3: caption '3'" in capsys.readouterr().err
     many = Items(DATA * 10)
     assert len(list(validation_batches(many, Classes(), 3, 120, "cpu", bad_limit=0.1))) == 2  # ten are a twelfth
     with pytest.raises(SystemExit, match="10 of 120 held-out examples are unusable, more than bad_limit 0.05 allows.*"
@@ -83,7 +83,7 @@ def test_a_run_heeds_bad_limit_for_captions(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"10 of 1\d\d examples are unusable, more than bad_limit 0.05.*caption '3'"):
         fit(tmp_path / "many", max_iters=100, bad_limit=0.05)
     monkeypatch.setattr(Classes, "refused", [str(i) for i in range(12)])
-    with pytest.raises(SystemExit, match="100.0% are refused, the first since caption '0' is no class; bad_captions"):
+    with pytest.raises(SystemExit, match="100.0% are refused, the first because caption '0' is no class; bad_captions"):
         fit(tmp_path / "all")
     with pytest.raises(SystemExit, match="100 examples in a row have no readable caption, the first is example"):
         fit(tmp_path / "all", bad_captions=1.0)
@@ -102,7 +102,7 @@ def test_captions_of_shards_that_are_no_classes_are_replaced_and_named(tmp_path,
     _, printed = run("train.py", *settings, "--max_iters=12", "--batch_size=20", "--resume=yes")
     assert training_lines(tmp_path / "log.jsonl")[-1]["unusable"] == 4  # an epoch is three batches
     assert "val_loss" in read_log(tmp_path / "log.jsonl")[-1] and "interrupted" not in printed
-    assert "1.7% are refused, the first since caption 'a dog' is not a class" in printed
+    assert "1.7% are refused, the first because caption 'a dog' is not a class" in printed
 
 
 @pytest.mark.slow

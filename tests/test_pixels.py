@@ -263,7 +263,7 @@ def test_the_scripts_train_sample_and_measure_with_it(tmp_path):
     config = contents(tmp_path / "more" / "ckpt.pt")["model_config"]
     assert (config["filters"], config["filter_window"], config["logistics"]) == (2, 3, 3)  # what it starts from has them
     line = fails("train.py", *again, "--filters=4", f"--out_dir={tmp_path / 'x'}")
-    assert "filters is 4" in line and "decides it, 2" in line
+    assert "filters is 4" in line and "fixes it at 2" in line
     line = fails("train.py", *settings, *flow, "--closed_form=True", "--mirrored=False", f"--out_dir={tmp_path / 'x'}")
     assert "closed_form is True" in line and "use mirrored" in line
     scratch = [*settings[:-1], *flow, "--parametrization=posterior", f"--out_dir={tmp_path / 'scratch'}"]

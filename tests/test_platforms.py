@@ -24,7 +24,7 @@ def test_every_script_works_without_what_windows_lacks(tmp_path):
     assert pixels(tmp_path / "digits" / "images" / "0001.png").shape == (8, 8, 3)
     assert contents(tmp_path / "mine" / "ckpt.pt")["iter"] == 2
     notes = ran.stderr.decode("cp1252")
-    assert "cannot be locked (this platform has no fcntl): see to it that no other run writes there" in notes
+    assert "cannot be locked (this platform has no fcntl): make sure that no other run writes there" in notes
     assert "workers is 2, but this platform cannot fork processes: the training process loads the data" in notes
     assert r"ein Häuschen \U0001f3e0 und \u6f22\u5b57" in ran.stdout.decode("cp1252")  # what `data.py shards` prints
 

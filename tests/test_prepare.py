@@ -647,7 +647,7 @@ def test_judges_of_many_images_find_images_of_latents_alone(model_of_latents, ex
     assert visible(sheet) == sorted([f"000{i}.{suffix}" for i in range(5) for suffix in ("npy", "png")] + ["sheet.png"])
     assert (sheet / "0003.png").read_bytes() == (flat / "0003.png").read_bytes()
     _, _, notes = run_with_notes("sample.py", *settings[:-1], "--layout=flat", f"--folder={tmp_path / 'look'}")
-    assert any("without --decoder the images are a first look at latents" in note for note in notes)
+    assert any("without --decoder the images are a preview of latents" in note for note in notes)
 
 
 def evaluated(out, *settings):
@@ -722,7 +722,7 @@ def test_real_images_from_elsewhere_or_from_their_latents(model_of_latents, enco
         if record is not None:
             (tmp_path / "moved" / "encoding.json").write_text(json.dumps(record))
         _, notes = evaluated(model_of_latents, *settings, f"--data_dir={tmp_path / 'moved'}")
-        assert any("reconstructions, decoded latents: name the images in --real_dir" in note for note in notes)
+        assert any("decoded latents take their place, unless --real_dir names" in note for note in notes)
         latents = Shards(str(encoded), "val", 4, 8, 8)
         image = to_uint8(Decoder()(load(model_of_latents, "cpu").plain_latents(latents[2][0][None]))[0])
         assert np.abs(pixels(real / "0002.png") - image.permute(1, 2, 0).numpy()).max() <= 1
@@ -733,7 +733,7 @@ def test_mistakes_in_evaluating_latents(model_of_latents, exported, trained):
     out = ["--device=cpu", f"--out_dir={model_of_latents}", "--denoise=none", "--parts=samples", "--num_samples=2"]
     assert "nowhere" in fails("evaluate.py", *out, decoder, "--real_dir=nowhere")
     assert "real_dir is 'x', but" in fails("evaluate.py", *out, "--real_dir=x")
-    assert "judges images and this model makes latents" in fails("evaluate.py", *out, "--judge=judge.pt")
+    assert "a judge needs images and this model makes latents" in fails("evaluate.py", *out, "--judge=judge.pt")
     assert "there is no none.pt2" in fails("evaluate.py", *out, "--decoder=none.pt2")
     line = fails("evaluate.py", "--device=cpu", f"--out_dir={trained}", decoder)
     assert "makes images, not latents: leave it out" in line

@@ -463,7 +463,7 @@ def test_mistakes_from_python_are_named(trained, tmp_path):
         load_model(ROOT / "README.md")  # a file, not a folder
     with pytest.raises(ValueError, match="captions is \\[\\]: give a list of at least one"):
         model.sample([])
-    with pytest.raises(ValueError, match="images reach 200, but are to be in"):
+    with pytest.raises(ValueError, match="images reach 200, but must be in"):
         model.log_likelihood(torch.full((1, 1, 8, 8), 200.0), ["a 3"])
     with pytest.raises(ValueError, match="trajectories is 1, but"):
         model.log_likelihood(torch.zeros(1, 1, 8, 8), ["a 3"], trajectories=1)

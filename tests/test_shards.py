@@ -697,10 +697,10 @@ def test_a_run_whose_captions_fall_apart_does_not_start(tmp_path, monkeypatch):
         write_shards(tmp_path / split, [("none", {"png": png()}), *examples])
     settings = [*TRAIN, f"--data_dir={tmp_path}", "--text_len=8"]
     line = fails("train.py", *settings, f"--out_dir={tmp_path / 'run'}")
-    assert "100.0% fall apart into bytes" in line and "`python data.py vocab" in line and "--bad_captions=1" in line
+    assert "100.0% have too many words that the vocabulary does not know" in line and "`python data.py vocab" in line and "--bad_captions=1" in line
     assert not (tmp_path / "run").exists()
     _, printed = run("train.py", *settings, f"--out_dir={tmp_path / 'run'}", "--bad_captions=1")
-    assert "100.0% fall apart" in printed and "17 examples are held out, fewer than 50" in printed
+    assert "100.0% have too many words" in printed and "17 examples are held out, fewer than 50" in printed
     monkeypatch.setattr(shards, "decode_image", lambda members: pytest.fail("decoded"))
     monkeypatch.setattr(Shards, "usable", lambda self, number: None)
     monkeypatch.setattr(shards, "first_example", lambda paths: (False, (3, 8, 8)))

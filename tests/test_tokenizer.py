@@ -233,8 +233,8 @@ def test_a_survey_of_captions_says_what_is_wrong_and_what_would_help():
     assert tokenizer.survey(good, bpe, 4, 0.0) == ""
     said = tokenizer.survey(good + long, bpe, 4, 0.1)
     assert "of 100 captions, 10.0% are longer than text_len 4 and cut (text_len 7 would hold 99%)" in said
-    with pytest.raises(ValueError, match="11.0% are longer .*bad_captions is 0.1: --bad_captions=1 trains all the same"):
+    with pytest.raises(ValueError, match="11.0% are longer .*bad_captions is 0.1: set --bad_captions=1 to train anyway"):
         tokenizer.survey(good[1:] + long + long[:1], bpe, 4, 0.1)
-    with pytest.raises(ValueError, match="10.0% fall apart into bytes.*`python data.py vocab .*bad_captions is 0.05"):
+    with pytest.raises(ValueError, match="10.0% have too many words.*`python data.py vocab .*bad_captions is 0.05"):
         tokenizer.survey(good + odd, bpe, 8, 0.05)
     assert "\n" not in tokenizer.survey(odd, bpe, 2, 1.0) and bpe.cut == 0

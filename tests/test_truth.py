@@ -142,9 +142,9 @@ def test_of_shapes_alone(tmp_path, trained, capsys):
     results = json.loads((tmp_path / "truth.json").read_text())["truth"]
     assert len(results) == 9 and "step 1, nearest full Gaussian" in results
     run("train.py", *settings, f"--out_dir={tmp_path / 'one'}", "--steps=1")
-    with pytest.raises(SystemExit, match="steps is 1, but the truth is known of all steps but the last"):
+    with pytest.raises(SystemExit, match="steps is 1, but the truth is known for all steps except the last"):
         truth.main([str(tmp_path / "one"), "--device=cpu"])
-    with pytest.raises(SystemExit, match="data set digits, channels 1: the truth is known of shapes with 3 channels"):
+    with pytest.raises(SystemExit, match="data set digits, channels 1: the truth is known for shapes with 3 channels"):
         truth.main([str(trained), "--device=cpu"])
 
 
