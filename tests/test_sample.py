@@ -73,7 +73,7 @@ def test_a_denoiser_serves_the_steps_that_it_was_distilled_for(copied, distilled
 def test_steps_that_the_model_was_not_trained_for_are_told(copied):
     _, notes = noted(copied, "--steps=2", "--denoise=none", "--batch_size=2")
     note, = notes
-    assert "trained for 4 steps" in note and "in 2" in note
+    assert "trained for 4 steps" in note and "with 2" in note
     run("train.py", *TRAIN, "--objective=fm", f"--out_dir={copied / 'fm'}", "--max_iters=1")
     assert not any("steps" in line for line in noted(copied / "fm", "--steps=2")[1])  # flow matching takes any
 
