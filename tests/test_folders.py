@@ -271,7 +271,7 @@ def test_metadata_in_subfolders(tmp_path):
     found, printed = all_of(tmp_path / "mine")
     assert found == {"a": 0, "b": 1, "c": 2, "e": 4, "f": 5}
     assert "2 images without a caption were left out; 1 rows that name no image were left out" in printed
-    assert "the first of these rows names '9.png'" in printed and "its folder train and those beside it" in printed
+    assert "the first of these rows names '9.png'" in printed and "its folders, such as train and val," in printed
     make_files(tmp_path / "mine", {"train/deep/metadata.csv": "file_name,text\n2.png,other\n"})
     assert "two captions of train/deep/2.png" in fails("data.py", "folder", str(tmp_path / "mine"))
 

@@ -533,7 +533,7 @@ TRAIN_MISTAKES = {
     "--lr=fast": ["'lr'", "'fast'", "float"],
     "--bfloat16=maybe": ["'bfloat16'", "'maybe'", "bool"],
     "config/nothing.py": ["config/nothing.py"],
-    "--init_from=gpt2": ["init_from 'gpt2'", "scratch", "--resume=yes", "auto"],
+    "--init_from=gpt2": ["init_from 'gpt2'", "scratch", "--resume=yes"],
     "--resume=yes": ["no checkpoint", "ckpt.pt", "train.py"],
     "--optimizer=sgd": ["optimizer 'sgd'", "adamw", "muon"],
     "--batch_size=9 --grad_accum=2": ["batch_size 9", "2"],
