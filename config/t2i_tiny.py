@@ -1,4 +1,4 @@
-# config/t2i.py with 4 million parameters, which starts from the model of config/t2i_tiny_fm.py. It tries the recipe in
+# config/t2i.py with 5.5 million parameters, which starts from the model of config/t2i_tiny_fm.py. It tries the recipe in
 # an hour on one core, on latents of emoji (16x16x4 of 32x32x3) from evidence/blocks.py, which needs no training.
 init_from = "out/t2i_tiny_fm/ckpt.pt"
 out_dir = "out/t2i_tiny"
@@ -19,9 +19,9 @@ aux_weight = 0.0
 lr = 2e-3
 words_lr = 25.0
 batch_size = 64
-max_iters = 800
+max_iters = 650
 warmup_iters = 50
 in_memory = True
 log_interval = 100
-val_interval = 200
+val_interval = 130
 val_examples = 400

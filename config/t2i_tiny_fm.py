@@ -1,4 +1,4 @@
-# config/t2i_fm.py with 2.9 million parameters: the start of config/t2i_tiny.py, to try the recipe on one CPU core.
+# config/t2i_fm.py with 4.8 million parameters: the start of config/t2i_tiny.py, to try the recipe on one CPU core.
 #   python data.py emoji
 #   python -m evidence.blocks --out=out/blocks
 #   python data.py encode --data_dir=out/data/emoji --encoder=out/blocks/encoder.pt2 --image_size=32 --out=out/data/emoji_blocks
@@ -21,7 +21,7 @@ heads = 4
 lr = 8e-3
 words_lr = 25.0
 batch_size = 64
-max_iters = 3200
+max_iters = 2600
 warmup_iters = 250
 in_memory = True
 log_interval = 100
