@@ -264,6 +264,7 @@ def gradients_meet(network, last):
 
 
 last_sum = []  # the handle of the last all_sum
+last_group = []  # the process group that leave_ranks has left
 
 
 def accumulate(losses_of, network, batches, config, device, *tensors):
@@ -312,6 +313,9 @@ def leave_ranks():
     """The end of a run: no rank leaves while another still communicates."""
     if dist.is_initialized():
         dist.barrier()
+        # Else DDP frees the group, holding Python's lock, and waits for gloo's threads; one of them may wait for that
+        # lock to free a tensor.
+        last_group[:] = [dist.group.WORLD]
         dist.destroy_process_group()
 
 
