@@ -204,7 +204,7 @@ class Speedrun:
             batch, passes = max(8, batch // 8), 1
         self.forget(stage, out)
         share = share_of(stage, self.left())
-        minutes = max(share - self.size.around, 0.2 * share) / 60
+        minutes = max(share - self.size.around, 0.2 * share, 1.0) / 60  # above 0, which would be no limit
         self.call(script, *settings, f"--out_dir={out}", f"--device={self.device}", f"--minutes={minutes:.4f}",
                   f"--batch_size={batch}", f"--grad_accum={passes}", "--in_memory=True", f"--workers={self.workers()}",
                   f"--compile={self.compile()}", f"--val_interval={10**6}", f"--val_examples={self.size.validation}",

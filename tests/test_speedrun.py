@@ -255,6 +255,14 @@ def test_every_stage_ends_in_its_share_whatever_the_card(pretend, images_per_s):
     assert updates > 0.8 * 0.54 * 600 * images_per_s / 512
 
 
+def test_stages_end_soon_when_the_time_is_over(pretend):
+    """At one image in 20 s the first stage takes longer than there is for all."""
+    card, _ = pretend(20.0)
+    minutes = [float(settings["minutes"]) for _, settings in card.calls if "minutes" in settings]
+    assert len(minutes) == 3 and card.now > 600
+    assert minutes[1:] == pytest.approx([1 / 60, 1 / 60], rel=0.01)
+
+
 @pytest.mark.parametrize("calls", range(6))
 def test_killed_at_any_script_the_stage_before_is_whole_and_is_not_run_again(pretend, calls, tmp_path):
     card, out = pretend(1e-4, die_at=calls)
