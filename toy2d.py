@@ -13,7 +13,6 @@ Both models train at once, each on one core, for the same processor time. Writes
 
 import copy
 import math
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -183,8 +182,8 @@ def draw_steps(ts, generator):
     return x, pair
 
 
-def train(name, model, ts, interrupted):
-    """Train by maximum likelihood for `seconds`, or until `interrupted`; return the averaged model and its updates."""
+def train(name, model, ts):
+    """Train by maximum likelihood for `seconds` of processor time; return the averaged model and its updates."""
     average = copy.deepcopy(model).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     # Muon for the modulation as well: with AdamW, as in train.py, the bound ended 0.15 nats higher
@@ -196,7 +195,7 @@ def train(name, model, ts, interrupted):
     done = 0  # fraction of the training
     i = 0
     with tqdm(total=100, desc=name, bar_format="{l_bar}{bar}| {elapsed}", position=NAMES.index(name)) as bar:
-        while done < 1 and not interrupted.is_set():
+        while done < 1:
             x, pair = draw_steps(ts, generator)
             loss = model.transition_nll(x, pair, T, text).mean()
             model.zero_grad()
@@ -362,13 +361,9 @@ def main(config):
     torch.set_num_threads(1)  # for each model: more threads do not speed up tensors this small
     ts = time_grid(steps, t_min, 2, shift)
     untrained = [build(0), build(transporter_blocks)]
-    interrupted = threading.Event()
     with ThreadPoolExecutor() as pool:  # torch releases Python's lock, so two threads use two cores
-        trained = pool.map(train, NAMES, untrained, [ts, ts], [interrupted] * 2)
-        try:
-            models, updates = zip(*trained)
-        finally:  # the pool waits for its threads, and they do not hear of Ctrl-C
-            interrupted.set()
+        trained = pool.map(train, NAMES, untrained, [ts, ts])
+        models, updates = zip(*trained)
 
     generator = torch.Generator().manual_seed(seed + 1)
     clean = sample_data(num_samples, generator)

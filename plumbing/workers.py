@@ -91,7 +91,8 @@ class ReadAhead:
             if isinstance(error, RuntimeError) and (of_a_process or not self.workers):
                 raise  # a mistake in the program
             if not of_a_process:
-                self.check_processes(patience=2)  # a process that dies may leave half a message
+                # a process that dies may leave half a message, and take long to die on a busy machine
+                self.check_processes(patience=10 if self.processes else 0)
             line = text.splitlines()[-1].partition(": ")[2] if of_a_process else text.partition("\n")[0]
             if isinstance(error, MemoryError):
                 line = f"memory ran out while data were loaded: {self.fewer()}"

@@ -388,7 +388,7 @@ def test_one_example_and_one_sample(copied, recwarn):
 def test_what_is_left_out_is_said(copied, tmp_path):
     _, _, notes = run_with_notes("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--parts=samples", "--steps=4,3",
                                  "--num_samples=10")
-    assert len(notes) == 2 and all(part in notes[0] for part in ("trained for 4 steps", "in 3"))
+    assert len(notes) == 2 and all(part in notes[0] for part in ("trained for 4 steps", "with 3"))
     assert all(part in notes[1] for part in ("denoiser.pt", "for 4 steps, not 3", "left out"))
     (copied / "denoiser.pt").unlink()
     _, printed, notes = run_with_notes("evaluate.py", "--device=cpu", f"--out_dir={copied}", "--parts=samples",
