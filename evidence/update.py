@@ -33,12 +33,11 @@ from plumbing.optim import make_optimizers, update_average, update_weights
 from plumbing.rng import randn
 from plumbing.runtime import (
     autocast,
-    coarse_products,
-    exact_products,
     find_device,
     for_training,
     in_bfloat16,
     one_line_errors,
+    training_products,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +132,7 @@ class Update:
         self.settings = LOSS | {"batch_size": batch, "bfloat16": None, "compile": compiled}
         if isinstance(model, FlowMatching):
             self.settings |= NO_LOSS_OF_NTM
-        self.model, self.average = model, average
+        self.model = model
         self.batches = SimpleNamespace(rows=slice(None), randn=randn)  # of the one rank that there is
         device = next(model.parameters()).device
         self.network = for_training(TrainingLoss(model, self.settings), self.settings, device)
@@ -215,12 +214,10 @@ def updates(kind, config, batch, device, compiled):
         average = build(kind, config).requires_grad_(False)
     images, text = inputs(model.config, batch, device)
     parts = Update(model, average, batch, compiled if device.type == "cuda" else False)
-    bfloat16 = in_bfloat16(parts.settings, device)
-    products = coarse_products if bfloat16 else exact_products
-    optimizers = make_optimizers(model, "muon", 1e-4, device, bfloat16)
+    optimizers = make_optimizers(model, "muon", 1e-4, device, in_bfloat16(parts.settings, device))
 
     def update(i):
-        with products(device):
+        with training_products(parts.settings, device):
             with autocast(parts.settings, device):
                 loss = parts.loss(images, text)
             with record_function("backward"):

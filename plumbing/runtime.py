@@ -188,6 +188,12 @@ def coarse_products(device):
         torch.set_float32_matmul_precision(before)
 
 
+def training_products(config, device):
+    """The precision of float32 products in an update. Around a network in bfloat16, whose numbers have seven bits, ten
+    are enough for its head and for the likelihood."""
+    return coarse_products(device) if in_bfloat16(config, device) else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def exact_products(device):
     """In this context networks compute in float32 with all of its digits, whatever autocast or coarse_products say
@@ -276,10 +282,8 @@ def accumulate(losses_of, network, batches, config, device, *tensors):
     """
     totals = {}
     world = rank_and_world()[1]
-    # around a network in bfloat16, whose numbers have seven bits, ten are enough for its head and for the likelihood
-    products = coarse_products if in_bfloat16(config, device) else contextlib.nullcontext
     for number, of_a_pass in enumerate(batches.chunks(*tensors), 1):
-        with gradients_meet(network, number == batches.passes), products(device):
+        with gradients_meet(network, number == batches.passes), training_products(config, device):
             with autocast(config, device):
                 losses = losses_of(*of_a_pass)
             minimised = losses.pop("minimised", losses["loss"])
