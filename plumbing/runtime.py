@@ -1,5 +1,6 @@
 """What a script needs of the machine: its device, the other ranks under torchrun, signals, errors in one line."""
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-launched = {"job": ""}
+launched = {"job": "", "left": False}  # the job of the ranks, and whether this one has left them
 CAN_FORK = "fork" in multiprocessing.get_all_start_methods()  # Windows cannot
 # Signals that ask for an end. SLURM sends SIGUSR1 some time before a job's; Windows does not have it.
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -114,6 +115,7 @@ def start_ranks(device_name="", patience=timedelta(minutes=10)):
     prefix = f"start {restarts()}" if os.environ.get("LOCAL_WORLD_SIZE") == str(world) else "start"
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(prefix, store),
                             rank=rank, world_size=world, timeout=patience)
+    atexit.register(end_at_once)
     return device, rank, world
 
 
@@ -269,8 +271,6 @@ def gradients_meet(network, last):
     return contextlib.nullcontext() if last or not dist.is_initialized() else network.no_sync()
 
 
-last_sum = []  # the handle of the last all_sum
-last_group = []  # the process group that leave_ranks has left
 
 
 def accumulate(losses_of, network, batches, config, device, *tensors):
@@ -296,10 +296,7 @@ def accumulate(losses_of, network, batches, config, device, *tensors):
 def all_sum(tensor):
     """The sum over all ranks, in place."""
     if dist.is_initialized():
-        # Whoever drops the last handle frees the tensor, for which it needs Python's lock. If that were one of gloo's
-        # threads while the interpreter shuts down, the process would abort; so this one is kept until the next sum.
-        last_sum[:] = [dist.all_reduce(tensor, async_op=True)]
-        last_sum[0].wait()
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -317,10 +314,21 @@ def leave_ranks():
     """The end of a run: no rank leaves while another still communicates."""
     if dist.is_initialized():
         dist.barrier()
-        # Else DDP frees the group, holding Python's lock, and waits for gloo's threads; one of them may wait for that
-        # lock to free a tensor.
-        last_group[:] = [dist.group.WORLD]
-        dist.destroy_process_group()
+        if dist.get_backend() == "nccl":  # gloo's group stays: see end_at_once
+            dist.destroy_process_group()
+        launched["left"] = True
+
+
+def end_at_once():
+    """Ends a process that has left the other ranks, without Python's own end.
+
+    One of gloo's threads may still wait for Python's lock, to free a tensor. Whoever frees the process group waits for
+    that thread: for ever, if it holds the lock. And if Python ends first, the thread aborts the process.
+    """
+    if launched["left"] and not hasattr(sys, "last_value"):  # which an error has set
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def rank_and_world():

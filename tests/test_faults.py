@@ -305,6 +305,36 @@ def test_restarts_do_not_continue_another_job(tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
+LEAVING = """
+import atexit, os, sys
+sys.path.insert(0, {root!r})
+from plumbing.runtime import all_sum, leave_ranks, start_ranks
+import torch
+
+class Late:
+    def __del__(self):
+        os._exit(9)  # Python's own end comes here
+
+late = Late()
+rank = start_ranks("cpu")[1]
+atexit.register(sys.stdout.write, f"handler of {{rank}}\\n")
+sys.stdout.write(f"sum {{all_sum(torch.ones(1)).item()}}\\n")
+leave_ranks()
+assert sys.argv[1] == "well"
+"""
+
+
+@pytest.mark.parametrize("end", ["well", "badly"])
+def test_ranks_that_have_left_end_without_pythons_own_end(tmp_path, end):
+    """It could hang or abort in gloo's threads. Handlers run, what was printed arrives, and an error stays one."""
+    program = tmp_path / "leaving.py"
+    program.write_text(LEAVING.format(root=str(ROOT)))
+    status, out, err = torchrun(2, program, end)
+    assert sorted(out.splitlines()) == ["handler of 0", "handler of 1", "sum 2.0", "sum 2.0"]
+    assert (status == 0) == (end == "well")
+    assert ("AssertionError" in err) == (end == "badly")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Killed
 
