@@ -4,12 +4,14 @@
     python -m evidence.transporter config/fashion.py --minutes=4
     python -m evidence.transporter config/shapes.py --init_from=CKPT --minutes=4 --only=gaussian,both
 
-Trains the same model from the same start once for each variant, for equal time: a few trial updates decide the number
-of iterations. Writes transporter.json and transporter.png into --out. Run it on an idle machine.
+Trains the same model from the same start once for each variant, for equal processor time: two trials of a few updates
+decide the number of iterations. Writes transporter.json and transporter.png into --out; another config that is run
+into the same folder adds its panel. On a CPU only; set OMP_NUM_THREADS=1 for the time of a single core.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,84 +21,78 @@ from plumbing.runtime import one_line_errors
 
 FLOW = ["--closed_form=False", "--mirrored=True"]
 NONE = ["--filters=0", "--logistics=0"]
+BLOCK = [
+    "--closed_form=False",
+    "--mirrored=False",
+    "--velocity_weight=0",
+    "--transporter_blocks=1",
+    "--transporter_layers=2",
+    "--transporter_width=128",
+    "--transporter_heads=4",
+]
 VARIANTS = {
     "gaussian": [*NONE, "--closed_form=True", "--mirrored=False"],
     "pointwise": [*FLOW, "--filters=0", "--logistics=3"],
     "filter": [*FLOW, "--filters=16", "--logistics=0"],
     "both": [*FLOW, "--filters=16", "--logistics=3"],
-    "autoregressive": [
-        *NONE,
-        "--closed_form=False",
-        "--mirrored=False",
-        "--transporter_blocks=1",
-        "--transporter_layers=2",
-        "--transporter_width=128",
-        "--transporter_heads=4",
-    ],
+    "autoregressive": [*NONE, *BLOCK],
+    "all": ["--filters=16", "--logistics=3", *BLOCK],
 }
-TRIAL = 20  # iterations that measure the speed
-
-
-def read_log(out):
-    """The lines of out/log.jsonl."""
-    with open(out / "log.jsonl", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+TRIALS = 5, 25  # iterations of the two runs that measure an update
+VALIDATIONS = 6
 
 
 def train(config, out, settings):
-    """Run train.py and return its log. Raises ValueError if it fails."""
+    """Run train.py; return its log and the processor seconds that it took. Raises ValueError if it fails."""
     command = [sys.executable, "train.py", config, f"--out_dir={out}", *settings]
+    before = os.times()
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise ValueError(f"{' '.join(command[1:])} failed")
-    return read_log(out)
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    with open(f"{out}/log.jsonl", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines], seconds
 
 
-def minutes_at(log, batch_size):
-    """{iteration: minutes of training before it}, without the time of validations."""
-    minutes, passed, before = {0: 0.0}, 0.0, 0
-    for line in log:
-        if "images_per_s" not in line:
-            continue
-        images = (line["iter"] - before) * batch_size
-        passed += images / line["images_per_s"] / 60
-        before = line["iter"]
-        minutes[before] = passed
-    return minutes
+def seconds_of_an_update(config, out, settings):
+    """Processor seconds, from two runs that differ in the number of updates and in nothing else."""
+    quick = ["--val_interval=1000", "--val_examples=1", "--num_samples=1"]
+    short, long = TRIALS
+    _, less = train(config, f"{out}_{short}", [*settings, *quick, f"--max_iters={short}"])
+    _, more = train(config, f"{out}_{long}", [*settings, *quick, f"--max_iters={long}"])
+    return (more - less) / (long - short)
 
 
 def curve_of(name, config, out, minutes, settings):
-    """[(minutes, val_bound)] of a variant, trained for so many minutes."""
-    batch_size = 32
-    settings = [*settings, *VARIANTS[name], f"--batch_size={batch_size}", "--save_minutes=0"]
-    trial = [f"--max_iters={TRIAL}", f"--val_interval={TRIAL}", "--log_interval=5", "--val_examples=1"]
-    log = train(config, out / f"{name}_trial", [*settings, *trial])
-    speed = log[-2]["images_per_s"]
-    iterations = max(6, int(minutes * 60 * speed / batch_size))
-    every = iterations // 6  # the last validation comes at the end of the schedule
-    whole = [f"--max_iters={6 * every}", f"--val_interval={every}", f"--log_interval={every}"]
-    log = train(config, out / name, [*settings, *whole])
-    passed = minutes_at(log, batch_size)
-    return [(passed[line["iter"]], line["val_bound"]) for line in log if "val_bound" in line]
+    """[(minutes of training, val_bound)] of a variant, trained for so many minutes of processor time."""
+    settings = [*settings, *VARIANTS[name], "--save_minutes=0"]
+    seconds = seconds_of_an_update(config, out / name, settings)
+    every = max(1, round(60 * minutes / seconds / VALIDATIONS))
+    whole = [f"--max_iters={VALIDATIONS * every}", f"--val_interval={every}"]  # the last one ends the schedule
+    log, _ = train(config, out / name, [*settings, *whole])
+    return [(line["iter"] * seconds / 60, line["val_bound"]) for line in log if "val_bound" in line]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a configuration of train.py")
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training for each variant")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of processor time that each variant trains")
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, separated by commas")
     parser.add_argument("--out", default="out/transporter", help="folder of runs and results")
     args, settings = parser.parse_known_args()
     unknown = set(args.only.split(",")) - VARIANTS.keys()
     if unknown:
         raise ValueError(f"variant {unknown.pop()!r} is unknown: choose among {', '.join(VARIANTS)}")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    curves = {}
+    title = Path(args.config).stem
+    path = Path(args.out) / "transporter.json"
+    (path.parent / title).mkdir(parents=True, exist_ok=True)
+    panels = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    curves = panels.setdefault(title, {})
     for name in args.only.split(","):
-        curves[name] = curve_of(name, args.config, out, args.minutes, settings)
+        curves[name] = curve_of(name, args.config, path.parent / title, args.minutes, settings)
         print(name, *(f"{minutes:.1f}: {bound:.4f}" for minutes, bound in curves[name]), sep="  ")
-        (out / "transporter.json").write_text(json.dumps(curves), "utf-8")
-        plot({f"val_bound, {args.config}": curves}, "minutes").save(out / "transporter.png")
+        path.write_text(json.dumps(panels), "utf-8")
+        plot(panels, "minutes of processor time").save(path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

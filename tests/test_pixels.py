@@ -285,8 +285,8 @@ def test_what_the_flow_buys_is_measured(tmp_path):
                "--level_weight=1", "--rank=2", "--transporter_blocks=0", "--aux_weight=0"]
     subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT)
     curves = json.loads((tmp_path / "out" / "transporter.json").read_text())
-    assert list(curves) == ["gaussian", "both"] and (tmp_path / "out" / "transporter.png").exists()
-    for curve in curves.values():
+    assert list(curves) == ["digits_tune"] and list(curves["digits_tune"]) == ["gaussian", "both"] and (tmp_path / "out" / "transporter.png").exists()
+    for curve in curves["digits_tune"].values():
         minutes, bounds = zip(*curve)
         assert len(curve) >= 6 and list(minutes) == sorted(minutes) and all(math.isfinite(bound) for bound in bounds)
     wrong = subprocess.run([*command, "--only=magic"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
