@@ -38,7 +38,7 @@ from plumbing.runtime import (
     for_training,
     in_bfloat16,
     job,
-    leave_ranks,
+    meet_ranks,
 )
 from plumbing.settings import check_init_from
 from predictor import NTMConfig
@@ -294,7 +294,7 @@ def distill(run):
                 run.validate(done)
             if progress.stopped(done, totals):
                 break
-        leave_ranks()
+        meet_ranks()
 
 
 def main(config):

@@ -43,7 +43,7 @@ from plumbing.images import contact_sheet, save_image
 from plumbing.layouts import make_folder
 from plumbing.loader import validation_batches
 from plumbing.plots import plot_quality
-from plumbing.runtime import (exact_products, from_first_rank, gathered, leave_ranks, note, one_line_errors,
+from plumbing.runtime import (exact_products, from_first_rank, gathered, leave_ranks, meet_ranks, note, one_line_errors,
                               rank_and_world, start_ranks)
 
 out_dir = "out/digits"  # the folder of ckpt.pt and denoiser.pt; gets evaluate.json
@@ -368,6 +368,7 @@ def main(config):
         path = Path(out_dir) / "evaluate.json"
         path.write_text(json.dumps(results, indent=1, allow_nan=False), "utf-8")
         print(f"wrote {path}")
+    meet_ranks()
     leave_ranks()
 
 

@@ -31,7 +31,7 @@ from pipeline import SHIPPED, load
 from plumbing.images import contact_sheet, save_film, save_image, to_pil
 from plumbing.layouts import (LAYOUTS, goes_on, make_folder, path_of, read_prompts, start_run, write_geneval_sheets,
                               write_sheet)
-from plumbing.runtime import from_first_rank, gathered, leave_ranks, note, one_line_errors, start_ranks
+from plumbing.runtime import from_first_rank, gathered, leave_ranks, meet_ranks, note, one_line_errors, start_ranks
 
 out_dir = ""  # the folder of ckpt.pt and denoiser.pt; empty: the shipped model, assets/emoji64
 prompt = ""  # one caption; if prompts is empty too: captions of out_dir/prompts.txt, or of the model's data set
@@ -199,6 +199,7 @@ def main(config):
             write_geneval_sheets(to, entries, num_samples)
         report(model, len(wanted), seconds, nlls.values())
         print("wrote", to / "sheet.png" if layout == "sheet" else f"{len(wanted)} of {len(captions)} images into {to}")
+    meet_ranks()
     leave_ranks()
 
 

@@ -45,7 +45,7 @@ from plumbing.runtime import (
     gathered,
     in_bfloat16,
     job,
-    leave_ranks,
+    meet_ranks,
     uncompiled,
 )
 from start import NETWORK_SETTINGS, TRANSPORTER_SETTINGS, build_model, find_start
@@ -350,7 +350,7 @@ def train(run):
                 run.validate(done)
             if progress.stopped(done, totals):
                 break
-        leave_ranks()
+        meet_ranks()
 
 
 def main(config):

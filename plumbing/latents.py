@@ -18,7 +18,7 @@ from tqdm import tqdm
 from plumbing.examples import IMAGES, TEXTS, Unusable, last, pick
 from plumbing.loader import read_ahead
 from plumbing.lock import lock_file
-from plumbing.runtime import claim, gathered, leave_ranks, note, start_ranks
+from plumbing.runtime import claim, gathered, leave_ranks, meet_ranks, note, start_ranks
 from plumbing.shards import Shards, find_shards, first_example, write_shard
 
 PATIENCE = timedelta(days=1)  # how long a rank that has finished waits for the others
@@ -203,6 +203,7 @@ def prepare_latents(args):
         print(f"means {', '.join(f'{m:.3f}' for m in mean)}; scales {', '.join(f'{s:.4f}' for s in scale)}")
         print(f"wrote {out}" + (f"; {left_out} unusable images were left out" if left_out else ""))
         lock.close()
+    meet_ranks()
     leave_ranks()
 
 

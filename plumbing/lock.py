@@ -5,7 +5,7 @@ import os
 import socket
 from pathlib import Path
 
-from plumbing.runtime import check_compile, gathered, note, one_line_errors, rank_and_world, start_ranks
+from plumbing.runtime import check_compile, gathered, leave_ranks, note, one_line_errors, rank_and_world, start_ranks
 
 try:
     import fcntl
@@ -99,3 +99,4 @@ def run_alone(config, Run, loop):
         with one_line_errors():
             run = Run(config, ranks)
         loop(run)
+    leave_ranks()

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-launched = {"job": "", "left": False}  # the job of the ranks, and whether this one has left them
+launched = {"job": "", "status": None}  # the job of the ranks; how this one is to exit, once it is known
 CAN_FORK = "fork" in multiprocessing.get_all_start_methods()  # Windows cannot
 # Signals that ask for an end. SLURM sends SIGUSR1 some time before a job's; Windows does not have it.
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -31,6 +31,7 @@ def one_line_errors():
     try:
         yield
     except (ValueError, OSError) as error:
+        launched["status"] = 1
         raise SystemExit(str(error)) from error
 
 
@@ -310,25 +311,30 @@ def all_sums(values, device):
     return dict(zip([*tensors, *numbers], all_sum(stacked).tolist()))
 
 
-def leave_ranks():
-    """The end of a run: no rank leaves while another still communicates."""
+def meet_ranks():
+    """Wait for the other ranks, so that none leaves while another still communicates."""
     if dist.is_initialized():
         dist.barrier()
-        if dist.get_backend() == "nccl":  # gloo's group stays: see end_at_once
+
+
+def leave_ranks():
+    """The last call of a program that has done its work, after meet_ranks: see end_at_once."""
+    if dist.is_initialized():
+        if dist.get_backend() == "nccl":
             dist.destroy_process_group()
-        launched["left"] = True
+        launched["status"] = 0
 
 
 def end_at_once():
-    """Ends a process that has left the other ranks, without Python's own end.
+    """The last exit handler of a rank: leaves out Python's own end, unless an exception has been printed.
 
     One of gloo's threads may still wait for Python's lock, to free a tensor. Whoever frees the process group waits for
     that thread: for ever, if it holds the lock. And if Python ends first, the thread aborts the process.
     """
-    if launched["left"] and not hasattr(sys, "last_value"):  # which an error has set
+    if launched["status"] is not None and not hasattr(sys, "last_value"):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(launched["status"])
 
 
 def rank_and_world():

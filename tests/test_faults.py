@@ -308,7 +308,7 @@ def test_restarts_do_not_continue_another_job(tmp_path):
 LEAVING = """
 import atexit, os, sys
 sys.path.insert(0, {root!r})
-from plumbing.runtime import all_sum, leave_ranks, start_ranks
+from plumbing.runtime import all_sum, leave_ranks, meet_ranks, one_line_errors, start_ranks
 import torch
 
 class Late:
@@ -319,13 +319,19 @@ late = Late()
 rank = start_ranks("cpu")[1]
 atexit.register(sys.stdout.write, f"handler of {{rank}}\\n")
 sys.stdout.write(f"sum {{all_sum(torch.ones(1)).item()}}\\n")
+meet_ranks()
+if sys.argv[1] == "refused":
+    with one_line_errors():
+        raise ValueError("refused")
+if sys.argv[1] == "exit":
+    raise SystemExit("refused")
 leave_ranks()
 assert sys.argv[1] == "well"
 """
 
 
-@pytest.mark.parametrize("end", ["well", "badly"])
-def test_ranks_that_have_left_end_without_pythons_own_end(tmp_path, end):
+@pytest.mark.parametrize("end", ["well", "refused", "badly", "exit"])
+def test_ranks_end_without_pythons_own_end(tmp_path, end):
     """It could hang or abort in gloo's threads. Handlers run, what was printed arrives, and an error stays one."""
     program = tmp_path / "leaving.py"
     program.write_text(LEAVING.format(root=str(ROOT)))
@@ -333,6 +339,8 @@ def test_ranks_that_have_left_end_without_pythons_own_end(tmp_path, end):
     assert sorted(out.splitlines()) == ["handler of 0", "handler of 1", "sum 2.0", "sum 2.0"]
     assert (status == 0) == (end == "well")
     assert ("AssertionError" in err) == (end == "badly")
+    assert ("refused" in err) == (end in ("refused", "exit"))
+    assert ("exitcode  : 9" in err) == (end in ("badly", "exit"))
 
 
 # ---------------------------------------------------------------------------------------------------------------

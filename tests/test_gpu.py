@@ -194,6 +194,7 @@ for compiled in False, "layers", True:
     if rank == 0:
         print(events.count("bucket"), events[first:].count("gradient") / events.count("gradient"))
     torch.compiler.reset()
+runtime.meet_ranks()
 runtime.leave_ranks()
 """
 
