@@ -7,8 +7,12 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -149,9 +153,77 @@ def torchrun(ranks, *command):
     return process.returncode, out, err
 
 
+def copies(environments, *command):
+    """Runs a script in copies of this process, which have torch imported already: one for each {variable: value}.
+
+    Returns (status, output, errors) of each. If one fails, the others get SIGTERM after a moment, as from torchrun.
+    """
+    with contextlib.ExitStack() as files:
+        outputs = [[files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in environments]
+        running = {start_copy(environment, *pair, *map(str, command)): number
+                   for number, (environment, pair) in enumerate(zip(environments, outputs))}
+        statuses, deadline = {}, time.monotonic() + 300
+        while running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid in running:
+                statuses[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+                if any(statuses.values()):
+                    deadline = min(deadline, time.monotonic() + 10)
+            elif time.monotonic() > deadline:
+                for pid in running:
+                    os.kill(pid, signal.SIGTERM if any(statuses.values()) else signal.SIGKILL)
+                deadline += 30
+            else:
+                time.sleep(0.02)
+        texts = [[(file.seek(0), file.read())[1] for file in pair] for pair in outputs]
+    return [(statuses[number], *text) for number, text in enumerate(texts)]
+
+
+def start_copy(environment, out, err, script, *arguments):
+    """The number of a new process, which runs a script as this one would with those variables."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        for name in [name for name in os.environ if name.startswith("SLURM_")]:
+            del os.environ[name]
+        os.environ.update(environment)
+        sys.argv = [script, *arguments]
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            print(end.code or "", file=sys.stderr)
+            status = 1 if isinstance(end.code, str) else int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)  # without the end of pytest
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return str(found.getsockname()[1])
+
+
+def ranks_of(ranks, *command):
+    """Status, output and errors of a command on several ranks: what torchrun would start, in copies of this process."""
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost",
+              "MASTER_PORT": free_port()}
+    done = copies([{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)], *command)
+    statuses, outputs, errors = zip(*done)
+    return next((status for status in statuses if status), 0), "".join(outputs), "".join(errors)
+
+
 def on_ranks(ranks, *command):
     """What a command printed, once all of its ranks are through."""
-    status, out, err = torchrun(ranks, *command)
+    status, out, err = ranks_of(ranks, *command)
     assert status == 0, err
     return out
 

@@ -13,9 +13,9 @@ import sys
 import time
 
 import pytest
-from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, TRAIN, assert_close_training, contents, fails, interrupted_run,
-                     on_ranks, read_log, read_log_without_speed, run, run_with_notes, same, same_training, script, start,
-                     torchrun, training_lines)
+from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, TRAIN, assert_close_training, contents, copies, fails, free_port,
+                     interrupted_run, on_ranks, ranks_of, read_log, read_log_without_speed, run, run_with_notes, same,
+                     same_training, script, start, torchrun, training_lines)
 from PIL import Image
 
 from model import NTM
@@ -118,7 +118,7 @@ def test_averaged_weights_are_alike_on_all_ranks_whatever_they_start_with(copied
     out = tmp_path / "new" if name == "train.py" else copied
     if out == copied:
         (out / "denoiser.pt").unlink()
-    status, _, err = torchrun(2, path, *settings, "--max_iters=3", f"--out_dir={out}")
+    status, _, err = ranks_of(2, path, *settings, "--max_iters=3", f"--out_dir={out}")
     assert status == 0 and "Warning" not in err, err
     starts = [contents(tmp_path / f"start{rank}.pt") for rank in range(2)]
     assert same(*starts) and not same(*starts[0])  # after the first update
@@ -158,24 +158,16 @@ def test_torchrun_restarts_a_run_by_itself(tmp_path):
     trouble = "".join(f"""
     if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"], len(calls)) == ({attempt!r}, {rank!r}, {i}):
         os.kill(os.getpid(), signal.SIGKILL)""" for attempt, rank, i in (("0", "1", 2), ("1", "0", 5)))
-    on_ranks(2, "--max-restarts=3", script(tmp_path, trouble), *TRAIN, f"--out_dir={war}")
+    status, _, err = torchrun(2, "--max-restarts=3", script(tmp_path, trouble), *TRAIN, f"--out_dir={war}")
+    assert status == 0, err
     assert same_training(war / "ckpt.pt", peace / "ckpt.pt")
     assert read_log_without_speed(war / "log.jsonl") == read_log_without_speed(peace / "log.jsonl")
 
 
 def tasks(count, variables, *command):
-    """Processes started as by a plain `srun`, each with the variables that name it; their statuses, outputs, errors."""
-    own = [{name: value.format(rank=rank) for name, value in variables.items()} for rank in range(count)]
-    started = [subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT | names, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for names in own]
-    texts = [process.communicate(timeout=120) for process in started]
-    return [(process.returncode, *text) for process, text in zip(started, texts)]
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return str(found.getsockname()[1])
+    """Statuses, outputs and errors of processes as a plain `srun` starts them, each with the variables that name it."""
+    return copies([{name: value.format(rank=rank) for name, value in variables.items()} for rank in range(count)],
+                  *command)
 
 
 SRUN = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}",
@@ -602,8 +594,8 @@ def test_ranks_end_together_where_the_log_cannot_be_written(tmp_path):
     program = script(tmp_path, "")
     program.write_text(program.read_text().replace("from model import NTM", "from model import NTM; from plumbing import log; "
                                                    "log.open = lambda path, mode, **_: open('/dev/full', mode)"))
-    status, _, err = torchrun(2, program, *TRAIN, "--val_interval=50", f"--out_dir={tmp_path / 'run'}")
-    assert status != 0 and "Traceback" not in err.partition("torch/distributed/elastic")[0]
+    status, _, err = ranks_of(2, program, *TRAIN, "--val_interval=50", f"--out_dir={tmp_path / 'run'}")
+    assert status != 0 and "Traceback" not in err
     assert f"{tmp_path / 'run' / 'log.jsonl'}, is the disk full?" in err
     assert contents(tmp_path / "run" / "ckpt.pt")["iter"] == 2
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (DISTILL, ROOT, SAMPLE, SHORT, SMALL, command, contents, fails, file_of, latent_shard, npy,
-                     on_ranks, pixels, png, run, run_with_notes, torchrun)
+                     on_ranks, pixels, png, ranks_of, run, run_with_notes)
 from PIL import Image
 from tiny import Encoder
 from torch import nn
@@ -395,7 +395,7 @@ def test_ranks_encode_shards_by_turns(exported, photographs, encoded, tmp_path):
     assert all((out / name).read_bytes() == content for name, content in expected.items())
     assert not list(out.rglob("*.part"))
 
-    status, _, errors = torchrun(2, *settings, "--image_size=36")  # which no rank waits for
+    status, _, errors = ranks_of(2, *settings, "--image_size=36")  # which no rank waits for
     assert status != 0 and errors.count("data.py: ") == 2 and "holds latents made with other settings" in errors
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SAMPLE, TRAIN, contents, fails, on_ranks, pixels, run, run_with_notes, torchrun
+from helpers import ROOT, SAMPLE, TRAIN, contents, fails, on_ranks, pixels, ranks_of, run, run_with_notes
 
 import pipeline
 import sample
@@ -496,7 +496,7 @@ def test_held_out_images_are_as_likely_as_the_model_itself_finds_them(copied, tm
 
 def test_what_is_wrong_with_a_folder_is_told_by_all_ranks_in_one_line(copied, tmp_path):
     (tmp_path / "0000.png").write_bytes(b"a photo")
-    status, _, errors = torchrun(2, "sample.py", *SAMPLE, f"--out_dir={copied}", f"--folder={tmp_path}")
+    status, _, errors = ranks_of(2, "sample.py", *SAMPLE, f"--out_dir={copied}", f"--folder={tmp_path}")
     assert status != 0 and "which no run of sample.py has left there" in errors
     assert "sample.py\", line" not in errors  # no traceback of ours
 
