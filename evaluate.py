@@ -38,7 +38,7 @@ from evidence.scores import (credits, curves_of, first_images, mean_and_error, p
 from flow import forward_trajectory
 from model import bits_per_dim
 from pipeline import TrainedModel
-from plumbing.comparison import empty_folder, write_folder, write_real_images
+from plumbing.comparison import empty_folder, open_real_images, write_folder, write_real_images
 from plumbing.images import contact_sheet, save_image
 from plumbing.layouts import make_folder
 from plumbing.loader import validation_batches
@@ -59,7 +59,7 @@ temperature = 1.0  # (ours) factor on the noise of the last step; 0.3: less grai
 best_of = 1  # (ours) candidates per sample, of which the likeliest under the model is kept
 judge = ""  # for shards with labels: a classifier made by `python -m evidence.judge`, to score samples
 decoder = ""  # for a model of latents: a program saved by torch.export, from latents (B, C, h, w) to images in [-1, 1]
-real_dir = ""  # with decoder: shards of the real images; empty: the shards that `data.py encode` read
+real_dir = ""  # with decoder: shards of the real images (a judge needs their labels); empty: those that `data.py encode` read
 t_min = 0.02  # noise level where trajectories end
 shift = 1.0  # e^m of flow matching's time grid for samples; 1: equal steps
 trajectories = 4  # trajectories per image, for the tighter bound and for the classifier
@@ -223,9 +223,19 @@ def draw_samples(model, captions, strength, folder):
     return torch.cat([samples[start] for start in sorted(samples)])
 
 
-def scores_of_judge(model, images, dataset):
+def labelled_images(model, latents):
+    """The held-out images that latents were made of, with their labels, for the judge. Raises ValueError without."""
+    height, width = model.to_images(latents[0][0][None].to(model.device)).shape[2:]
+    images = open_real_images(latents, height, width, real_dir)
+    if images is None:
+        raise ValueError(f"judge is {judge!r}, which needs the labels of real images: name their shards by --real_dir")
+    return images
+
+
+def scores_of_judge(model, samples, dataset):
     """The judge's scores of samples: whether they show the labels of their captions, and how far from real images."""
-    known = model.settings["data_dir"]  # empty in a checkpoint made for sampling alone
+    images = torch.cat([model.to_images(batch.to(model.device)).cpu() for batch in samples.split(batch_size)])
+    known = model.settings["data_dir"] and not model.latents  # empty in a checkpoint made for sampling alone
     train_set = open_dataset(model.settings, "train") if known else None
     found = judges.compare(judge, images, dataset, train_set)
     return {key: proportion(value) if type(value) is list else value for key, value in found.items()}
@@ -331,8 +341,9 @@ def main(config):
         raise ValueError(f"steps is {steps} and guidance {guidance}, which are both several values: vary one at a time")
     model = TrainedModel(out_dir, where, counts[0], "none", t_min, shift)
     chosen = parts_of(model)
-    if judge and model.latents:
-        raise ValueError(f"judge is {judge!r}, but a judge needs images and this model makes latents: leave it out")
+    if judge and model.latents and not decoder:
+        raise ValueError(f"judge is {judge!r}, but a judge needs images and this model makes latents: give --decoder as "
+                         "well, or leave it out")
     if decoder:
         model.load_decoder(decoder)
     elif real_dir:
@@ -351,7 +362,8 @@ def main(config):
     curves = []
     for part in chosen:
         if part == "samples":
-            for title, found, row in measure_samples(runs, dataset, strengths):
+            labelled = labelled_images(model, dataset) if judge and model.latents else dataset
+            for title, found, row in measure_samples(runs, labelled, strengths):
                 results[title] = found
                 curves.append(row)
                 show(title, found)

@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 from conftest import randomize
-from helpers import ENVIRONMENT, ROOT, SHORT, SMALL, contents, fails, run
+from helpers import SHORT, SMALL, contents, copies, fails, run
 from torch.autograd.functional import jacobian
 from torch.distributions import MultivariateNormal
 
 from beyond import CoupledConfig, CoupledNTM, known_step, take_weights
+from evidence import transporter
 from flow import forward_trajectory
 from losses import TrainingLoss
 from model import NTM
@@ -276,18 +277,29 @@ def test_the_scripts_train_sample_and_measure_with_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_flow_buys_is_measured(tmp_path):
-    """Two variants for as short a time as there is."""
-    base = tmp_path / "fm"
+def test_what_the_flow_buys_is_measured(tmp_path, monkeypatch):
+    """Two variants for as short a time as there is, each in a copy of this process."""
+    base, out = tmp_path / "fm", tmp_path / "out"
     run("train.py", *SHORT, *SMALL, "--shift=1", "--objective=fm", f"--out_dir={base}")
-    command = [sys.executable, "-m", "evidence.transporter", "config/digits_tune.py", "--minutes=0.001", f"--out={tmp_path / 'out'}",
-               "--only=gaussian,both", "--device=cpu", f"--init_from={base / 'ckpt.pt'}", "--val_examples=8", "--num_samples=1",
+
+    def run_copy(command, **_):
+        (status, _, errors), = copies([{}], *command[1:])
+        return subprocess.CompletedProcess(command, status, stderr=errors)
+
+    monkeypatch.setattr(subprocess, "run", run_copy)
+    command = ["transporter", "config/digits_tune.py", "--minutes=0.001", f"--out={out}", "--only=gaussian,both",
+               "--device=cpu", f"--init_from={base / 'ckpt.pt'}", "--val_examples=8", "--num_samples=1",
                "--level_weight=1", "--rank=2", "--transporter_blocks=0", "--aux_weight=0"]
-    subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT)
-    curves = json.loads((tmp_path / "out" / "transporter.json").read_text())
-    assert list(curves) == ["digits_tune"] and list(curves["digits_tune"]) == ["gaussian", "both"] and (tmp_path / "out" / "transporter.png").exists()
-    for curve in curves["digits_tune"].values():
+    monkeypatch.setattr(sys, "argv", command)
+    transporter.main()
+    panels = json.loads((out / "transporter.json").read_text())
+    assert list(panels) == ["digits_tune"] and list(panels["digits_tune"]) == ["gaussian", "both"]
+    assert (out / "transporter.png").exists()
+    for curve in panels["digits_tune"].values():
         minutes, bounds = zip(*curve)
         assert len(curve) >= 6 and list(minutes) == sorted(minutes) and all(math.isfinite(bound) for bound in bounds)
-    wrong = subprocess.run([*command, "--only=magic"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert wrong.returncode and "variant 'magic' is unknown" in wrong.stderr and "Traceback" not in wrong.stderr
+    with pytest.raises(ValueError, match="train.py .* failed"):  # there is a run in its folder
+        transporter.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--only=magic"])
+    with pytest.raises(ValueError, match="variant 'magic' is unknown"):
+        transporter.main()

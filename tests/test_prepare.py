@@ -22,7 +22,7 @@ from torch import nn
 
 import data
 import evidence.emoji
-from evidence import blocks
+from evidence import blocks, judge
 from evidence.judge import frechet_distance
 from pipeline import load
 from plumbing import checkpoint, images, latents
@@ -723,9 +723,33 @@ def test_real_images_from_elsewhere_or_from_their_latents(model_of_latents, enco
             (tmp_path / "moved" / "encoding.json").write_text(json.dumps(record))
         _, notes = evaluated(model_of_latents, *settings, f"--data_dir={tmp_path / 'moved'}")
         assert any("decoded latents take their place, unless --real_dir names" in note for note in notes)
+        with pytest.raises(SystemExit, match="needs the labels of real images: name their shards by --real_dir"):
+            evaluated(model_of_latents, *settings, f"--data_dir={tmp_path / 'moved'}", "--judge=judge.pt")
         latents = Shards(str(encoded), "val", 4, 8, 8)
         image = to_uint8(Decoder()(load(model_of_latents, "cpu").plain_latents(latents[2][0][None]))[0])
         assert np.abs(pixels(real / "0002.png") - image.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_a_judge_sees_decoded_samples_beside_real_images(model_of_latents, exported, tmp_path):
+    """Real images that decoded samples equal: then the judge finds no distance, and each label as often."""
+    decoder = f"--decoder={exported / 'decoder.pt2'}"
+    labels = {"style": "dark", "group": "thing", "concept": "thing"}
+    for split in ("train", "val"):
+        pictures = [(f"{i}", {"png": png((20 * i, 9, 200), (32, 32)), "txt": b"a",
+                              "json": json.dumps({**labels, "captions": [f"thing {i}"]}).encode()}) for i in range(12)]
+        write_shards(tmp_path / "labelled" / split, pictures)
+    judge.main([f"--data_dir={tmp_path / 'labelled'}", f"--out={tmp_path / 'judge.pt'}", "--image_size=32", "--iterations=1"])
+    settings = ["--parts=samples", decoder, "--num_samples=12", "--batch_size=5", f"--judge={tmp_path / 'judge.pt'}"]
+    results, _ = evaluated(model_of_latents, *settings, f"--real_dir={tmp_path / 'labelled'}")
+    found = results["samples, 4 steps, none"]
+    assert found["frechet_distance"] > 0 and found["style"]["mean"] == found["style, of real images"]["mean"] == 1
+
+    drawn = [("%04d" % i, {"png": (model_of_latents / "evaluate" / "ntm_4_none" / f"{i:04d}.png").read_bytes(),
+                           **{name: value for name, value in members.items() if name != "png"}})
+             for i, (_, members) in enumerate(pictures)]
+    write_shards(tmp_path / "drawn" / "val", drawn)
+    results, _ = evaluated(model_of_latents, *settings, f"--real_dir={tmp_path / 'drawn'}")
+    assert results["samples, 4 steps, none"]["frechet_distance"] == pytest.approx(0, abs=1e-3)
 
 
 def test_mistakes_in_evaluating_latents(model_of_latents, exported, trained):
@@ -733,7 +757,7 @@ def test_mistakes_in_evaluating_latents(model_of_latents, exported, trained):
     out = ["--device=cpu", f"--out_dir={model_of_latents}", "--denoise=none", "--parts=samples", "--num_samples=2"]
     assert "nowhere" in fails("evaluate.py", *out, decoder, "--real_dir=nowhere")
     assert "real_dir is 'x', but" in fails("evaluate.py", *out, "--real_dir=x")
-    assert "a judge needs images and this model makes latents" in fails("evaluate.py", *out, "--judge=judge.pt")
+    assert "judge needs images and this model makes latents: give --decoder" in fails("evaluate.py", *out, "--judge=j.pt")
     assert "there is no none.pt2" in fails("evaluate.py", *out, "--decoder=none.pt2")
     line = fails("evaluate.py", "--device=cpu", f"--out_dir={trained}", decoder)
     assert "makes images, not latents: leave it out" in line
