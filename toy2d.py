@@ -16,6 +16,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import torch
@@ -182,8 +183,9 @@ def draw_steps(ts, generator):
     return x, pair
 
 
-def train(name, model, ts):
-    """Train by maximum likelihood for `seconds` of processor time; return the averaged model and its updates."""
+def train(name, model, ts, stop):
+    """Train by maximum likelihood for `seconds` of processor time, or until the Event `stop` is set; return the
+    averaged model and its updates."""
     average = copy.deepcopy(model).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     # Muon for the modulation as well: with AdamW, as in train.py, the bound ended 0.15 nats higher
@@ -195,7 +197,7 @@ def train(name, model, ts):
     done = 0  # fraction of the training
     i = 0
     with tqdm(total=100, desc=name, bar_format="{l_bar}{bar}| {elapsed}", position=NAMES.index(name)) as bar:
-        while done < 1:
+        while done < 1 and not stop.is_set():
             x, pair = draw_steps(ts, generator)
             loss = model.transition_nll(x, pair, T, text).mean()
             model.zero_grad()
@@ -362,8 +364,12 @@ def main(config):
     ts = time_grid(steps, t_min, 2, shift)
     untrained = [build(0), build(transporter_blocks)]
     with ThreadPoolExecutor() as pool:  # torch releases Python's lock, so two threads use two cores
-        trained = pool.map(train, NAMES, untrained, [ts, ts])
-        models, updates = zip(*trained)
+        stop = Event()
+        try:
+            trained = pool.map(train, NAMES, untrained, [ts, ts], [stop, stop])
+            models, updates = zip(*trained)
+        finally:
+            stop.set()  # after Ctrl-C, for which the pool would otherwise wait for both
 
     generator = torch.Generator().manual_seed(seed + 1)
     clean = sample_data(num_samples, generator)

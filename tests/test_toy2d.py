@@ -4,15 +4,17 @@ import copy
 import io
 import itertools
 import math
+import signal
 import subprocess
 import sys
+from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import randomize
-from helpers import ROOT, run
+from helpers import ROOT, run, start
 from PIL import Image
 
 import toy2d
@@ -189,11 +191,31 @@ def test_training_stops_by_the_clock_and_learns(ran, monkeypatch):
     monkeypatch.setattr(toy2d, "seconds", 0.5)
     clock = (i / 64 for i in itertools.count())  # on which an update takes a 64th of a second
     monkeypatch.setattr(toy2d, "time", SimpleNamespace(thread_time=lambda: next(clock)))
-    model, updates = toy2d.train("NTM", toy2d.build(2), TS)
+    model, updates = toy2d.train("NTM", toy2d.build(2), TS, Event())
     assert updates == 32
     before, after = (toy2d.bound(network, TS, 2000, torch.Generator().manual_seed(0)).mean()
                      for network in (toy2d.build(2), model))
     assert after < before - 0.1
+
+
+INTERRUPTIBLE = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+sys.argv = ["toy2d.py", "--figure=" + sys.argv[1]]
+runpy.run_path("toy2d.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_both_trainings(tmp_path):
+    """Long before the 150 seconds that each would take."""
+    process = start("-c", INTERRUPTIBLE, tmp_path / "toy2d.png")
+    bars = ""
+    while "NTM" not in bars or "Gaussian" not in bars:
+        bars += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "KeyboardInterrupt" in err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
