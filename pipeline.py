@@ -134,13 +134,8 @@ class TrainedModel:
             if theirs != ours:
                 raise ValueError(f"{path} is of another model: its {name} is {theirs}, the model's {ours}; "
                                  "distil it anew, or choose --denoise=score")
-        if distilled.get("teacher", self.iteration) != self.iteration:
-            raise ValueError(f"{path} was distilled from iteration {distilled['teacher']}, the model is at "
-                             f"{self.iteration}: remove it and distil anew, or choose --denoise=score")
-        fingerprint = checkpoint.fingerprint(self.network)
-        if distilled.get("teacher_sha256", fingerprint) != fingerprint:
-            raise ValueError(f"{path} was distilled from another model than {self.path}, which has the same "
-                             "iteration and other weights: remove it and distil anew, or choose --denoise=score")
+        of_ours = self.iteration, checkpoint.fingerprint(self.network)
+        checkpoint.check_teacher(path, distilled, *of_ours, ", or choose --denoise=score")
 
     def load_decoder(self, path):
         """Load the decoder of this model's latents, a program saved by torch.export, which to_images() then uses.

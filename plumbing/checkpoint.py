@@ -209,15 +209,18 @@ def restore_frozen(contents, path, predictor):
     restore(predictor, contents["frozen"], path)
 
 
-def check_teacher(path, contents, iteration, sha256):
-    """Raise ValueError for a denoiser that learned from another model than the one of this iteration and hash."""
+def check_teacher(path, contents, iteration, sha256, choice=""):
+    """Raise ValueError for a denoiser that learned from another model than the one of this iteration and hash.
+
+    choice: what else than its remedy a user may choose.
+    """
+    remedy = f"remove it and distil anew{choice}"
     taught = contents.get("teacher", iteration)
     if taught != iteration:
-        raise ValueError(f"{path} learns from iteration {taught}, but the model is at {iteration}: remove it, to "
-                         "distil anew")
+        raise ValueError(f"{path} learned from iteration {taught}, but the model is at {iteration}: {remedy}")
     if contents.get("teacher_sha256", sha256) != sha256:  # older checkpoints have no hash
-        raise ValueError(f"{path} learns from another model than {path.with_name('ckpt.pt')}, which has the same "
-                         "iteration and other weights: remove it, to distil anew")
+        raise ValueError(f"{path} learned from another model than {path.with_name('ckpt.pt')}, which has the same "
+                         f"iteration and other weights: {remedy}")
 
 
 def slim(path, out):

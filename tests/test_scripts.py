@@ -271,7 +271,7 @@ def test_a_denoiser_does_not_go_on_with_another_teacher(copied):
     before = (copied / "denoiser.pt").read_bytes()
     run("train.py", f"--out_dir={copied}", "--resume=yes", "--max_iters=101")
     line = fails("distill.py", f"--out_dir={copied}", "--resume=auto", "--max_iters=50")
-    assert "denoiser.pt learns from iteration 100, but the model is at 101: remove it" in line
+    assert "denoiser.pt learned from iteration 100, but the model is at 101: remove it" in line
     assert (copied / "denoiser.pt").read_bytes() == before
 
 
@@ -685,7 +685,7 @@ def test_samples_of_flow_matching_that_are_not_finite_are_an_error(tmp_path):
 def test_a_denoiser_of_an_earlier_iteration_is_refused(copied):
     run("train.py", f"--out_dir={copied}", "--resume=yes", "--max_iters=101")
     line = fails("sample.py", *SAMPLE, f"--out_dir={copied}")
-    assert "distilled from iteration 100, the model is at 101" in line and "--denoise=score" in line
+    assert "learned from iteration 100, but the model is at 101" in line and "--denoise=score" in line
     sampled(copied, "--denoise=score")
 
 
@@ -699,11 +699,11 @@ def test_a_denoiser_of_another_model_of_as_many_iterations_is_refused(copied, tm
         subprocess.run(slimmed, check=True, env=ENVIRONMENT, cwd=ROOT)
     for folder in (tmp_path / "other", tmp_path / "slim_other"):
         line = fails("sample.py", *SAMPLE, f"--out_dir={folder}")
-        assert "denoiser.pt was distilled from another model" in line and "--denoise=score" in line
+        assert "denoiser.pt learned from another model" in line and "--denoise=score" in line
         line = fails("evaluate.py", "--device=cpu", f"--out_dir={folder}", "--num_samples=4", "--val_examples=4")
-        assert "denoiser.pt was distilled from another model" in line
+        assert "denoiser.pt learned from another model" in line
     line = fails("distill.py", f"--out_dir={tmp_path / 'other'}", "--resume=auto", "--max_iters=50")
-    assert "denoiser.pt learns from another model" in line and "remove it" in line
+    assert "denoiser.pt learned from another model" in line and "remove it" in line
     assert (tmp_path / "other" / "denoiser.pt").read_bytes() == before
     for folder in (copied, tmp_path / "slim_copy"):
         sampled(folder)
