@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 from pathlib import Path
 
 from plumbing.runtime import check_compile, gathered, leave_ranks, note, one_line_errors, rank_and_world, start_ranks
@@ -13,6 +14,7 @@ except ImportError:  # Windows
     fcntl = None
 
 NAME = ".lock"
+AFTER_CTRL_C = 130  # the exit status that shells expect
 
 
 def lock_file(file, wait=False):
@@ -89,7 +91,7 @@ def lock_folder(folder):
 def run_alone(config, Run, loop):
     """Do what train.py and distill.py share: join the ranks, lock out_dir, set up Run(config, ranks), call loop(run).
 
-    A mistake in the settings is reported in one line.
+    A mistake in the settings is reported in one line. Ctrl-C saves, and ends with status 130.
     """
     with one_line_errors():
         check_compile(config)
@@ -99,4 +101,8 @@ def run_alone(config, Run, loop):
         with one_line_errors():
             run = Run(config, ranks)
         loop(run)
-    leave_ranks()
+    # After Ctrl-C a script or make must not go on; but a job scheduler's signal is part of a run's life.
+    status = AFTER_CTRL_C if run.progress.interrupted and run.batches.interrupt.by_keyboard else 0
+    leave_ranks(status)
+    if status:
+        sys.exit(status)

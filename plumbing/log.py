@@ -109,6 +109,7 @@ class Progress:
         self.before = {"skipped": 0, "unusable": 0, "cut": 0, **counts}
         self.counts = dict(self.before)
         self.skipped_in_a_row = 0
+        self.interrupted = False
         self.log = Log(path.with_name(log_name), start, config) if rank == 0 else None
         self.pace = Pace(config)
 
@@ -221,9 +222,10 @@ class Progress:
         if i == self.config["max_iters"]:
             self.stop_without_log(i)
             return False
-        if totals["asked"] and self.log:
+        self.interrupted = bool(totals["asked"])
+        if self.interrupted and self.log:
             self.bar.write(f"interrupted: {self.path} holds iteration {i}; continue with --resume=yes")
-        return bool(totals["asked"])
+        return self.interrupted
 
     def stop_without_log(self, i):
         """Raises SystemExit, on all ranks, where the log could not be written; iteration i has been saved."""

@@ -65,6 +65,7 @@ class Interrupt:
     once."""
 
     asked = False
+    by_keyboard = False
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.ask) for number in ENDING}
@@ -76,6 +77,7 @@ class Interrupt:
 
     def ask(self, number, frame):
         self.asked = True
+        self.by_keyboard = number == signal.SIGINT
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -317,12 +319,12 @@ def meet_ranks():
         dist.barrier()
 
 
-def leave_ranks():
-    """The last call of a program that has done its work, after meet_ranks: see end_at_once."""
+def leave_ranks(status=0):
+    """The last call of a program that has done its work, after meet_ranks, with its exit status: see end_at_once."""
     if dist.is_initialized():
         if dist.get_backend() == "nccl":
             dist.destroy_process_group()
-        launched["status"] = 0
+        launched["status"] = status
 
 
 def end_at_once():

@@ -491,7 +491,7 @@ def test_interrupted_and_resumed_training_is_the_uninterrupted(tmp_path, number,
     assert process.poll() is None, process.communicate()[1]
     os.killpg(process.pid, number)  # as a terminal or a job scheduler does: to the workers, too
     out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+    assert process.returncode == (130 if number == signal.SIGINT else 0), err  # after Ctrl-C `make demo` ends as well
     assert "Traceback" not in err
     iteration = contents(parts / "ckpt.pt")["iter"]
     assert 3 <= iteration < 200

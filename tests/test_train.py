@@ -17,7 +17,7 @@ from helpers import (DISTILL, SHORT, SMALL, TRAIN, contents, load, read_log, rea
                      same_training, training_lines)
 from tiny import levels_of, make_images, make_model, make_text
 from torch import nn
-from toy import DATA, SETTINGS, TINY, Items, Numbers, Toy, fit, squares
+from toy import DATA, SETTINGS, TINY, Items, Numbers, Toy, end_by, fit, squares
 
 import data
 import train
@@ -461,7 +461,9 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, capsys, number, iter
     settings = dict(max_iters=9, val_interval=6, caption_dropout=0.5)
     _, whole = fit(tmp_path / "whole", **settings)
     capsys.readouterr()
-    _, path = fit(tmp_path / "parts", interrupted(number, iteration), **settings)
+    path = tmp_path / "parts" / "ckpt.pt"
+    with end_by(number):
+        fit(tmp_path / "parts", interrupted(number, iteration), **settings)
     assert contents(path)["iter"] == iteration
     assert f"{path} holds iteration {iteration}; continue with --resume=yes" in capsys.readouterr().out
     fit(tmp_path / "parts", resume="yes", **settings)

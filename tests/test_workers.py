@@ -197,7 +197,9 @@ def test_a_run_that_waits_for_data_hears_signals(tmp_path, monkeypatch, number):
     monkeypatch.setattr(toy, "DATA", Acting(lambda: time.sleep(1000), 3, DATA))
     timer = threading.Timer(3, os.kill, [os.getpid(), number])
     timer.start()
-    _, path = fit(tmp_path, workers=1, max_iters=100)  # which would raise TimeoutError if it waited to the end
+    with toy.end_by(number):
+        fit(tmp_path, workers=1, max_iters=100)  # which would raise TimeoutError if it waited to the end
+    path = tmp_path / "ckpt.pt"
     assert 1 <= contents(path)["iter"] <= 3 and not multiprocessing.active_children()
 
 

@@ -1,4 +1,6 @@
 """A run of train.py on the least that it can train, with data and a tokenizer of its own."""
+import contextlib
+import signal
 from dataclasses import replace
 
 import pytest
@@ -68,6 +70,11 @@ def squares(network, images, text, draws):
 
 def sample_sheet(ema, text, ts, generator, chunk):
     return torch.rand(len(text), 1, 2, 2)
+
+
+def end_by(number):
+    """The context of a run that gets a signal: after Ctrl-C alone it has an exit status."""
+    return pytest.raises(SystemExit, match="130") if number == signal.SIGINT else contextlib.nullcontext()
 
 
 def fit(out_dir, objective=squares, validate=lambda ema, i: {"val_loss": 0.0}, **settings):
