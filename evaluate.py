@@ -59,7 +59,7 @@ temperature = 1.0  # (ours) factor on the noise of the last step; 0.3: less grai
 best_of = 1  # (ours) candidates per sample, of which the likeliest under the model is kept
 judge = ""  # for shards with labels: a classifier made by `python -m evidence.judge`, to score samples
 decoder = ""  # for a model of latents: a program saved by torch.export, from latents (B, C, h, w) to images in [-1, 1]
-real_dir = ""  # with decoder: shards of the real images (a judge needs their labels); empty: those that `data.py encode` read
+real_dir = ""  # with decoder: shards of the real images (a judge needs labels); empty: those that `data.py encode` read
 t_min = 0.02  # noise level where trajectories end
 shift = 1.0  # e^m of flow matching's time grid for samples; 1: equal steps
 trajectories = 4  # trajectories per image, for the tighter bound and for the classifier
@@ -298,6 +298,18 @@ def parts_of(model):
     return chosen
 
 
+def decode(model):
+    """Load the decoder, if there is one. Raises ValueError for settings that need one."""
+    if decoder:
+        model.load_decoder(decoder)
+    elif judge and model.latents:
+        raise ValueError(f"judge is {judge!r}, but a judge needs images and this model makes latents: give --decoder "
+                         "as well, or leave it out")
+    elif real_dir:
+        raise ValueError(f"real_dir is {real_dir!r}, but only decoded samples are compared with real images: give "
+                         "--decoder as well, or leave it out")
+
+
 def sampling_runs(model, counts, strengths):
     """A (model, guidance) for each combination of steps, denoise and guidance. Raises ValueError if there is none."""
     runs = []
@@ -341,14 +353,7 @@ def main(config):
         raise ValueError(f"steps is {steps} and guidance {guidance}, which are both several values: vary one at a time")
     model = TrainedModel(out_dir, where, counts[0], "none", t_min, shift)
     chosen = parts_of(model)
-    if judge and model.latents and not decoder:
-        raise ValueError(f"judge is {judge!r}, but a judge needs images and this model makes latents: give --decoder as "
-                         "well, or leave it out")
-    if decoder:
-        model.load_decoder(decoder)
-    elif real_dir:
-        raise ValueError(f"real_dir is {real_dir!r}, but only decoded samples are compared with real images: give "
-                         "--decoder as well, or leave it out")
+    decode(model)
     dataset = open_dataset(model.settings, "val", data_dir)
     others = curves_of(beside) if beside else []
     folder = Path(out_dir) / "evaluate"

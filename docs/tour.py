@@ -244,7 +244,7 @@ plot({"training loss, nats per dimension": {"mean of 20 updates": averages}}, "u
 
 # %% [markdown]
 # The new model draws digits in four steps. After two minutes not all of them can be read; `make demo` trains for longer,
-# to −0.91 nats per dimension. The model has no denoiser yet, so it removes the last noise by the gradient of its
+# to a loss of −0.08. The model has no denoiser yet, so it removes the last noise by the gradient of its
 # own likelihood, the score. `distill.py` would train a denoiser, which does this in one pass.
 
 # %%

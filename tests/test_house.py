@@ -133,9 +133,10 @@ def test_the_readmes_python_runs_as_it_stands(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    names = {}
+    saved, names = [], {}
+    monkeypatch.setattr("PIL.Image.Image.save", lambda image, path: saved.append(path))
     exec(compile(code, "README.md", "exec"), names)
-    assert names["images"].shape == (2, 3, 16, 16) and names["images"].abs().max() <= 1
+    assert saved == ["samples.png"] and names["images"].shape == (3, 3, 16, 16) and names["images"].abs().max() <= 1
     assert all(values.shape == (3,) for values in names["scores"])
     assert capsys.readouterr().out.strip() == names["caption"]
 
