@@ -215,7 +215,7 @@ class TrainedModel:
             if not tokens.isfinite().all():
                 raise ValueError(f"some samples are not finite: choose another guidance than {guidance:g}")
             if in_x_space and x is None:
-                x = self.clock("inversion", self.network.invert, u, self.ts)
+                x = self.to_x_space(u, self.ts)
             nll = None
             if u is not None and x is not None:
                 nll = self.network.trajectory_nll(x, self.ts.expand(len(x), -1), text).sum(dim=1)
@@ -261,8 +261,8 @@ class TrainedModel:
         if self.denoise == "learned":
             return self.clock("learned denoising", self.denoiser, u[:, 0], text), None, u
         if self.denoise == "none" and not in_x_space:  # only the cleanest level is asked for
-            return self.clock("inversion", network.invert, u[:, :1], ts[:1], steps=T)[:, 0], None, u
-        x = self.clock("inversion", network.invert, u, ts)
+            return self.to_x_space(u[:, :1], ts[:1], steps=T)[:, 0], None, u
+        x = self.to_x_space(u, ts)
         if self.denoise == "none":
             return x[:, 0], x, u
         return self.clock("score denoising", score_denoise, network, x, ts, text), x, u
@@ -360,6 +360,12 @@ class TrainedModel:
                 x = forward_trajectory(x0, ts, noise=noise.expand(len(x0), -1, -1, -1))
                 found.append(-self.network.trajectory_bound(x, ts, text)[1])
         return torch.stack(found)
+
+    def to_x_space(self, u, ts, **how):
+        """NTM.invert, timed if there is a transporter to invert."""
+        if not self.network.config.transporter_blocks:
+            return self.network.invert(u, ts, **how)
+        return self.clock("inversion", self.network.invert, u, ts, **how)
 
     def clock(self, stage, function, *args, **kwargs):
         """Call a function and return its result; add its seconds, accelerator included, to the stage's."""

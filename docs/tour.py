@@ -8,7 +8,8 @@
 # This notebook uses two small models that come with the repository: one of coloured shapes, one of emoji. Nothing is
 # downloaded. The whole notebook takes less than three minutes on a CPU, of which training takes two.
 #
-# Start Jupyter in the folder of the repository, so that the imports find its files.
+# Start Jupyter (`pip install notebook`, then `jupyter notebook`) in the folder of the repository, so that the imports
+# find its files.
 
 # %% [markdown]
 # ## 1. Draw images
