@@ -4,8 +4,8 @@
     python -m evidence.transporter config/fashion.py --minutes=4
     python -m evidence.transporter config/shapes.py --init_from=CKPT --minutes=4 --only=gaussian,both
 
-Trains the same model from the same start once for each variant, for equal processor time: two trials of a few updates
-decide the number of iterations. Writes transporter.json and transporter.png into --out; another config that is run
+Trains the same model from the same start once for each variant, for equal processor time: two short runs decide the
+number of iterations. Writes transporter.json and transporter.png into --out; another config that is run
 into the same folder adds its panel. On a CPU only; set OMP_NUM_THREADS=1 for the time of a single core.
 """
 
@@ -38,8 +38,8 @@ VARIANTS = {
     "autoregressive": [*NONE, *BLOCK],
     "all": ["--filters=16", "--logistics=3", *BLOCK],
 }
-TRIALS = 5, 25  # iterations of the two runs that measure an update
 VALIDATIONS = 6
+TRIAL = 30  # iterations of a run that decides how many iterations take the time asked for
 
 
 def train(config, out, settings):
@@ -54,23 +54,23 @@ def train(config, out, settings):
         return [json.loads(line) for line in lines], seconds
 
 
-def seconds_of_an_update(config, out, settings):
-    """Processor seconds, from two runs that differ in the number of updates and in nothing else."""
-    quick = ["--val_interval=1000", "--val_examples=1", "--num_samples=1"]
-    short, long = TRIALS
-    _, less = train(config, f"{out}_{short}", [*settings, *quick, f"--max_iters={short}"])
-    _, more = train(config, f"{out}_{long}", [*settings, *quick, f"--max_iters={long}"])
-    return (more - less) / (long - short)
-
-
 def curve_of(name, config, out, minutes, settings):
-    """[(minutes of training, val_bound)] of a variant, trained for so many minutes of processor time."""
-    settings = [*settings, *VARIANTS[name], "--save_minutes=0"]
-    seconds = seconds_of_an_update(config, out / name, settings)
-    every = max(1, round(60 * minutes / seconds / VALIDATIONS))
-    whole = [f"--max_iters={VALIDATIONS * every}", f"--val_interval={every}"]  # the last one ends the schedule
-    log, _ = train(config, out / name, [*settings, *whole])
-    return [(line["iter"] * seconds / 60, line["val_bound"]) for line in log if "val_bound" in line]
+    """[(minutes of training, val_bound)] of a variant, trained for so many minutes of processor time.
+
+    Runs with as many validations differ in the time of their updates alone.
+    """
+
+    def run(folder, iterations):
+        limits = [f"--max_iters={iterations}", f"--val_interval={iterations // VALIDATIONS}"]
+        return train(config, f"{out}/{folder}", [*settings, *VARIANTS[name], "--save_minutes=0", *limits])
+
+    _, overhead = run(f"{name}_least", VALIDATIONS)
+    _, trial = run(f"{name}_trial", TRIAL)
+    guess = max(1e-3, (trial - overhead) / (TRIAL - VALIDATIONS))
+    iterations = VALIDATIONS * max(2, round(60 * minutes / guess / VALIDATIONS))
+    log, seconds = run(name, iterations)
+    minutes_of_an_update = (seconds - overhead) / (iterations - VALIDATIONS) / 60
+    return [(line["iter"] * minutes_of_an_update, line["val_bound"]) for line in log if "val_bound" in line]
 
 
 def main():
