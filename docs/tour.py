@@ -60,7 +60,7 @@ contact_sheet(emoji.sample(captions, guidance=1.0, seed=0, temperature=0.3), cap
 
 # %%
 caption = "a red circle and a blue square"
-final, trajectory, nll = model.sample_trajectories([caption], [0], guidance=1.0, seed=3, in_x_space=True)
+final, trajectory, nll = model.sample_trajectories([caption], [0], guidance=1.0, seed=4, in_x_space=True)
 levels = model.network.unpatchify(trajectory[0]).flip(0)
 names = [f"t = {t:.2f}" for t in model.ts.flip(0).tolist()]
 contact_sheet([*levels, final[0]], [*names, "denoised"], columns=6)
