@@ -39,7 +39,7 @@ VARIANTS = {
     "all": ["--filters=16", "--logistics=3", *BLOCK],
 }
 VALIDATIONS = 6
-TRIAL = 30  # iterations of a run that decides how many iterations take the time asked for
+TRIAL = 102  # iterations of a run that decides how many iterations take the time asked for
 
 
 def train(config, out, settings):
