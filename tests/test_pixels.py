@@ -287,6 +287,7 @@ def test_what_the_flow_buys_is_measured(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, status, stderr=errors)
 
     monkeypatch.setattr(subprocess, "run", run_copy)
+    monkeypatch.setattr(transporter, "TRIAL", 12)
     command = ["transporter", "config/digits_tune.py", "--minutes=0.001", f"--out={out}", "--only=gaussian,both",
                "--device=cpu", f"--init_from={base / 'ckpt.pt'}", "--val_examples=8", "--num_samples=1",
                "--level_weight=1", "--rank=2", "--transporter_blocks=0", "--aux_weight=0"]
