@@ -92,7 +92,8 @@ def main():
         curves[name] = curve_of(name, args.config, path.parent / title, args.minutes, settings)
         print(name, *(f"{minutes:.1f}: {bound:.4f}" for minutes, bound in curves[name]), sep="  ")
         path.write_text(json.dumps(panels), "utf-8")
-        plot(panels, "minutes of processor time").save(path.with_suffix(".png"))
+        titled = {f"val_bound, {panel}": curves_of_it for panel, curves_of_it in panels.items()}
+        plot(titled, "minutes of processor time").save(path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """A step's flow over pixels is a density, a mirrored pair has the mean of its loss, and its samples are its own."""
 import json
 import math
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -278,17 +280,20 @@ def test_the_scripts_train_sample_and_measure_with_it(tmp_path):
 
 @pytest.mark.slow
 def test_what_the_flow_buys_is_measured(tmp_path, monkeypatch):
-    """Two variants for as short a time as there is, each in a copy of this process."""
+    """Two variants, in copies of this process, by a clock on which a run takes 5 s and each of its updates 0.01 s."""
+    clock = [0.0]
     base, out = tmp_path / "fm", tmp_path / "out"
     run("train.py", *SHORT, *SMALL, "--shift=1", "--objective=fm", f"--out_dir={base}")
 
     def run_copy(command, **_):
         (status, _, errors), = copies([{}], *command[1:])
+        clock[0] += 5 + 0.01 * int(command[-2].removeprefix("--max_iters="))
         return subprocess.CompletedProcess(command, status, stderr=errors)
 
     monkeypatch.setattr(subprocess, "run", run_copy)
     monkeypatch.setattr(transporter, "TRIAL", 12)
-    command = ["transporter", "config/digits_tune.py", "--minutes=0.001", f"--out={out}", "--only=gaussian,both",
+    monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=clock[0], children_system=0.0))
+    command = ["transporter", "config/digits_tune.py", "--minutes=0.003", f"--out={out}", "--only=gaussian,both",
                "--device=cpu", f"--init_from={base / 'ckpt.pt'}", "--val_examples=8", "--num_samples=1",
                "--level_weight=1", "--rank=2", "--transporter_blocks=0", "--aux_weight=0"]
     monkeypatch.setattr(sys, "argv", command)
@@ -298,7 +303,8 @@ def test_what_the_flow_buys_is_measured(tmp_path, monkeypatch):
     assert (out / "transporter.png").exists()
     for curve in panels["digits_tune"].values():
         minutes, bounds = zip(*curve)
-        assert len(curve) >= 6 and list(minutes) == sorted(minutes) and all(math.isfinite(bound) for bound in bounds)
+        assert minutes == pytest.approx([i * 0.01 / 60 for i in (3, 6, 9, 12, 15, 18)])
+        assert all(math.isfinite(bound) for bound in bounds)
     with pytest.raises(ValueError, match="train.py .* failed"):  # there is a run in its folder
         transporter.main()
     monkeypatch.setattr(sys, "argv", [*command, "--only=magic"])
