@@ -204,7 +204,7 @@ def captions_of_samples(model, dataset):
 def draw_samples(model, captions, strength, folder):
     """Draw samples for captions by all ranks, with a strength of guidance: (n, C, H, W) on the CPU.
 
-    With a decoder, the decoded images are also written into a folder.
+    With a decoder, the decoded images are also written into a folder, and returned if there is a judge.
     """
     rank, world = rank_and_world()
     if decoder:
@@ -217,7 +217,9 @@ def draw_samples(model, captions, strength, folder):
         how = strength, seed, False, best_of, restarts, temperature
         drawn, *_ = model.sample_trajectories(of_batch, numbers, *how)
         if decoder:
-            write_folder(folder, numbers, model.to_images(drawn))
+            images = model.to_images(drawn)
+            write_folder(folder, numbers, images)
+            drawn = images if judge else drawn
         samples[start] = drawn.cpu()
     samples = ChainMap(*gathered(samples))
     return torch.cat([samples[start] for start in sorted(samples)])
@@ -232,9 +234,8 @@ def labelled_images(model, latents):
     return images
 
 
-def scores_of_judge(model, samples, dataset):
+def scores_of_judge(model, images, dataset):
     """The judge's scores of samples: whether they show the labels of their captions, and how far from real images."""
-    images = torch.cat([model.to_images(batch.to(model.device)).cpu() for batch in samples.split(batch_size)])
     known = model.settings["data_dir"] and not model.latents  # empty in a checkpoint made for sampling alone
     train_set = open_dataset(model.settings, "train") if known else None
     found = judges.compare(judge, images, dataset, train_set)
@@ -270,7 +271,7 @@ def evaluate_samples(model, dataset, strength):
     images = draw_samples(model, captions, strength, path)
     seconds = max(gathered(sum(model.seconds.values())))
     if rank_and_world()[0] == 0:
-        shown = model.to_images(images[:10].to(model.device)) if decoder else images[:10]
+        shown = model.to_images(images[:10].to(model.device)) if decoder and not judge else images[:10]
         save_image(contact_sheet(shown, captions[:10], columns=10), path.with_name(f"{name}.png"))
     if tasks:
         scores = scores_of_tasks(images, captions, tasks)
@@ -298,7 +299,7 @@ def parts_of(model):
     return chosen
 
 
-def decode(model):
+def load_decoder(model):
     """Load the decoder, if there is one. Raises ValueError for settings that need one."""
     if decoder:
         model.load_decoder(decoder)
@@ -353,7 +354,7 @@ def main(config):
         raise ValueError(f"steps is {steps} and guidance {guidance}, which are both several values: vary one at a time")
     model = TrainedModel(out_dir, where, counts[0], "none", t_min, shift)
     chosen = parts_of(model)
-    decode(model)
+    load_decoder(model)
     dataset = open_dataset(model.settings, "val", data_dir)
     others = curves_of(beside) if beside else []
     folder = Path(out_dir) / "evaluate"

@@ -274,8 +274,6 @@ def gradients_meet(network, last):
     return contextlib.nullcontext() if last or not dist.is_initialized() else network.no_sync()
 
 
-
-
 def accumulate(losses_of, network, batches, config, device, *tensors):
     """Forward and backward of a batch, in as many passes as memory needs; the ranks' gradients meet in the last one.
 

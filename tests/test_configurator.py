@@ -563,7 +563,7 @@ def test_a_process_says_one_line_and_ends(tmp_path, pytestconfig, argument, stat
 
 
 def test_the_home_folder_is_meant_by_a_tilde_in_a_path(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/ada")
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "script.py"
     script.write_text('from configurator import configure\nout_dir = ""\ninit_from = ""\nprompt = ""\n'
@@ -573,8 +573,8 @@ def test_the_home_folder_is_meant_by_a_tilde_in_a_path(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "--out_dir=~/out", "--init_from=sit:~/sit.pt", "--prompt=~/cat",
                                       "mine.py", "--figure=None"])
     names = runpy.run_path(str(script))
-    assert names["config"] == {"out_dir": "/home/me/out", "init_from": "sit:/home/me/sit.pt", "prompt": "~/cat",
-                               "figure": None, "data_dir": "/home/me/data/{00..01}.tar"}
-    assert names["out_dir"] == "/home/me/out"
+    assert names["config"] == {"out_dir": "/users/ada/out", "init_from": "sit:/users/ada/sit.pt", "prompt": "~/cat",
+                               "figure": None, "data_dir": "/users/ada/data/{00..01}.tar"}
+    assert names["out_dir"] == "/users/ada/out"
     (tmp_path / "~" / "out").mkdir()  # what exists under a name is meant
     assert runpy.run_path(str(script))["out_dir"] == "~/out"

@@ -212,7 +212,9 @@ def test_ctrl_c_ends_both_trainings(tmp_path):
     process = start("-c", INTERRUPTIBLE, tmp_path / "toy2d.png")
     bars = ""
     while "NTM" not in bars or "Gaussian" not in bars:
-        bars += process.stderr.read(1)
+        seen = process.stderr.read(1)
+        assert seen, bars  # it has ended
+        bars += seen
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "KeyboardInterrupt" in err and not list(tmp_path.iterdir())
