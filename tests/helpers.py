@@ -1,5 +1,6 @@
 """What the tests of loop.py and of the scripts share: a script run in this process, and what it left behind."""
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -183,6 +184,9 @@ def start_copy(environment, out, err, script, *arguments):
     """The number of a new process, which runs a script as this one would with those variables."""
     if pid := os.fork():
         return pid
+    # What is left of earlier tests belongs to the parent. Were it freed here, for instance a DataLoader with processes,
+    # the error could be reported in the middle of ast.parse, which Python 3.11.7 does not bear (gh-106905).
+    gc.freeze()
     status = 1
     try:
         os.dup2(out.fileno(), 1)
