@@ -13,6 +13,7 @@ Each piece is a function of a model, or a model of its own. All but `residual` a
     filters           a step's flow over pixels           pixels.py
     logistics
     mirrored          and its loss with little noise      mirrored_nll
+    filter_leak       samples whose errors fade           pixels.py
     residual          a denoiser as good as its input     ResidualDenoiser
     objective         one deep flow, for comparison       TarFlow
 

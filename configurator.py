@@ -44,7 +44,7 @@ RANGES = {
     "above 0 and at most 1": "first_noise",
     "above 0 and at most 1000": "shift",  # above 1000, levels of a grid round to the same number
     "at least 0 and below 1": "t_min max_t_min ema",
-    "at least 0 and at most 1": "caption_dropout bad_limit bad_captions temperature",
+    "at least 0 and at most 1": "caption_dropout bad_limit bad_captions temperature filter_leak",
     f"at least 0 and below {2**31}": "seed",
 }
 RANGE_OF = {name: extent for extent, names in RANGES.items() for name in names.split()}

@@ -220,6 +220,8 @@ def draw_samples(model, captions, strength, folder):
             images = model.to_images(drawn)
             write_folder(folder, numbers, images)
             drawn = images if judge else drawn
+        if not model.latents:
+            drawn = drawn.clamp(-1, 1)  # as a file of the image would have it
         samples[start] = drawn.cpu()
     samples = ChainMap(*gathered(samples))
     return torch.cat([samples[start] for start in sorted(samples)])
@@ -227,8 +229,7 @@ def draw_samples(model, captions, strength, folder):
 
 def labelled_images(model, latents):
     """The held-out images that latents were made of, with their labels, for the judge. Raises ValueError without."""
-    height, width = model.to_images(latents[0][0][None].to(model.device)).shape[2:]
-    images = open_real_images(latents, height, width, real_dir)
+    images = open_real_images(latents, model.to_images, model.device, real_dir)
     if images is None:
         raise ValueError(f"judge is {judge!r}, which needs the labels of real images: name their shards by --real_dir")
     return images

@@ -214,13 +214,16 @@ class StepFlow(NamedTuple):
         return CorrelatedGaussian(mean, self.log_std, self.directions)
 
     def filtered(self, tokens, inverse=False):
-        """K of tokens (..., N, D), or its inverse."""
+        """K of tokens (..., N, D); or the inverse, of a K whose sums lack the share filter_leak."""
         if self.weights is None:
             return tokens
         count, *token = self.weights.shape[-3:]
         images = self.model.unpatchify(tokens.reshape(-1, *token))
         weights = self.model.unpatchify(self.weights.reshape(-1, *token))
-        K = Filter(weights.unflatten(0, (-1, count)), self.model.kernels())
+        kernels = self.model.kernels()
+        if inverse:
+            kernels = (1 - self.model.config.filter_leak) * kernels
+        K = Filter(weights.unflatten(0, (-1, count)), kernels)
         images = K.invert(images) if inverse else K.apply(images)
         return self.model.patchify(images).view(tokens.shape)
 
@@ -260,6 +263,7 @@ class PixelConfig(NTMConfig):
 
     filters: int = 0  # kernels of the causal filter, M; 0: no filter
     filter_window: int = 5  # side of their window, odd
+    filter_leak: float = 0.0  # share of the filter's sums that sampling leaves out; 0: sampling is exact
     logistics: int = 0  # of the pointwise map's mixture, K; 0: no map
 
     may_be_zero = NTMConfig.may_be_zero | {"filters", "logistics"}
@@ -268,6 +272,8 @@ class PixelConfig(NTMConfig):
         super().__post_init__()
         if self.filter_window % 2 == 0:
             raise ValueError(f"filter_window is {self.filter_window}, but must be odd, such as 5")
+        if not 0 <= self.filter_leak <= 1:
+            raise ValueError(f"filter_leak is {self.filter_leak}, but must be from 0 to 1, such as 0.06")
 
     @property
     def flow_outputs(self):

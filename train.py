@@ -92,6 +92,7 @@ max_t_min = 0.05  # t_0, the cleanest noise level, is uniform in (0, max_t_min]
 rank = 0  # (ours) rank of the learned covariance of a step's Gaussian; 0: diagonal, as in the paper
 filters = 0  # (ours) kernels of the causal filter over pixels in a step's flow; 0: no filter
 filter_window = 5  # (ours) side of the filter's window in pixels
+filter_leak = 0.0  # (ours) share of the filter's sums that sampling leaves out; 0.06: errors fade along the rows
 logistics = 0  # (ours) logistics per number in the pointwise map of a step's flow; 0: no map
 pairs = True  # train on one random step of each trajectory; False: on all T steps
 level_weight = 0.0  # (ours) p: a step that ends at noise level s has weight s^p, which balances the gradients

@@ -10,6 +10,7 @@ first_noise = 0.5
 transporter_blocks = 0
 rank = 24
 filters = 16
+filter_leak = 0.06  # without it one picture in fifty gets dark or glaring areas: docs/beyond.md
 logistics = 3
 mirrored = True
 shift = 2.0  # in larger images, noisier levels decide the content: docs/log.md, 2026-11-26

@@ -39,12 +39,13 @@ def source_of(latents):
     return ""
 
 
-def open_real_images(latents, height, width, images_dir):
-    """The held-out images that latents were made of, at height x width, or None and a note if they are not found.
+def open_real_images(latents, to_images, device, images_dir):
+    """The held-out images that latents were made of, in the size of decoded ones; None and a note if there are none.
 
-    images_dir: the images' shards; empty: those that were encoded. Raises ValueError or OSError for an images_dir that
-    is given but cannot be read.
+    to_images: a function from latents (B, C, h, w), on the device, to images. images_dir: the images' shards; empty:
+    those that were encoded. Raises ValueError or OSError for an images_dir that is given but cannot be read.
     """
+    height, width = to_images(latents[0][0][None].to(device)).shape[2:]
     source = images_dir or source_of(latents)
     try:
         if not source:
@@ -61,11 +62,9 @@ def open_real_images(latents, height, width, images_dir):
 def write_real_images(folder, latents, count, to_images, device, images_dir="", batch_size=100):
     """Write `count` real images, or as many as are held out, into an empty folder, by all ranks.
 
-    latents: the held-out set to compare the model with. to_images: a function from latents (B, C, h, w), on the device,
-    to images, whose size the real images get. images_dir: as in open_real_images.
+    latents: the held-out set to compare the model with. The rest is as in open_real_images.
     """
-    height, width = to_images(latents[0][0][None].to(device)).shape[2:]
-    images = open_real_images(latents, height, width, images_dir)
+    images = open_real_images(latents, to_images, device, images_dir)
     there = len(latents if images is None else images)
     if there < count:
         note(f"there are only {there} real images for {count} samples: compare equal numbers")

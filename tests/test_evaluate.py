@@ -140,6 +140,14 @@ def restarted(batches):
         yield images, text, captions, generator.clone_state()
 
 
+def test_samples_are_judged_as_their_files_would_show_them(trained, tmp_path):
+    """Clipped to [-1, 1], which what the model draws is not; otherwise unchanged."""
+    model, captions = TrainedModel(trained, "cpu", denoise="none"), ["the digit one", "a 3"] * 4
+    drawn, *_ = model.sample_trajectories(captions, range(8), 1.0)
+    assert drawn.abs().max() > 1
+    torch.testing.assert_close(evaluate.draw_samples(model, captions, 1.0, tmp_path), drawn.clamp(-1, 1))
+
+
 def test_likelihoods_are_in_float32_whatever_is_around_them(trained):
     """From Python under autocast: those of given images and of samples, of captions, and the true ones' gaps."""
     found = []

@@ -128,6 +128,37 @@ def test_samples_are_the_gaussians_carried_back(config):
     torch.testing.assert_close(drawn_for(step, step.sample(z, xi)), step.log_std.exp() * noise, rtol=1e-7, atol=1e-7)
 
 
+def test_a_leak_leaves_out_a_share_of_the_sums_in_samples_alone():
+    """Samples solve a triangular system of the dense filter; the density does not change."""
+    model = make_model(filters=3, filter_window=3, rank=2, filter_leak=0.3)
+    step, z, xi = a_step(model), torch.randn(1, 6, 8).double(), torch.randn(1, 2).double()
+    K = jacobian(step.filtered, step.mean).view(48, 48)
+    drawn = step.gaussian(torch.zeros_like(step.mean)).sample(z, xi).flatten()
+    expected = torch.linalg.solve(0.3 * torch.eye(48).double() + 0.7 * K, drawn)
+    torch.testing.assert_close((step.sample(z, xi) - step.mean).flatten(), expected, rtol=1e-9, atol=1e-9)
+    nll = step.nll(step.mean + z)
+    model.config.filter_leak = 0.0
+    assert torch.equal(step.nll(step.mean + z), nll)
+    assert not torch.allclose((step.sample(z, xi) - step.mean).flatten(), expected)
+    with pytest.raises(ValueError, match="filter_leak is 1.5, but must be from 0 to 1"):
+        PixelConfig(**TINY | dict(filter_leak=1.5))
+
+
+def test_errors_of_a_filter_fade_with_a_leak():
+    """A filter that takes the sum of two neighbours: without a leak, one error doubles from row to row."""
+    model = make_model(filters=1, filter_window=3, filter_leak=0.0, image_size=(24, 2), channels=1, patch_size=1)
+    model.filter_kernels.data.zero_()
+    model.filter_kernels.data[0, 0, 0, 0] = -1  # the three pixels above
+    shape = 1, 48, 1
+    ones = torch.ones(1, 1, *shape[1:]).double()
+    step = StepFlow(torch.zeros(shape).double(), torch.zeros(shape).double(), None, None, ones, model)
+    error = torch.zeros(shape).double()
+    error[0, 0] = 1
+    assert step.sample(error)[0, -1] == 2**22
+    model.config.filter_leak = 0.6
+    assert 0 < step.sample(error)[0, -1] < 0.01
+
+
 def test_guidance_moves_mean_and_deviation_as_without_a_flow():
     model = make_model(filters=2, filter_window=3, logistics=3, rank=2)
     conditional, unconditional = a_step(model, guided=True)
