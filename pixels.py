@@ -34,7 +34,7 @@ LOGISTIC = math.sqrt(3) / math.pi  # the scale of a logistic distribution of var
 class Mixture(NamedTuple):
     """h(z) = c logit F(z), Eq. (37): F is the distribution function of a mixture of K logistics, c a logistic's scale.
 
-    A single logistic of variance 1 gives h(z) = z. All (..., N, D, K), in units of sigma.
+    A single logistic of variance 1 gives h(z) = z. All (..., K, N, D), in units of sigma.
     """
 
     log_weight: torch.Tensor
@@ -43,13 +43,13 @@ class Mixture(NamedTuple):
 
     def map(self, z):
         """h(z) and the logarithm of its slope, each like z (..., N, D)."""
-        distance = z[..., None] - self.centre
+        distance = z.unsqueeze(-3) - self.centre
         standardized = distance * torch.exp(-self.log_scale) / LOGISTIC  # z in units of each logistic
         below = F.logsigmoid(standardized)
         above = below - standardized  # logsigmoid(-standardized)
-        log_F = torch.logsumexp(self.log_weight + below, dim=-1)
-        log_rest = torch.logsumexp(self.log_weight + above, dim=-1)  # log(1 - F), without its cancellation
-        log_density = torch.logsumexp(self.log_weight + below + above - self.log_scale, dim=-1)
+        log_F = torch.logsumexp(self.log_weight + below, dim=-3)
+        log_rest = torch.logsumexp(self.log_weight + above, dim=-3)  # log(1 - F), without its cancellation
+        log_density = torch.logsumexp(self.log_weight + below + above - self.log_scale, dim=-3)
         return LOGISTIC * (log_F - log_rest), log_density - log_F - log_rest
 
     def invert(self, y, rounds=16):
@@ -57,19 +57,19 @@ class Mixture(NamedTuple):
 
         Above the median the method inverts 1 - F instead of F: the smaller of the two keeps its digits.
         """
-        ends = self.centre + torch.exp(self.log_scale) * y[..., None]  # the solution, if a logistic were the only one
-        low, high = ends.amin(dim=-1), ends.amax(dim=-1)
+        ends = self.centre + torch.exp(self.log_scale) * y.unsqueeze(-3)  # the solution, if a logistic were the only one
+        low, high = ends.amin(dim=-3), ends.amax(dim=-3)
         side = torch.where(y > 0, -1.0, 1.0)
         wanted = F.logsigmoid(-y.abs() / LOGISTIC)
         weight = torch.exp(self.log_weight)
-        slope = side[..., None] * torch.exp(-self.log_scale) / LOGISTIC
+        slope = side.unsqueeze(-3) * torch.exp(-self.log_scale) / LOGISTIC
         z = (low + high) / 2
         tiny = torch.finfo(y.dtype).tiny
         for i in range(rounds):
-            each = torch.sigmoid((z[..., None] - self.centre) * slope)
+            each = torch.sigmoid((z.unsqueeze(-3) - self.centre) * slope)
             weighted = weight * each
-            found = weighted.sum(dim=-1)
-            density = (weighted * (1 - each) * slope).sum(dim=-1)
+            found = weighted.sum(dim=-3)
+            density = (weighted * (1 - each) * slope).sum(dim=-3)
             error = wanted - torch.log(found.clamp(min=tiny))
             too_low = error * side > 0
             low = torch.where(too_low, z, low)
@@ -87,13 +87,13 @@ def make_mixture(outputs, log_std, C):
 
     No logistic is narrower than C (B,), the standard deviation of x_s once x_0 is known as well.
     """
-    outputs = torch.stack(outputs, dim=-1)
-    log_weight, centre, log_scale = outputs.chunk(3, dim=-1)
+    outputs = torch.stack(outputs, dim=-3)
+    log_weight, centre, log_scale = outputs.chunk(3, dim=-3)
     floor = C[:, None, None] ** 2 * torch.exp(-2 * log_std)
-    floor = floor.clamp(max=1)[..., None]
+    floor = floor.clamp(max=1).unsqueeze(-3)
     square = torch.exp(2 * log_scale.clamp(-5, 5))
     square = floor + (1 - floor) * square
-    log_weight = F.log_softmax(log_weight, dim=-1)
+    log_weight = F.log_softmax(log_weight, dim=-3)
     return Mixture(log_weight, centre, 0.5 * square.log())
 
 
@@ -139,35 +139,37 @@ class Filter(NamedTuple):
         told = told.unflatten(1, (count, channels))
         return images + (self.weights * told).sum(dim=1)
 
-    def within_rows(self):
-        """K within each row of pixels, (B, H, n, n) for the row's n = W channels numbers: unit lower triangular."""
-        _, channels, _, window, _ = self.kernels.shape
+    def within_a_row(self):
+        """What each kernel gathers within a row of pixels: (M, n, n), to a number of the row from those before it.
+
+        A row has n = W channels numbers, in raster order. The diagonal is 0, as what is above it.
+        """
+        count, channels, _, window, _ = self.kernels.shape
         width = self.weights.shape[-1]
         n = width * channels
         identity = torch.eye(n, dtype=self.kernels.dtype, device=self.kernels.device)
         single = identity.view(n, width, channels).transpose(1, 2)  # n rows of pixels with one number that is not 0
         middle = self.kernels[:, :, :, window // 2].flatten(0, 1)
         told = F.conv1d(single, middle, padding=window // 2)  # (n, M channels, W)
-        told = told.unflatten(1, (-1, channels)).permute(1, 3, 2, 0)
-        told = told.flatten(1, 2)  # (M, n, n): by column, to row
-        weights = self.weights.permute(0, 3, 1, 4, 2).flatten(3)  # (B, H, M, n)
-        return identity + torch.einsum("bhmi,mij->bhij", weights, told)
+        told = told.view(n, count, channels, width)
+        return told.permute(1, 3, 2, 0).flatten(1, 2)
 
     def invert(self, images):
         """Solve images = K x for x, row by row: subtract what the rows above contribute, then solve a triangle."""
         batch, channels, height, width = images.shape
         count, window = self.kernels.shape[0], self.kernels.shape[-1]
         radius = window // 2
-        triangles = self.within_rows()
+        within = self.within_a_row()
         above = self.kernels[:, :, :, :radius].flatten(0, 1)
         x = F.pad(torch.zeros_like(images), (radius, radius, radius, 0))
         for row in range(height):
+            weights = self.weights[:, :, :, row]  # (B, M, channels, W)
             told = F.conv2d(x[:, :, row : row + radius], above)
             told = told.view(batch, count, channels, width)
-            told = (self.weights[:, :, :, row] * told).sum(dim=1)
-            rest = images[:, :, row] - told
+            rest = images[:, :, row] - (weights * told).sum(dim=1)
             rest = rest.transpose(1, 2).reshape(batch, -1, 1)
-            triangle = triangles[:, row]
+            weights = weights.transpose(2, 3).flatten(2)  # (B, M, n)
+            triangle = torch.einsum("bmi,mij->bij", weights, within)  # its diagonal of ones is understood
             solved = torch.linalg.solve_triangular(triangle, rest, upper=False, unitriangular=True)
             solved = solved.view(batch, width, channels)
             x[:, :, row + radius, radius : radius + width] = solved.transpose(1, 2)
