@@ -57,7 +57,7 @@ class Mixture(NamedTuple):
 
         Above the median the method inverts 1 - F instead of F: the smaller of the two keeps its digits.
         """
-        ends = self.centre + torch.exp(self.log_scale) * y.unsqueeze(-3)  # the solution, if a logistic were the only one
+        ends = self.centre + torch.exp(self.log_scale) * y.unsqueeze(-3)  # the solution, if one logistic were all
         low, high = ends.amin(dim=-3), ends.amax(dim=-3)
         side = torch.where(y > 0, -1.0, 1.0)
         wanted = F.logsigmoid(-y.abs() / LOGISTIC)
