@@ -473,8 +473,8 @@ def fake_model(dataset, images_of):
         return torch.stack([images_of(caption, i) for caption, i in zip(captions, numbers)]), None, None
 
     settings = {"dataset": dataset, "image_size": 8, "channels": 1, "seed": 0, "data_dir": ""}
-    return SimpleNamespace(settings=settings, kind="ntm", denoise="none", ts=torch.zeros(5), seconds={"sampling": 4.0},
-                           sample_trajectories=sample_trajectories)
+    return SimpleNamespace(settings=settings, kind="ntm", latents=None, denoise="none", ts=torch.zeros(5),
+                           seconds={"sampling": 4.0}, sample_trajectories=sample_trajectories)
 
 
 def measured_samples(monkeypatch, tmp_path, model, dataset, count, batch_size=16):
@@ -500,9 +500,11 @@ def test_class_of_the_nearest_training_image(monkeypatch, tmp_path):
         assert found["nearest_is_of_the_class"]["mean"] == expected
         assert found["images_per_s"] == 10  # 40 in 4 s
     data, _ = zip(*dataset.__getitems__(range(297)))
-    model = fake_model("digits", lambda caption, i: data[i] + 0.5)
+    model = fake_model("digits", lambda caption, i: 0.5 * data[i])
     found = measured_samples(monkeypatch, tmp_path, model, dataset, 297)
-    assert found["frechet_distance"] == pytest.approx(64 * 0.5**2, rel=1e-4)  # held-out images, but brighter
+    real = torch.stack(data).flatten(1).double()
+    spread = (real.mean(0).square().sum() + torch.cov(real.T).trace()).item()
+    assert found["frechet_distance"] == pytest.approx(0.5**2 * spread, rel=1e-4)  # held-out images, but fainter
 
 
 def scene_of(caption, repaint):
