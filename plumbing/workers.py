@@ -100,8 +100,10 @@ class ReadAhead:
 
     def check_processes(self, patience=0):
         """Raise ChildProcessError, with a remedy, if a loading process has died or dies in `patience` seconds."""
-        wait([process.sentinel for process in self.processes], patience)
+        ended = wait([process.sentinel for process in self.processes], patience)
         for process in self.processes:
+            if process.sentinel in ended:
+                process.join(1)  # its pipe closes a moment before the system counts it as dead
             if not process.is_alive():
                 raise ChildProcessError(f"a process that loads data has died: {self.reason(process.exitcode)}")
 
