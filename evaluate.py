@@ -220,9 +220,7 @@ def draw_samples(model, captions, strength, folder):
             images = model.to_images(drawn)
             write_folder(folder, numbers, images)
             drawn = images if judge else drawn
-        if not model.latents:
-            drawn = drawn.clamp(-1, 1)  # as a file of the image would have it
-        samples[start] = drawn.cpu()
+        samples[start] = model.clipped(drawn).cpu()
     samples = ChainMap(*gathered(samples))
     return torch.cat([samples[start] for start in sorted(samples)])
 

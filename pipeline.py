@@ -190,7 +190,7 @@ class TrainedModel:
             sampled = self.sample_trajectories(of_batch, numbers, guidance, seed, False, best_of, restarts, temperature)
             images.append(sampled[0])
         images = torch.cat(images)
-        return images if self.latents else images.clamp(-1, 1)
+        return self.clipped(images)
 
     @torch.no_grad()
     def sample_trajectories(
@@ -286,6 +286,10 @@ class TrainedModel:
         """Normalised latents (B, C, h, w) back in the scale of the autoencoder."""
         mean, scale = (torch.tensor(self.latents[name])[:, None, None].to(images) for name in ("mean", "scale"))
         return images / scale + mean
+
+    def clipped(self, samples):
+        """Samples as their files show them: images clipped to [-1, 1], latents as they are."""
+        return samples if self.latents else samples.clamp(-1, 1)
 
     def to_images(self, samples):
         """Samples (B, C, H, W) to look at, in [-1, 1]: latents decoded if there is a decoder, else unchanged."""

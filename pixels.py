@@ -142,7 +142,7 @@ class Filter(NamedTuple):
     def within_a_row(self):
         """What each kernel gathers within a row of pixels: (M, n, n), to a number of the row from those before it.
 
-        A row has n = W channels numbers, in raster order. The diagonal is 0, as what is above it.
+        A row has n = W channels numbers, in raster order. The diagonal and all above it are 0.
         """
         count, channels, _, window, _ = self.kernels.shape
         width = self.weights.shape[-1]

@@ -473,8 +473,8 @@ def fake_model(dataset, images_of):
         return torch.stack([images_of(caption, i) for caption, i in zip(captions, numbers)]), None, None
 
     settings = {"dataset": dataset, "image_size": 8, "channels": 1, "seed": 0, "data_dir": ""}
-    return SimpleNamespace(settings=settings, kind="ntm", latents=None, denoise="none", ts=torch.zeros(5),
-                           seconds={"sampling": 4.0}, sample_trajectories=sample_trajectories)
+    return SimpleNamespace(settings=settings, kind="ntm", denoise="none", ts=torch.zeros(5), seconds={"sampling": 4.0},
+                           sample_trajectories=sample_trajectories, clipped=lambda images: images.clamp(-1, 1))
 
 
 def measured_samples(monkeypatch, tmp_path, model, dataset, count, batch_size=16):

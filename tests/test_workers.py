@@ -227,6 +227,29 @@ def test_ranks_end_together_where_one_loses_its_process(tmp_path):
     assert 4 <= contents(tmp_path / "run" / "ckpt.pt")["iter"] <= 6 and "continue with" in out
 
 
+def test_a_process_whose_pipe_has_closed_counts_as_dead():
+    """The pipe closes a moment before the system knows, which is_alive() asks and join() waits for."""
+    sentinel, other_end = os.pipe()
+    os.close(other_end)
+
+    class Process:
+        exitcode = None
+
+        def join(self, timeout):
+            self.exitcode = -signal.SIGKILL
+
+        def is_alive(self):
+            return self.exitcode is None
+
+    process = Process()
+    process.sentinel = sentinel
+    loaded = ReadAhead([0], [[0]], 0)
+    loaded.processes = [process]
+    with pytest.raises(ChildProcessError, match="it was killed"):
+        loaded.check_processes()
+    os.close(sentinel)
+
+
 def pictures(folder, count=40):
     for split in ("train", "val"):
         examples = [(f"{i:04d}", {"png": png((i, 2 * i, 3 * i), (32, 32)), "txt": b"a picture"}) for i in range(count)]
