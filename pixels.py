@@ -63,22 +63,25 @@ class Mixture(NamedTuple):
         wanted = F.logsigmoid(-y.abs() / LOGISTIC)
         weight = torch.exp(self.log_weight)
         slope = side.unsqueeze(-3) * torch.exp(-self.log_scale) / LOGISTIC
+        offset = -self.centre * slope
         z = (low + high) / 2
         tiny = torch.finfo(y.dtype).tiny
         for i in range(rounds):
-            each = torch.sigmoid((z.unsqueeze(-3) - self.centre) * slope)
+            each = torch.sigmoid(torch.addcmul(offset, z.unsqueeze(-3), slope))
             weighted = weight * each
             found = weighted.sum(dim=-3)
-            density = (weighted * (1 - each) * slope).sum(dim=-3)
             error = wanted - torch.log(found.clamp(min=tiny))
             too_low = error * side > 0
             low = torch.where(too_low, z, low)
             high = torch.where(too_low, high, z)
+            middle = (low + high) / 2
+            if i < rounds // 2:
+                z = middle
+                continue
+            density = (weighted * (1 - each) * slope).sum(dim=-3)
             newton = z + error * found / density.abs().clamp(min=tiny) * side
             inside = (newton >= low) & (newton <= high)
-            z = (low + high) / 2
-            if i >= rounds // 2:
-                z = torch.where(inside, newton, z)
+            z = torch.where(inside, newton, middle)
         return z
 
 
@@ -139,40 +142,32 @@ class Filter(NamedTuple):
         told = told.unflatten(1, (count, channels))
         return images + (self.weights * told).sum(dim=1)
 
-    def within_a_row(self):
-        """What each kernel gathers within a row of pixels: (M, n, n), to a number of the row from those before it.
-
-        A row has n = W channels numbers, in raster order. The diagonal and all above it are 0.
-        """
-        count, channels, _, window, _ = self.kernels.shape
-        width = self.weights.shape[-1]
-        n = width * channels
-        identity = torch.eye(n, dtype=self.kernels.dtype, device=self.kernels.device)
-        single = identity.view(n, width, channels).transpose(1, 2)  # n rows of pixels with one number that is not 0
-        middle = self.kernels[:, :, :, window // 2].flatten(0, 1)
-        told = F.conv1d(single, middle, padding=window // 2)  # (n, M channels, W)
-        told = told.view(n, count, channels, width)
-        return told.permute(1, 3, 2, 0).flatten(1, 2)
-
     def invert(self, images):
         """Solve images = K x for x, row by row: subtract what the rows above contribute, then solve a triangle."""
         batch, channels, height, width = images.shape
         count, window = self.kernels.shape[0], self.kernels.shape[-1]
         radius = window // 2
-        within = self.within_a_row()
+        numbers = width * channels  # of a row, in raster order
         above = self.kernels[:, :, :, :radius].flatten(0, 1)
+        left = self.kernels[:, :, :, radius, : radius + 1].flip(-1)
+        # the factor by which a number (channel d, so many pixels to the left) enters another (channel c)
+        beside = torch.einsum("bmchw,mcdk->kbdchw", self.weights, left)
         x = F.pad(torch.zeros_like(images), (radius, radius, radius, 0))
         for row in range(height):
-            weights = self.weights[:, :, :, row]  # (B, M, channels, W)
             told = F.conv2d(x[:, :, row : row + radius], above)
             told = told.view(batch, count, channels, width)
-            rest = images[:, :, row] - (weights * told).sum(dim=1)
-            rest = rest.transpose(1, 2).reshape(batch, -1, 1)
-            weights = weights.transpose(2, 3).flatten(2)  # (B, M, n)
-            triangle = torch.einsum("bmi,mij->bij", weights, within)  # its diagonal of ones is understood
-            solved = torch.linalg.solve_triangular(triangle, rest, upper=False, unitriangular=True)
-            solved = solved.view(batch, width, channels)
-            x[:, :, row + radius, radius : radius + width] = solved.transpose(1, 2)
+            rest = images[:, :, row] - (self.weights[:, :, :, row] * told).sum(dim=1)
+            triangle = images.new_zeros(batch, width, channels, width, channels)  # (pixel, d) enters (pixel, c)
+            for back in range(min(radius + 1, width)):
+                diagonal = triangle.diagonal(back, dim1=1, dim2=3)  # (B, d, c, width - back)
+                diagonal.copy_(beside[back, :, :, :, row, back:])
+            solved = torch.linalg.solve_triangular(
+                triangle.view(batch, numbers, numbers).mT,  # its diagonal of ones is understood
+                rest.mT.reshape(batch, numbers, 1),
+                upper=False,
+                unitriangular=True,
+            )
+            x[:, :, row + radius, radius : radius + width] = solved.view(batch, width, channels).mT
         return x[:, :, radius:, radius : radius + width]
 
 
