@@ -12,7 +12,7 @@ Each piece is a function of a model, or a model of its own. All but `residual` a
     first_noise       a first step that keeps its noise   CoupledNTM
     filters           a step's flow over pixels           pixels.py
     logistics
-    mirrored          and its loss with little noise      mirrored_nll
+    mirrored          a loss with little noise            mirror_image
     filter_leak       samples whose errors fade           pixels.py
     residual          a denoiser as good as its input     ResidualDenoiser
     objective         one deep flow, for comparison       TarFlow
@@ -81,13 +81,13 @@ def expected_nll(gaussian, mean, std):
     return gaussian.nll(mean) + 0.5 * std**2 * precision.sum(dim=(-2, -1))
 
 
-def mirrored_nll(gaussian, x_s, mean):
-    """Eq. (40): the mean -log p of x_s and of its mirror image about mean (known_step's), in nats, (B, K-1).
+def mirror_image(x, mean):
+    """Each step's x_s of the levels x (B, K, N, D), mirrored about mean, known_step's; like mean (B, K-1, N, D).
 
-    As likely as x_s itself, the mirror image cancels what is odd in the noise. All like mean (B, K-1, N, D).
+    It is as likely as x_s, so that the mean -log p of the two, Eq. (40), is a loss whose noise cancels as far as it is
+    odd.
     """
-    mirror_image = 2 * mean - x_s
-    return 0.5 * (gaussian.nll(x_s) + gaussian.nll(mirror_image))
+    return 2 * mean - x[:, :-1]
 
 
 def velocity_error(gaussian, mean, ts):

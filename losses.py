@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from beyond import expected_nll, known_step, level_weights, mirrored_nll, velocity_error
+from beyond import expected_nll, known_step, level_weights, mirror_image, velocity_error
 from fm import FlowMatching
 from plumbing.runtime import coarse_products
 
@@ -43,10 +43,11 @@ class TrainingLoss(nn.Module):
             mean, std = known_step(model, x, model.patchify(images), ts)
         if config["closed_form"]:  # (ours) Eq. (31)
             nll = expected_nll(gaussian, mean, std)
-        elif config["mirrored"]:  # (ours) Eq. (40)
-            nll = mirrored_nll(gaussian, x[:, :-1], mean)
         else:
             nll = gaussian.nll(u[:, :-1]) - logdet[:, :-1]
+        if config["mirrored"]:  # (ours) Eq. (40)
+            u, logdet = model.transport(mirror_image(x, mean), ts[:, :-1], steps)
+            nll = 0.5 * (nll + gaussian.nll(u) - logdet)
         nll = nll / x[0, 0].numel()
         losses = {"nll": nll.mean(), "minimised": nll.mean()}
         if config["level_weight"]:  # (ours) Eq. (30)

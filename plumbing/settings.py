@@ -42,7 +42,7 @@ def check_settings(config, model_config):
         except ValueError as error:
             raise ValueError(f"max_t_min: {error}") from error
     blocks = model_config.transporter_blocks
-    for name in ("closed_form", "mirrored", "velocity_weight"):
+    for name in ("closed_form", "velocity_weight"):
         if config[name] and blocks:
             raise ValueError(f"{name} is {config[name]}, which needs transporter_blocks 0, not {blocks}")
     if config["closed_form"] and model_config.flow_outputs:

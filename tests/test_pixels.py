@@ -85,12 +85,13 @@ def test_the_density_of_one_number_integrates_to_one():
     assert (density - gaussian).abs().max() > 0.05 * gaussian.max()
 
 
-@pytest.mark.parametrize("kind", [PixelNTM, CoupledNTM])
-def test_a_mirrored_pair_has_the_mean_of_the_loss_and_less_noise(kind):
+@pytest.mark.parametrize("kind, blocks", [(PixelNTM, 0), (CoupledNTM, 0), (PixelNTM, 2)])
+def test_a_mirrored_pair_has_the_mean_of_the_loss_and_less_noise(kind, blocks):
     """Over many draws of x_s for one x_t and x_0; a coupled first step has its x_s alone."""
     torch.manual_seed(3)
     many = 4_000
-    model = make_model(kind, scale=0.2, filters=2, filter_window=3, logistics=3, rank=2)
+    flow = dict(filters=2, filter_window=3, logistics=3, rank=2)
+    model = make_model(kind, scale=0.1 if blocks else 0.2, transporter_blocks=blocks, **flow)
     images = torch.randn(1, 2, 4, 6).double().expand(many, -1, -1, -1)
     text = torch.full((many, 3), 4)
     ts = torch.tensor([0.25, 0.5]).double().expand(many, -1)
