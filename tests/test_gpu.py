@@ -166,7 +166,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from evidence.update import Update, build, inputs
 from plumbing import runtime
 
-size = dict(image_size=16, channels=3, patch_size=4, width=192, depth=4, heads=4, vocab_size=20, text_len=4)
+size = dict(image_size=16, channels=3, patch_size=4, width=256, depth=2, heads=4, vocab_size=20, text_len=4)
 size |= dict(transporter_blocks=0, rank=4, filters=2, logistics=2, first_noise=0.5, parametrization="posterior")
 runtime.DistributedDataParallel = functools.partial(runtime.DistributedDataParallel, bucket_cap_mb=1.5)
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
@@ -209,7 +209,7 @@ def test_ranks_sum_gradients_while_others_are_computed(tmp_path):
     ways = [line.split() for line in out.splitlines()]
     assert len(ways) == 3
     for buckets, later in ways:
-        assert int(buckets) > 4 and float(later) > 0.7
+        assert int(buckets) > 4 and float(later) > 0.6
 
 
 def test_a_way_to_compile_that_is_none_is_named(tmp_path):
