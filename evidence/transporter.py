@@ -22,8 +22,7 @@ from plumbing.runtime import one_line_errors
 FLOW = ["--closed_form=False", "--mirrored=True"]
 NONE = ["--filters=0", "--logistics=0"]
 BLOCK = [
-    "--closed_form=False",
-    "--mirrored=False",
+    *FLOW,
     "--velocity_weight=0",
     "--transporter_blocks=1",
     "--transporter_layers=2",

@@ -324,13 +324,13 @@ def test_what_the_flow_buys_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", run_copy)
     monkeypatch.setattr(transporter, "TRIAL", 12)
     monkeypatch.setattr(os, "times", lambda: SimpleNamespace(children_user=clock[0], children_system=0.0))
-    command = ["transporter", "config/digits_tune.py", "--minutes=0.003", f"--out={out}", "--only=gaussian,both",
+    command = ["transporter", "config/digits_tune.py", "--minutes=0.003", f"--out={out}", "--only=gaussian,all",
                "--device=cpu", f"--init_from={base / 'ckpt.pt'}", "--val_examples=8", "--num_samples=1",
                "--level_weight=1", "--rank=2", "--transporter_blocks=0", "--aux_weight=0"]
     monkeypatch.setattr(sys, "argv", command)
     transporter.main()
     panels = json.loads((out / "transporter.json").read_text())
-    assert list(panels) == ["digits_tune"] and list(panels["digits_tune"]) == ["gaussian", "both"]
+    assert list(panels) == ["digits_tune"] and list(panels["digits_tune"]) == ["gaussian", "all"]
     assert (out / "transporter.png").exists()
     for curve in panels["digits_tune"].values():
         minutes, bounds = zip(*curve)
