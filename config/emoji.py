@@ -1,5 +1,5 @@
 # An NTM of emoji, 32x32, that starts from the flow-matching model of config/emoji_fm.py. Its steps have a flow over
-# pixels, and the first step is coupled to its noise (docs/beyond.md). Training takes an hour on one core at width 256
+# pixels, and the first step is coupled to its noise (docs/beyond.md). Training takes two hours on one core at width 256
 # with --bfloat16=True. The model in assets/ was trained in three stages, which docs/results.md lists.
 init_from = "out/emoji_fm/ckpt.pt"
 out_dir = "out/emoji"

@@ -14,6 +14,7 @@ filters = 16  # kernels of the filter in a step's flow over pixels
 logistics = 3  # of the mixture at every number; for Gaussian steps: filters = logistics = 0, closed_form = True
 mirrored = True
 shift = 1.0  # 2 for images of 64x64 and more: there, noisier levels decide the content
+filter_leak = 0.0  # 0.06 for images of 64x64: otherwise some get dark or glaring areas (docs/beyond.md)
 level_weight = 0.5
 velocity_weight = 1.0
 aux_weight = 0.0

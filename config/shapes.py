@@ -1,6 +1,6 @@
 # An NTM of coloured shapes that starts from the flow-matching model of config/shapes_fm.py. Its steps have a flow over
 # pixels, the loss balances the noise levels, and the first step is coupled to its noise (docs/beyond.md). Training
-# takes 20 to 40 minutes on one core with --bfloat16=True. The model in assets/ was trained for 8,000 iterations with
+# takes 45 minutes on one core with --bfloat16=True. The model in assets/ was trained for 8,000 iterations with
 # Gaussian steps and then for 4,500 with these settings (docs/results.md); val_bound -2.322.
 init_from = "out/shapes_fm/ckpt.pt"
 out_dir = "out/shapes"
