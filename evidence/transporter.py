@@ -73,7 +73,13 @@ def curve_of(name, config, out, minutes, settings):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m evidence.transporter",
+        usage="%(prog)s CONFIG.py [--minutes MINUTES] [--only VARIANTS] [--out FOLDER] [--NAME=VALUE of train.py ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("config", help="a configuration of train.py")
     parser.add_argument("--minutes", type=float, default=4.0, help="of processor time that each variant trains")
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, separated by commas")
