@@ -49,7 +49,8 @@ def level_weights(config, power, ts, steps, max_t_min):
     for T in config.steps:
         ends = config.time_grid(t_min, T)[:-1]
         mean = torch.where(steps == T, (ends**power).mean(), mean)
-    return ts[:, :-1] ** power / mean[:, None]
+    s = ts[:, :-1].clamp(min=0 if max_t_min else middle)  # at s = 0 the last step would have no weight
+    return s**power / mean[:, None]
 
 
 def known_step(model, x, x0, ts):
@@ -84,8 +85,7 @@ def expected_nll(gaussian, mean, std):
 def mirror_image(x, mean):
     """Each step's x_s of the levels x (B, K, N, D), mirrored about mean, known_step's; like mean (B, K-1, N, D).
 
-    It is as likely as x_s, so that the mean -log p of the two, Eq. (40), is a loss whose noise cancels as far as it is
-    odd.
+    It is as likely as x_s; in the mean -log p of the two, Eq. (40), noise of odd order cancels.
     """
     return 2 * mean - x[:, :-1]
 

@@ -235,8 +235,12 @@ def labelled_images(model, latents):
 
 def scores_of_judge(model, images, dataset):
     """The judge's scores of samples: whether they show the labels of their captions, and how far from real images."""
-    known = model.settings["data_dir"] and not model.latents  # empty in a checkpoint made for sampling alone
-    train_set = open_dataset(model.settings, "train") if known else None
+    train_set = None
+    if model.settings["data_dir"] and not model.latents:  # empty in a checkpoint made for sampling alone
+        try:
+            train_set = open_dataset(model.settings, "train")
+        except (OSError, ValueError) as error:
+            note(f"without the model's training images their distance is left out: {error}")
     found = judges.compare(judge, images, dataset, train_set)
     return {key: proportion(value) if type(value) is list else value for key, value in found.items()}
 
@@ -311,7 +315,10 @@ def load_decoder(model):
 
 
 def sampling_runs(model, counts, strengths):
-    """A (model, guidance) for each combination of steps, denoise and guidance. Raises ValueError if there is none."""
+    """A (model, guidance) for each combination of settings. Raises ValueError for none, or for one that cannot be."""
+    data = model.settings["dataset"]
+    if judge and data != "shards":
+        raise ValueError(f"judge is {judge!r}, which needs labels, but the model's data are {data}: leave it out")
     runs = []
     ways = denoise.split(",") if model.kind == "ntm" else ["none"]
     for count, way, strength in itertools.product(counts, ways, strengths):
@@ -321,6 +328,7 @@ def sampling_runs(model, counts, strengths):
             continue
         run = copy.copy(model)  # the copy shares the networks
         run.set_sampling(count, way, t_min, shift)
+        run.check_sampling(strength, best_of, restarts, temperature)
         runs.append((run, strength))
     if not runs:
         raise ValueError(f"denoise is {denoise!r}, which leaves no samples to measure: add 'score' or 'none'")
@@ -335,9 +343,7 @@ def measure_samples(runs, dataset, strengths):
         row = {"curve": "flow matching" if model.kind == "fm" else f"NTM, {model.denoise}",
                "passes": count + restarts * len(restarted_steps(count)) + (model.denoise == "learned"),
                "guidance": strength, **found}
-        title = f"samples, {count} steps"
-        if model.kind == "ntm":
-            title += f", {model.denoise}"
+        title = f"samples, {count} steps" + (f", {model.denoise}" if model.kind == "ntm" else "")
         if len(strengths) > 1:
             title += f", guidance {strength:g}"
         yield title, found, row

@@ -30,7 +30,7 @@ from plumbing.runtime import coarse_products, exact_products, find_device, note
 from plumbing.tokenizer import words
 
 SHIPPED = Path(__file__).parent / "assets" / "emoji64"
-TRAJECTORIES = 2  # how many trajectories of each candidate best_of scores
+TRAJECTORIES = 4  # how many trajectories of each candidate best_of scores
 MOST_AT_ONCE = 256  # images in a batch, however small they are: larger batches are no faster
 
 

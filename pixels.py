@@ -22,6 +22,7 @@ from torch import nn
 
 from correlated import CorrelatedGaussian
 from model import NTM
+from plumbing.runtime import exact_products
 from predictor import Gaussian, NTMConfig, without_autocast
 
 LOGISTIC = math.sqrt(3) / math.pi  # the scale of a logistic distribution of variance 1
@@ -143,7 +144,10 @@ class Filter(NamedTuple):
         return images + (self.weights * told).sum(dim=1)
 
     def invert(self, images):
-        """Solve images = K x for x, row by row: subtract what the rows above contribute, then solve a triangle."""
+        """Solve images = K x for x, row by row: subtract what the rows above contribute, then solve a triangle.
+
+        It has no gradient, which sampling does not need: rows are written in place.
+        """
         batch, channels, height, width = images.shape
         count, window = self.kernels.shape[0], self.kernels.shape[-1]
         radius = window // 2
@@ -241,7 +245,8 @@ class StepFlow(NamedTuple):
     def sample(self, z, xi=None):
         """x_s for standard normal z (..., N, D) and, along directions, xi (..., R); None: draws xi."""
         drawn = self.gaussian(torch.zeros_like(self.mean)).sample(z, xi)
-        residual = self.filtered(drawn, inverse=True)
+        with exact_products(drawn.device):  # errors of an inverse add up along the image
+            residual = self.filtered(drawn, inverse=True)
         if self.mixture:
             z = self.mixture.invert(residual * torch.exp(-self.log_std))
             residual = z * torch.exp(self.log_std)
@@ -267,8 +272,8 @@ class PixelConfig(NTMConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.filter_window % 2 == 0:
-            raise ValueError(f"filter_window is {self.filter_window}, but must be odd, such as 5")
+        if self.filter_window % 2 == 0 or self.filter_window < 3:
+            raise ValueError(f"filter_window is {self.filter_window}, but must be odd and at least 3, such as 5")
         if not 0 <= self.filter_leak <= 1:
             raise ValueError(f"filter_leak is {self.filter_leak}, but must be from 0 to 1, such as 0.06")
 

@@ -124,6 +124,8 @@ def start_from_checkpoint(config, device):
         decided[key] = getattr(network.config, key, 0)
     if decided["filters"]:
         decided["filter_window"] = network.config.filter_window
+        if "filter_leak" not in config.given:
+            decided["filter_leak"] = network.config.filter_leak
     if network.config.transporter_blocks:  # a run may add a transporter to a start without one
         decided |= {key: getattr(network.config, key) for key in TRANSPORTER_SETTINGS}
     if kind.startswith("coupled"):

@@ -98,7 +98,7 @@ pairs = True  # train on one random step of each trajectory; False: on all T ste
 level_weight = 0.0  # (ours) p: a step that ends at noise level s has weight s^p, which balances the gradients
 first_noise = 1.0  # (ours) fraction of x_1 that is fresh noise; the rest follows from the next cleaner level
 closed_form = False  # (ours) train on the expected loss: its gradients have less variance; needs Gaussian steps
-mirrored = False  # (ours) train on the mean loss of x_s and its mirror image: nearly as little variance, for any step
+mirrored = False  # (ours) train on the mean loss of x_s and its mirror image: less variance, for any step
 velocity_weight = 0.0  # (ours) weight of an added flow-matching loss; needs transporter_blocks 0
 aux_weight = 2.5  # weight of staying close to the flow-matching model it starts from; decays to 0 by a cosine
 

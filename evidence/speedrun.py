@@ -171,10 +171,9 @@ class Speedrun:
             return 1
         room = 0.6 * torch.cuda.get_device_properties(self.device).total_memory
         kept = self.cost_of("coupled", EMOJI64 | OF_NTM | self.network).kept
-        passes = 1
-        while kept * self.batch / passes > room and passes < self.batch:
-            passes *= 2
-        return passes
+        divisors = [passes for passes in range(1, self.batch + 1) if self.batch % passes == 0]
+        fitting = (passes for passes in divisors if kept * self.batch / passes <= room)
+        return next(fitting, self.batch)
 
     def cost_of(self, kind, config):
         """evidence.update's, which takes seconds, once for each kind of network."""

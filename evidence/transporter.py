@@ -19,11 +19,12 @@ from pathlib import Path
 from plumbing.plots import plot
 from plumbing.runtime import one_line_errors
 
+# a transporter can have neither a coupled first step nor flow matching's loss, so no variant has them
+COMMON = ["--first_noise=1", "--velocity_weight=0"]
 FLOW = ["--closed_form=False", "--mirrored=True"]
 NONE = ["--filters=0", "--logistics=0"]
 BLOCK = [
     *FLOW,
-    "--velocity_weight=0",
     "--transporter_blocks=1",
     "--transporter_layers=2",
     "--transporter_width=128",
@@ -61,7 +62,8 @@ def curve_of(name, config, out, minutes, settings):
 
     def run(folder, iterations):
         limits = [f"--max_iters={iterations}", f"--val_interval={iterations // VALIDATIONS}"]
-        return train(config, f"{out}/{folder}", [*settings, *VARIANTS[name], "--save_minutes=0", *limits])
+        variant = [*settings, *COMMON, *VARIANTS[name], "--save_minutes=0", *limits]
+        return train(config, f"{out}/{folder}", variant)
 
     _, overhead = run(f"{name}_least", VALIDATIONS)
     _, trial = run(f"{name}_trial", TRIAL)

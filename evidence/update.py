@@ -127,9 +127,13 @@ def of_config(path):
 class Update:
     """The parts of an update of a model, in the order in which train.py has them."""
 
-    def __init__(self, model, average, batch, compiled=False):
-        """average: another of its kind, or the model itself. batch: images. compiled: as the setting of train.py."""
-        self.settings = LOSS | {"batch_size": batch, "bfloat16": None, "compile": compiled}
+    def __init__(self, model, average, batch, compiled=False, config=LOSS):
+        """average: another of its kind, or the model itself. batch: images. compiled: as the setting of train.py.
+
+        config: settings, of which those of the loss count; what it lacks is as in LOSS.
+        """
+        of_loss = {name: config.get(name, LOSS[name]) for name in LOSS}
+        self.settings = of_loss | {"batch_size": batch, "bfloat16": None, "compile": compiled}
         if isinstance(model, FlowMatching):
             self.settings |= NO_LOSS_OF_NTM
         self.model = model
@@ -170,7 +174,7 @@ def counted(kind, config, batch):
         images, text = inputs(model.config, batch, "cpu")
         with Products() as products, saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = Update(model, model, batch).loss(images, text)
+                loss = Update(model, model, batch, config=config).loss(images, text)
             loss.backward()
         optimizers = make_optimizers(model, "muon", 1e-4, torch.device("cpu"), bfloat16=True)
         with Products() as of_muon:
@@ -213,7 +217,7 @@ def updates(kind, config, batch, device, compiled):
         model = build(kind, config)
         average = build(kind, config).requires_grad_(False)
     images, text = inputs(model.config, batch, device)
-    parts = Update(model, average, batch, compiled if device.type == "cuda" else False)
+    parts = Update(model, average, batch, compiled if device.type == "cuda" else False, config)
     optimizers = make_optimizers(model, "muon", 1e-4, device, in_bfloat16(parts.settings, device))
 
     def update(i):

@@ -189,6 +189,7 @@ def resume(contents, path, model, ema, optimizers, config, *fixed):
     """
     theirs = {**contents["model_config"], **{name: contents["settings"].get(name) for name in fixed}}
     ours = {**asdict(model.config), **{name: config[name] for name in fixed}}
+    ours.pop("filter_leak", None)  # of sampling alone
     if wrong := [f"{name} is {theirs.get(name)}, the settings say {value}"
                  for name, value in ours.items() if theirs.get(name, value) != value]:  # old files lack new settings
         raise ValueError(f"{path} is of another model: {', '.join(wrong)}; leave them out to resume it")

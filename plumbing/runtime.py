@@ -195,8 +195,8 @@ def coarse_products(device):
 
 def training_products(config, device):
     """The precision of float32 products in an update. Around a network in bfloat16, whose numbers have seven bits, ten
-    are enough for its head and for the likelihood."""
-    return coarse_products(device) if in_bfloat16(config, device) else contextlib.nullcontext()
+    are enough for its head and for the likelihood; a run in float32 has all digits."""
+    return coarse_products(device) if in_bfloat16(config, device) else exact_products(device)
 
 
 @contextlib.contextmanager

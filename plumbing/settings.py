@@ -27,6 +27,8 @@ SIZES_OF_NTM = (
     "pairs",
     "t_min",
     "chunk",
+    "filter_window",
+    "filter_leak",
 )
 
 
@@ -45,8 +47,12 @@ def check_settings(config, model_config):
     for name in ("closed_form", "velocity_weight"):
         if config[name] and blocks:
             raise ValueError(f"{name} is {config[name]}, which needs transporter_blocks 0, not {blocks}")
+    for name in ("filters", "logistics"):
+        if config[name] and not hasattr(model_config, name):
+            raise ValueError(f"{name} is {config[name]}, but neither a TarFlow nor a resumed run without it can have "
+                             "any: leave it out")
     if config["closed_form"] and model_config.flow_outputs:
-        raise ValueError("closed_form is True, but steps with filters or logistics have no closed form: use mirrored")
+        raise ValueError("closed_form is True, which steps with filters or logistics do not have: use mirrored")
     if config["closed_form"] and config["mirrored"]:
         raise ValueError("closed_form and mirrored are both True, but each replaces the loss: choose one")
     if config["first_noise"] < 1 and objective == "tarflow":

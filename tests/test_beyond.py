@@ -32,7 +32,9 @@ def test_weights_are_a_power_of_the_level_over_its_mean(pairs, max_t_min, middle
     means = {T: sum(s**2 for s in [middle, *(k / T for k in range(1, T))]) / T for T in (2, 4)}  # TINY's grid is k/T
     assert weights.shape == (6, ts.shape[1] - 1)
     for b in range(6):
-        torch.testing.assert_close(weights[b], ts[b, :-1] ** 2 / means[steps[b].item()])
+        s = ts[b, :-1] if max_t_min else ts[b, :-1].clamp(min=middle)  # at s = 0 the last step would never be trained
+        torch.testing.assert_close(weights[b], s**2 / means[steps[b].item()])
+    assert (weights > 0).all()
 
 
 def test_weights_have_mean_one_over_the_grid_and_none_are_ones():

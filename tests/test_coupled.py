@@ -105,9 +105,10 @@ def test_an_uncoupled_run_is_not_coupled_on_the_way(settings, tmp_path):
     run("train.py", *plain, f"--out_dir={tmp_path}")
     line = fails("train.py", f"--out_dir={tmp_path}", "--resume=yes", "--first_noise=0.5", "--max_iters=8", "--device=cpu")
     assert "first_noise is 1.0, the settings say 0.5" in line
-    line = fails("train.py", *SHORT, *SMALL, "--objective=tarflow", "--steps=1", "--first_noise=0.5",
-                 f"--out_dir={tmp_path / 'tarflow'}")
-    assert "first_noise is 0.5, but a TarFlow has no step to couple" in line
+    tarflow = [*SHORT, *SMALL, "--objective=tarflow", "--steps=1", f"--out_dir={tmp_path / 'tarflow'}"]
+    assert "first_noise is 0.5, but a TarFlow has no step to couple" in fails("train.py", *tarflow, "--first_noise=0.5")
+    for run_of_no_flow in tarflow, [f"--out_dir={tmp_path}", "--resume=yes", "--max_iters=8", "--device=cpu"]:
+        assert "logistics is 2, but neither a TarFlow nor" in fails("train.py", *run_of_no_flow, "--logistics=2")
 
 
 def test_a_tarflow_is_no_start(tmp_path):

@@ -584,7 +584,13 @@ def test_a_likelihood_that_is_not_finite_is_an_error(copied):
                                              (["--guidance=()"], ["'guidance' is '()'"]),
                                              (["--guidance=1e38", "--parts=samples", "--num_samples=4"],
                                               ["not finite", "1e+38"]),
+                                             (["--judge=judge.pt"], ["judge.pt", "the model's data are digits"]),
+                                             (["--steps=4,1", "--best_of=2", "--denoise=none"],
+                                              ["best_of is 2", "fewer than 2 steps"]),
+                                             (["--steps=4,2", "--restarts=1", "--denoise=none"],
+                                              ["restarts is 1", "fewer than 3"]),
                                              (["--out_dir=nowhere"], ["nowhere/ckpt.pt", "train.py"])])
 def test_wrong_settings_are_named(trained, settings, parts):
     line = fails("evaluate.py", f"--out_dir={trained}", *settings)
     assert all(part in line for part in parts)
+    assert not (trained / "evaluate" / "ntm_4_none.png").exists()  # told before the first sample is drawn

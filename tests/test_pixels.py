@@ -111,7 +111,7 @@ def test_a_mirrored_pair_has_the_mean_of_the_loss_and_less_noise(kind, blocks):
     pairs = torch.tensor(pairs)
     error = math.sqrt(pairs.var() / len(pairs) + plain.var() / many)
     assert abs(pairs.mean() - plain.mean()) < 4 * error
-    assert pairs.std() < 0.7 * plain.std() / math.sqrt(40)
+    assert pairs.std() < 0.5 * plain.std() / math.sqrt(40)  # two independent draws: 0.71
 
 
 @pytest.mark.parametrize("config", KINDS)
@@ -268,9 +268,10 @@ def test_map_or_filter_may_be_added_to_a_trained_model():
     torch.testing.assert_close(model.predict(*given).nll(x), trained.predict(*given).nll(x))
 
 
-def test_an_even_window_is_refused():
-    with pytest.raises(ValueError, match="filter_window is 4, but must be odd"):
-        PixelConfig(**TINY | dict(filter_window=4))
+@pytest.mark.parametrize("window", [4, 1])
+def test_a_window_without_a_centre_or_without_neighbours_is_refused(window):
+    with pytest.raises(ValueError, match=f"filter_window is {window}, but must be odd and at least 3"):
+        PixelConfig(**TINY | dict(filter_window=window))
 
 
 @pytest.mark.slow
@@ -279,7 +280,7 @@ def test_the_scripts_train_sample_and_measure_with_it(tmp_path):
     run("train.py", *SHORT, *SMALL, "--shift=1", "--objective=fm", f"--out_dir={base}")
     settings = [*SHORT, *SMALL, "--shift=1", "--transporter_blocks=0", "--aux_weight=0", "--rank=2", "--mirrored=True",
                 "--velocity_weight=1", f"--init_from={base / 'ckpt.pt'}"]  # the last is left out for a run from scratch
-    flow = ["--filters=2", "--filter_window=3", "--logistics=3"]
+    flow = ["--filters=2", "--filter_window=3", "--logistics=3", "--filter_leak=0.1"]
     for name, kind, more in ("plain", "pixels", []), ("coupled", "coupled", ["--first_noise=0.5"]):
         out = tmp_path / name
         run("train.py", *settings, *flow, *more, f"--out_dir={out}")
@@ -296,6 +297,9 @@ def test_the_scripts_train_sample_and_measure_with_it(tmp_path):
     run("train.py", *again, f"--out_dir={tmp_path / 'more'}")
     config = contents(tmp_path / "more" / "ckpt.pt")["model_config"]
     assert (config["filters"], config["filter_window"], config["logistics"]) == (2, 3, 3)  # what it starts from has them
+    assert config["filter_leak"] == 0.1
+    run("train.py", f"--out_dir={tmp_path / 'more'}", "--resume=yes", "--filter_leak=0.2", "--device=cpu", "--max_iters=8")
+    assert contents(tmp_path / "more" / "ckpt.pt")["model_config"]["filter_leak"] == 0.2  # it changes samples alone
     line = fails("train.py", *again, "--filters=4", f"--out_dir={tmp_path / 'x'}")
     assert "filters is 4" in line and "fixes it at 2" in line
     line = fails("train.py", *settings, *flow, "--closed_form=True", "--mirrored=False", f"--out_dir={tmp_path / 'x'}")

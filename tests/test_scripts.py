@@ -732,6 +732,11 @@ def test_mistake_in_distillation(copied, mistake, parts):
     assert all(part in line for part in parts)
 
 
+def test_a_denoiser_without_noise_to_remove_is_refused(tmp_path):
+    run("train.py", *TRAIN, "--transporter_blocks=0", "--max_iters=1", f"--out_dir={tmp_path}")
+    assert "t_min is 0, but" in fails("distill.py", *DISTILL, "--t_min=0", f"--out_dir={tmp_path}")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # config/
 

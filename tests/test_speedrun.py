@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,20 @@ def test_what_is_counted_is_what_training_multiplies(kind, flow):
             loss(images, text, (steps, ts, x))["minimised"].backward()
     assert cost.flop == pytest.approx(counter.get_total_flops() / 20, rel=0.02)
     assert cost.weights == sum(weight.numel() for weight in model.parameters())
+
+
+def test_the_loss_that_is_counted_is_that_of_the_config():
+    kind, config = update.of_config(ROOT / "config" / "digits.py")
+    assert update.cost_of(kind, config).flop < 0.95 * update.cost_of(kind, config | {"mirrored": True}).flop
+
+
+@pytest.mark.parametrize("batch, memory, passes", [(300, 100, 1), (300, 9, 6), (256, 10, 8), (7, 0.1, 7)])
+def test_a_batch_is_passed_in_equal_parts_that_fit(monkeypatch, batch, memory, passes):
+    """An image keeps 0.1 of the memory, of which 0.6 may be filled."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    run = SimpleNamespace(device=torch.device("cuda"), batch=batch, network={},
+                          cost_of=lambda kind, config: SimpleNamespace(kept=0.1))
+    assert speedrun.Speedrun.passes_of_an_update(run) == passes
 
 
 @pytest.mark.parametrize("name, kind, found", [
