@@ -21,7 +21,7 @@ tour: .venv/ready
 	$(RUN) -m evidence.notebook docs/tour.py tour.ipynb
 
 .venv/ready: requirements.txt
-	@echo "installs torch and six more packages into .venv, which takes minutes"
+	@echo "installs into .venv what is missing of torch and six more packages, which takes minutes"
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --requirement requirements.txt
 	touch $@
