@@ -177,6 +177,9 @@ def main(config):
                  "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
     wanted = from_first_rank(missing, to, settings, len(captions))
 
+    if rank == 0 and wanted:
+        print(f"draws {len(wanted)} images on {model.device.type}", flush=True)
+
     # ranks take batches in turn; the first batch comes before an earlier run's images are removed, in case it fails
     batches = [wanted[start:start + batch_size] for start in range(0, len(wanted), batch_size)]
     drawn = sampled(model, captions, batches[rank::world])

@@ -41,6 +41,7 @@ def test_training_sampling_and_likelihood(settings, tmp_path):
     assert last["val_step_3"] < first["val_step_3"] < 1 and math.isfinite(last["val_bound"])
     run("distill.py", *SHORT, *SMALL, f"--out_dir={tmp_path}")
     _, printed = run("sample.py", "--device=cpu", "--num_samples=4", f"--out_dir={tmp_path}", "--restarts=1")
+    assert "draws 4 images on cpu" in printed
     assert "learned denoising" in printed and "sampling in 5 steps" in printed
     _, printed = run("evaluate.py", "--device=cpu", f"--out_dir={tmp_path}", "--val_examples=20",
                      "--parts=likelihood,classifier")
