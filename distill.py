@@ -149,6 +149,9 @@ class Run:
             resumed["settings"].setdefault("residual", False)  # as it was before there was a choice
             checkpoint.keep_settings(config, resumed)
             checkpoint.check_teacher(self.path, resumed, self.teacher_iter, self.fingerprint)
+        if config["t_min"] == 0 and not self.teacher.config.transporter_blocks:
+            raise ValueError("t_min is 0, but without a transporter there is then no noise to remove: choose one above "
+                             "0, such as 0.02")
         for name, value in trained["settings"].items():  # the data and the captions are the model's
             config.setdefault(name, value)
         config["data_dir"] = config["data_dir"] or trained["settings"]["data_dir"]
@@ -158,9 +161,6 @@ class Run:
         self.val_set = open_dataset(config, "val")
         self.tokenizer = get_tokenizer(config["tokenizer"], trained.get("vocabulary"))
         self.decode = load_decoder(config, self.device) if config["decoder"] else None
-        if config["t_min"] == 0 and not self.teacher.config.transporter_blocks:
-            raise ValueError("t_min is 0, but without a transporter there is then no noise to remove: choose one above "
-                             "0, such as 0.02")
         self.ts = self.teacher.config.time_grid(config["t_min"], config["steps"]).to(self.device)
 
         self.denoiser = build_denoiser(config, self.teacher.config).to(self.device)

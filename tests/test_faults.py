@@ -131,10 +131,12 @@ def stopping(folder, iterations):
     return script(folder, f"if len(calls) == {iterations - resumed}: signal.raise_signal(signal.SIGTERM)")
 
 
-def test_a_rank_that_dies_takes_the_job_down_with_its_message(tmp_path):
-    bad = script(tmp_path, "if os.environ['RANK'] == '1' and len(calls) == 5: os.kill(os.getpid(), signal.SIGKILL)")
+@pytest.mark.parametrize("trouble, message", [("raise RuntimeError('a cosmic ray')", "RuntimeError: a cosmic ray"),
+                                              ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)")])
+def test_a_rank_that_dies_takes_the_job_down_with_its_message(tmp_path, trouble, message):
+    bad = script(tmp_path, f"if os.environ['RANK'] == '1' and len(calls) == 5: {trouble}")
     status, _, err = torchrun(2, bad, *TRAIN, f"--out_dir={tmp_path / 'run'}")
-    assert status != 0 and "Signal 9 (SIGKILL)" in err
+    assert status != 0 and message in err
     assert contents(tmp_path / "run" / "ckpt.pt")["iter"] == 3
 
 
