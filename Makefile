@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(RUN) sample.py --out_dir=out/digits --show_trajectory=True
 
 # In two halves at a time, about equally long; one of them is what runs most scripts.
-SCRIPTS = tests/test_scripts.py tests/test_faults.py tests/test_speedrun.py
+SCRIPTS = tests/test_scripts.py tests/test_faults.py tests/test_speedrun.py tests/test_workers.py
 test: .venv/ready
 	$(MAKE) --jobs=2 test-scripts test-parts
 test-scripts: .venv/ready

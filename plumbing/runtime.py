@@ -256,9 +256,14 @@ def compile_layers(model):
             module.compile()
 
 
+@contextlib.contextmanager
 def uncompiled():
     """In this context compiled networks run as they are: validation would have them compiled for other sizes."""
-    return torch.compiler.set_stance("force_eager")
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and importing it takes two seconds
+        yield
+    else:
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
 
 def alike(*networks):

@@ -126,9 +126,9 @@ def same_training(path, other):
     return all(same(a[key], b[key]) for key in ("model", "ema", "optimizers", "iter"))
 
 
-def start(*command):
+def start(*command, environment={}):
     """A process of its own, in a session of its own, its output to be read."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, text=True,
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT | environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
@@ -152,6 +152,12 @@ def torchrun(ranks, *command):
     process = start("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command)
     out, err = process.communicate(timeout=600)
     return process.returncode, out, err
+
+
+def restarting(ranks, restarts, *command):
+    """Status, output and errors of a script under torchrun --max-restarts, whose ranks are copies of this process."""
+    (done,) = copies([{}], "tests/elastic.py", ranks, restarts, *command)
+    return done
 
 
 def copies(environments, *command):

@@ -14,8 +14,8 @@ import time
 
 import pytest
 from helpers import (DISTILL, ENVIRONMENT, ROOT, SAMPLE, TRAIN, assert_close_training, contents, copies, fails, free_port,
-                     interrupted_run, on_ranks, ranks_of, read_log, read_log_without_speed, run, run_with_notes, same,
-                     same_training, script, start, torchrun, training_lines)
+                     interrupted_run, on_ranks, ranks_of, read_log, read_log_without_speed, restarting, run,
+                     run_with_notes, same, same_training, script, start, torchrun, training_lines)
 from PIL import Image
 
 from model import NTM
@@ -161,7 +161,7 @@ def test_torchrun_restarts_a_run_by_itself(tmp_path):
         raise RuntimeError("a cosmic ray")
     if now == ("1", "0", 5):
         os.kill(os.getpid(), signal.SIGKILL)"""
-    status, _, err = torchrun(2, "--max-restarts=3", script(tmp_path, trouble), *TRAIN, f"--out_dir={war}")
+    status, _, err = restarting(2, 3, script(tmp_path, trouble), *TRAIN, f"--out_dir={war}")
     assert status == 0 and "RuntimeError: a cosmic ray" in err, err
     assert same_training(war / "ckpt.pt", peace / "ckpt.pt")
     assert read_log_without_speed(war / "log.jsonl") == read_log_without_speed(peace / "log.jsonl")
@@ -295,7 +295,7 @@ def test_whose_gpu_is_whose(monkeypatch, local_rank, count, slurm, expected):
 def test_restarts_do_not_continue_another_job(tmp_path):
     run("train.py", *TRAIN, f"--out_dir={tmp_path}", "--max_iters=3")
     before = (tmp_path / "ckpt.pt").read_bytes()
-    status, _, err = torchrun(2, "--max-restarts=1", "train.py", *TRAIN, f"--out_dir={tmp_path}")
+    status, _, err = restarting(2, 1, ROOT / "train.py", *TRAIN, f"--out_dir={tmp_path}")
     assert status != 0 and "is there already" in err and "is of another job" in err
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
@@ -330,12 +330,15 @@ def test_ranks_end_without_pythons_own_end(tmp_path, end):
     """It could hang or abort in gloo's threads. Handlers run, what was printed arrives, and an error stays one."""
     program = tmp_path / "leaving.py"
     program.write_text(LEAVING.format(root=str(ROOT)))
-    status, out, err = torchrun(2, program, end)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    ranks = [start(program, end, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    out, err = map("".join, zip(*(rank.communicate(timeout=60) for rank in ranks)))
+    statuses = [rank.returncode for rank in ranks]
     assert sorted(out.splitlines()) == ["handler of 0", "handler of 1", "sum 2.0", "sum 2.0"]
-    assert (status == 0) == (end == "well")
+    expected = {"well": 0, "refused": 1, "badly": 9, "exit": 9}
+    assert statuses == [expected[end]] * 2, err
     assert ("AssertionError" in err) == (end == "badly")
     assert ("refused" in err) == (end in ("refused", "exit"))
-    assert ("exitcode  : 9" in err) == (end in ("badly", "exit"))
 
 
 # ---------------------------------------------------------------------------------------------------------------

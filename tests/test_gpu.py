@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import randomize
-from helpers import DISTILL, ROOT, SAMPLE, TRAIN, contents, fails, run, torchrun, training_lines
+from helpers import DISTILL, ROOT, SAMPLE, TRAIN, contents, fails, on_ranks, run, torchrun, training_lines
 from tiny import Encoder, network_of
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -204,9 +204,7 @@ def test_ranks_sum_gradients_while_others_are_computed(tmp_path):
     """Plain, with layers compiled and with the whole: most gradients come after the first sum has begun."""
     program = tmp_path / "overlap.py"
     program.write_text(OVERLAP.format(root=str(ROOT)))
-    status, out, err = torchrun(2, str(program))
-    assert status == 0, err
-    ways = [line.split() for line in out.splitlines()]
+    ways = [line.split() for line in on_ranks(2, program).splitlines()]
     assert len(ways) == 3
     for buckets, later in ways:
         assert int(buckets) > 4 and float(later) > 0.7
