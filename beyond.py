@@ -1,4 +1,4 @@
-"""(ours) What we add to the paper's method, in the order of docs/beyond.md.
+"""(ours) What we add to the paper's method, explained in docs/beyond.md.
 
 Each piece is a function of a model, or a model of its own. All but `residual` are off unless a setting asks for them:
 
@@ -7,7 +7,7 @@ Each piece is a function of a model, or a model of its own. All but `residual` a
     closed_form       the expected loss                   expected_nll
     velocity_weight   flow matching's loss beside it      velocity_error
     best_of           choosing by likelihood              guided_log_density
-    restarts          steps taken again                   sample_with_restarts
+    restarts          steps repeated from added noise                        sample_with_restarts
     temperature       less noise in the last step         cooled
     first_noise       a first step that keeps its noise   CoupledNTM
     filters           a step's flow over pixels           pixels.py
@@ -17,7 +17,7 @@ Each piece is a function of a model, or a model of its own. All but `residual` a
     residual          a denoiser as good as its input     ResidualDenoiser
     objective         one deep flow, for comparison       TarFlow
 
-Equation numbers are those of docs/beyond.md, up to (27) of docs/method.md. x_1 is the level at t = 1, pure noise.
+Equation numbers are those of docs/beyond.md, up to (27) of docs/method.md. x_1 is the level at t = 1.
 """
 
 import itertools
