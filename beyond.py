@@ -7,7 +7,7 @@ Each piece is a function of a model, or a model of its own. All but `residual` a
     closed_form       the expected loss                   expected_nll
     velocity_weight   flow matching's loss beside it      velocity_error
     best_of           choosing by likelihood              guided_log_density
-    restarts          steps repeated from added noise                        sample_with_restarts
+    restarts          steps repeated from added noise     sample_with_restarts
     temperature       less noise in the last step         cooled
     first_noise       a first step that keeps its noise   CoupledNTM
     filters           a step's flow over pixels           pixels.py
@@ -236,6 +236,8 @@ class CoupledConfig(PixelConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 < self.first_noise <= 1:
+            raise ValueError(f"first_noise is {self.first_noise}, but must be above 0 and at most 1")
         if self.parametrization != "posterior" or self.transporter_blocks or len(self.steps) > 1:
             raise ValueError(
                 f"first_noise is {self.first_noise}, which needs a start from flow matching or an NTM that had one, "
@@ -297,19 +299,20 @@ class CoupledNTM(PixelNTM):
 
         Along them the marginals of Eq. (1) flow. By the midpoint method, in two steps.
         """
-        steps = torch.full((len(x),), self.config.steps[0], device=x.device)
         h = (1 - s) / 2
         stride = h[:, None, None]
 
-        def velocity(x, t):
-            # asked as in a step from t to s t, which draw_pairs trains
-            v, *_ = self.predictor(x, t, t * s, steps, text)
-            return v
-
         for t in (s, s + h):
-            midpoint = x + stride / 2 * velocity(x, t)
-            x = x + stride * velocity(midpoint, t + h / 2)
+            midpoint = x + stride / 2 * self.velocity(x, t, s, text)
+            x = x + stride * self.velocity(midpoint, t + h / 2, s, text)
         return x
+
+    def velocity(self, x, t, s, text):
+        """v of Eq. (35), like x (B, N, D), asked as in a step from t to s t, which draw_pairs trains; t, s (B,)."""
+        steps = torch.full((len(x),), self.config.steps[0], device=x.device)
+        v, *_ = self.predictor(x, t, t * s, steps, text)
+        return v
+
 
     def trajectory_bound(self, x, ts, text):
         """trajectory_nll (B, T+1) and Eq. (14)'s bound (B,) of a forward trajectory x, whose x_1 is coupled here."""
@@ -341,16 +344,22 @@ class CoupledNTM(PixelNTM):
         ts = torch.where(k == T, velocity_step, ts)
         return torch.full((batch,), T, device=device), ts
 
+    def score_denoise(self, x, ts, text):
+        """NTM.score_denoise; for a single step, of which nothing is left, the estimate (23) of x_0."""
+        if x.shape[1] > 2:
+            return super().score_denoise(x, ts, text)
+        s = ts.expand(x.shape[:2])[:, 0]
+        with torch.no_grad():
+            return x[:, 0] - s[:, None, None] * self.velocity(x[:, 0], s, s, text)
+
     def denoising_nll(self, x, ts, text):
         """NTM.denoising_nll without the first step: its score and that of q(x_1 | x_s) all but cancel."""
-        if ts.shape[1] == 2:
-            return super().denoising_nll(x, ts, text)
         steps = self.step_count(ts)
         return self.transition_nll(x[:, :-1], ts[:, :-1], steps, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# For comparison, and for going on from a trained model
+# For comparison
 
 
 class StandardNormal(nn.Module):
@@ -382,19 +391,3 @@ class TarFlow(NTM):
                 f"rank is {config.rank} and parametrization {config.parametrization!r}, "
                 "but a TarFlow has no predictor that they could be of: leave them out"
             )
-
-
-def take_weights(model, trained):
-    """Copies weights of another NTM.
-
-    A transporter or directions that the other lacks keep their initial values: the identity, or small.
-    """
-    ours = model.state_dict()
-    theirs = trained.state_dict()
-    for name, own in ours.items():
-        if name not in theirs:
-            theirs[name] = own
-        elif name.startswith("predictor.head."):
-            known = theirs[name]
-            theirs[name] = torch.cat([known, own[len(known) :]])
-    model.load_state_dict(theirs)

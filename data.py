@@ -27,6 +27,7 @@ from plumbing.console import parser_with_examples, print_all_text
 from plumbing.images import contact_sheet, fit, save_image, thumbnail, to_pixels
 from plumbing.paths import at_home
 from plumbing.rng import uniforms
+from plumbing.runtime import note
 from plumbing.shards import Shards, find_shards, first_example
 from plumbing.tokenizer import ASSETS, get_tokenizer
 
@@ -143,7 +144,12 @@ def get_dataset(name, split, image_size, channels, seed=0, data_dir="", **of_sha
 
 def open_dataset(settings, split, data_dir=""):
     """The data set that a run's settings name; data_dir: where the data are now, if they have moved."""
-    of_shards = ("latent_scale", "crop", "flip") if settings["dataset"] == "shards" else ()
+    of_shards = ("latent_scale", "crop", "flip")
+    if settings["dataset"] != "shards":
+        unused = [name for name in of_shards if settings.get(name, "center") not in (0, "center")]
+        if unused:
+            note(f"{', '.join(unused)}: not used, as only shards are flipped, cropped or scaled")
+        of_shards = ()
     return get_dataset(settings["dataset"], split, settings["image_size"], settings["channels"], settings["seed"],
                        data_dir or settings["data_dir"], **{name: settings[name] for name in of_shards})
 

@@ -102,8 +102,7 @@ class NTM(ImageModel):
         choices = self.config.steps
         T = choices[0]
         if len(choices) > 1:
-            chosen = torch.randint(len(choices), (1,), **rng)
-            T = choices[chosen.item()]  # .item() waits for the GPU
+            T = choices[torch.randint(len(choices), (1,), **rng).item()]  # .item() waits for the GPU
         t_min = max_t_min * (1 - torch.rand(batch, **rng))  # never 0: the posterior parametrisation has no density
         ts = self.config.time_grid(t_min, T)
         return self.step_count(ts), ts
@@ -116,8 +115,7 @@ class NTM(ImageModel):
         """
         rng = dict(generator=generator, device=device)
         choices = torch.tensor(self.config.steps).to(device, non_blocking=True)
-        chosen = torch.randint(len(choices), (batch,), **rng)
-        steps = choices[chosen]
+        steps = choices[torch.randint(len(choices), (batch,), **rng)]
         t_min = max_t_min * (1 - torch.rand(batch, **rng))
         first = torch.randint(math.lcm(*self.config.steps), (1,), **rng)  # modulo any T this is uniform
         k = (first + torch.arange(batch, device=device)) % steps
@@ -272,13 +270,16 @@ class NTM(ImageModel):
     def invert(self, u, ts, method="", tol=1e-5, steps=0):
         """u (B, K, N, D) to x, all levels as one batch.
 
-        ts (K,) or (B, K). steps: T; 0: K-1. method, tol: Transporter.inverse's.
+        ts (K,) or (B, K). steps: T; 0: K-1, which is not known from a single level. method, tol: Transporter.inverse's.
+        Raises ValueError.
         """
         batch, K = u.shape[:2]
-        steps_each = torch.full((batch * K,), steps or K - 1, device=u.device)
+        steps = steps or K - 1
+        if not steps:
+            raise ValueError("one level of a trajectory does not say how many steps there were: give steps")
+        steps_each = torch.full((batch * K,), steps, device=u.device)
         times = ts.expand(batch, K).flatten()
-        rows = u.flatten(0, 1)
-        x = self.transporter.inverse(rows, times, steps_each, method, tol)
+        x = self.transporter.inverse(u.flatten(0, 1), times, steps_each, method, tol)
         return x.unflatten(0, (batch, K))
 
     # -----------------------------------------------------------------------------------------------------------
@@ -295,12 +296,11 @@ class NTM(ImageModel):
         nll = self.denoising_nll(x, ts, text)
         (gradient,) = torch.autograd.grad(nll.sum(), x)
         weights = trajectory_covariance(ts)[:, 0, :, None, None]
-        t0 = ts[:, 0, None, None]
         noise = (weights * gradient).sum(dim=1)
-        return (x[:, 0].detach() - noise) / (1 - t0)
+        return (x[:, 0].detach() - noise) / (1 - ts[:, 0, None, None])
 
     # -----------------------------------------------------------------------------------------------------------
-    # (ours) What beyond.CoupledNTM overrides, beside trajectory_bound and draw_pairs; here they are the paper's.
+    # (ours) What beyond.CoupledNTM overrides, beside trajectory_bound, draw_pairs and score_denoise; here the paper's.
     # pixels.PixelNTM overrides predict
 
     def posterior(self, t, s):

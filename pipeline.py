@@ -35,10 +35,18 @@ MOST_AT_ONCE = 256  # images in a batch, however small they are: larger batches 
 
 
 class LogLikelihood(NamedTuple):
-    """A lower bound on log p(x_{t_min} | caption) of each image, estimated from several trajectories; all (B,)."""
+    """A lower bound on log p(x_{t_min} | caption) of each image, estimated from several trajectories; all (B,).
+
+    Of latents it is the density of normalised ones, as the model reads them.
+    """
     nats: torch.Tensor
     standard_error: torch.Tensor  # of the estimate, in nats
-    bits_per_dim: torch.Tensor  # an upper bound; compare with other models' at t_min = 0 only
+    bits_per_dim: torch.Tensor | None  # an upper bound; compare with others' at t_min = 0 only; None: of latents
+
+
+def scoring_generator(seed):
+    """The generator of the noise that images are scored with: none of those that images are drawn with."""
+    return torch.Generator().manual_seed(-1 - seed)
 
 
 class TrainedModel:
@@ -270,9 +278,11 @@ class TrainedModel:
     def likeliest(self, candidates, text, guidance, seed):
         """Merge several results of draw() into one: of each image, the candidate that is likeliest under the model."""
         shape = (TRAJECTORIES, len(self.ts), *candidates[0][0].shape[1:])
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        noise = torch.randn(shape, generator=scoring_generator(seed)).to(self.device)
         densities = []
         for tokens, _, _ in candidates:
+            if self.denoise == "none":
+                tokens = tokens / (1 - self.ts[0])  # (1 - t_0) x_0 and a little noise
             arguments = self.network, tokens, text, self.ts, guidance, noise
             densities.append(self.clock("choosing", guided_log_density, *arguments))
         best = torch.stack(densities).argmax(dim=0)
@@ -316,7 +326,7 @@ class TrainedModel:
         self.check_images(images, captions)
         config = self.network.config
         ts = config.time_grid(t_min, len(self.ts) - 1).to(self.device)
-        generator = torch.Generator().manual_seed(seed)
+        generator = scoring_generator(seed)
         shape = (1, len(ts), config.num_tokens, config.token_dim)
         noises = [torch.randn(shape, generator=generator).to(self.device) for _ in range(trajectories)]
         nats = []
@@ -326,7 +336,8 @@ class TrainedModel:
         nats = torch.cat(nats, dim=1)
         mean = nats.mean(dim=0)
         error = nats.std(dim=0) / math.sqrt(trajectories)
-        return LogLikelihood(mean, error, bits_per_dim(-mean, config.num_tokens * config.token_dim))
+        bits = None if self.latents else bits_per_dim(-mean, config.num_tokens * config.token_dim)
+        return LogLikelihood(mean, error, bits)
 
     def held_out_nll(self):
         """-log p of trajectories of held-out images, in nats per number, from the last validation in training.

@@ -89,7 +89,8 @@ class Mixture(NamedTuple):
 def make_mixture(outputs, log_std, C):
     """The Mixture of 3 K outputs of the network, each (B, N, D): log-weights, centres, log-scales. log_std (B, N, D).
 
-    No logistic is narrower than C (B,), the standard deviation of x_s once x_0 is known as well.
+    No logistic is narrower than C (B,), the standard deviation of x_s once x_0 is known as well, or than sigma where
+    that is smaller.
     """
     outputs = torch.stack(outputs, dim=-3)
     log_weight, centre, log_scale = outputs.chunk(3, dim=-3)
@@ -183,7 +184,8 @@ class StepFlow(NamedTuple):
     """p(x_s | x_t) of Eq. (39): K sigma h((x_s - mean) / sigma) is Gaussian with mean zero.
 
     A StepFlow has a Gaussian's methods. mean, log_std (..., N, D) and directions (..., R, N, D) or None are as in a
-    Gaussian. mixture: h, or None. weights (..., M, N, D): of the filter K, or None; its kernels are model's.
+    Gaussian; but a mixture may lean to one side, and then they are location and scale. mixture: h, or None. weights
+    (..., M, N, D): of the filter K, or None; its kernels are model's.
     """
 
     mean: torch.Tensor
@@ -286,7 +288,8 @@ class PixelConfig(NTMConfig):
 class PixelNTM(NTM):
     """An NTM whose steps have a flow over pixels.
 
-    With a transporter the flow acts on u_s, whose numbers are no longer pixels: exact, but of less use.
+    With a transporter the flow acts on u_s, whose numbers are no longer pixels and whose noise is no longer C: exact,
+    but of less use.
     """
 
     config_class = PixelConfig

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from beyond import take_weights
 from model import NTM
 from networks import NETWORKS, NTMS, kind_of
 from plumbing import checkpoint
@@ -76,7 +75,12 @@ def continue_run(config, resumed, path):
     if "init_from" in config.given and origin != init_from:
         note(f"init_from {init_from} is ignored: {path} is resumed, and it started from {origin}")
     config["init_from"] = origin
-    config["parametrization"] = resumed["model_config"]["parametrization"]
+    parametrization = resumed["model_config"]["parametrization"]
+    differs = "parametrization" in config.given and config["parametrization"] != parametrization
+    if differs and resumed["kind"] != "fm":
+        raise ValueError(f"parametrization is {config['parametrization']!r}, but the run of {path} has "
+                         f"{parametrization!r}: leave it out to resume it")
+    config["parametrization"] = parametrization
     return Start(resumed["kind"], resumed=resumed, vocabulary=resumed.get("vocabulary"))
 
 
@@ -155,3 +159,19 @@ def build_model(config, start, vocab_size, device):
     frozen = network(replace(model_config, transporter_blocks=0)).to(device)
     frozen.predictor.load_state_dict(model.predictor.state_dict())
     return model, frozen.requires_grad_(False).eval()
+
+
+def take_weights(model, trained):
+    """Copy the weights of another NTM.
+
+    A transporter or directions that the other lacks keep their initial values: the identity, or small.
+    """
+    ours = model.state_dict()
+    theirs = trained.state_dict()
+    for name, own in ours.items():
+        if name not in theirs:
+            theirs[name] = own
+        elif name.startswith("predictor.head."):
+            known = theirs[name]
+            theirs[name] = torch.cat([known, own[len(known) :]])
+    model.load_state_dict(theirs)

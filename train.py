@@ -22,7 +22,9 @@ from torch.nn.utils import clip_grad_norm_
 from beyond import CoupledNTM
 from configurator import configure
 from data import get_tokenizer, open_dataset
-from flow import forward_trajectory
+from flow import forward_trajectory, time_grid
+from fm import EULER_STEPS
+
 from losses import TrainingLoss, aux_weight_at, draw_levels, losses_of_batch
 from model import NTM
 from plumbing import checkpoint
@@ -133,6 +135,11 @@ wandb_log = False  # send the log and the sheets to Weights & Biases as well
 
 
 @torch.no_grad()
+def levels_of(model, t_min):
+    """The times (T+1,) that validation and sheets use: an NTM's noise levels, or those of flow matching's samples."""
+    return model.config.time_grid(t_min) if isinstance(model, NTM) else time_grid(EULER_STEPS, 0.0, 0, shift=1.0)
+
+
 def validate(ema, batches, ts, config):
     """What to log about the averaged model on held-out data, {name: nats per dimension}.
 
@@ -172,7 +179,7 @@ def likelihoods(ema, images, text, ts, generator, chunk=0):
 def sample_images(ema, text, ts, generator, chunk=0):
     """Samples for captions, always from the same noise; an NTM's are score-denoised, `chunk` of them at once."""
     if not isinstance(ema, NTM):
-        return ema.unpatchify(ema.sample(text, generator=generator)[:, 0])
+        return ema.unpatchify(ema.sample(text, ts, generator=generator)[:, 0])
     u = ema.sample(text, ts, generator=generator)
     x = ema.invert(u, ts)
     return ema.unpatchify(score_denoise(ema, x, ts, text, chunk))
@@ -207,7 +214,7 @@ class Run:
         train_set, self.val_set, self.tokenizer = open_data(config, start.vocabulary)
         self.decode = load_decoder(config, self.device) if config["decoder"] else None
         self.model, self.frozen = build_model(config, start, self.tokenizer.vocab_size, self.device)
-        self.ts = self.model.config.time_grid(config["t_min"]).to(self.device)
+        self.ts = levels_of(self.model, config["t_min"]).to(self.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(
             self.model,

@@ -5,7 +5,18 @@ from collections import defaultdict
 
 import torch
 
-HIDDEN = "attention.qkv.weight", "attention.out.weight", "mlp.0.weight", "mlp.2.weight"  # a layer's matrices
+# a layer's matrices: of our Transformers, and of SiT's
+HIDDEN = (
+    "attention.qkv.weight",
+    "attention.out.weight",
+    "mlp.0.weight",
+    "mlp.2.weight",
+    "attn.qkv.weight",
+    "attn.proj.weight",
+    "mlp.fc1.weight",
+    "mlp.fc2.weight",
+)
+WORDS = "embed.weight", "embedding_table.weight"
 
 
 def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HIDDEN, words_lr=1.0):
@@ -19,9 +30,10 @@ def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HI
         raise ValueError(f"optimizer {name!r} is unknown: choose 'adamw' or 'muon'")
     matrices, words, rest = [], [], []
     for key, parameter in model.named_parameters():
-        if name == "muon" and ".layers." in key and key.endswith(hidden):
+        in_a_layer = ".layers." in key or "sit.blocks." in key
+        if name == "muon" and in_a_layer and key.endswith(hidden):
             matrices.append(parameter)
-        elif key.endswith("embed.weight"):
+        elif key.endswith(WORDS):
             words.append(parameter)
         else:
             rest.append(parameter)

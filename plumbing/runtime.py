@@ -252,7 +252,8 @@ def for_training(model, config, device):
 def compile_layers(model):
     """Compiles each of a model's Transformer layers in place; they have the same code and shapes, and share a graph."""
     for name, module in model.named_modules():
-        if name.split(".")[-2:-1] == ["layers"]:
+        *_, outer, inner, _ = ["", "", *name.split(".")]
+        if inner == "layers" or (outer, inner) == ("sit", "blocks"):
             module.compile()
 
 

@@ -16,7 +16,9 @@ OF_NTM = {
     "velocity_weight": 0,
     "aux_weight": 0,
 }
+OF_FILTERS = "filter_window", "filter_leak"
 SIZES_OF_NTM = (
+    "parametrization",
     "transporter_width",
     "transporter_blocks",
     "transporter_layers",
@@ -27,8 +29,7 @@ SIZES_OF_NTM = (
     "pairs",
     "t_min",
     "chunk",
-    "filter_window",
-    "filter_leak",
+    *OF_FILTERS,
 )
 
 
@@ -38,6 +39,9 @@ def check_settings(config, model_config):
     if objective == "fm":
         check_flow_matching(config)
         return
+    unused = [name for name in OF_FILTERS if name in config.given and not config["filters"]]
+    if unused:
+        note(f"{' and '.join(unused)} {'is' if len(unused) == 1 else 'are'} not used: filters is 0")
     for T in model_config.steps:
         try:
             model_config.time_grid(config["max_t_min"], T)

@@ -22,6 +22,7 @@ from plumbing.examples import IMAGES, Unusable, captions_of, decode_image, decod
 from plumbing.images import resize_and_crop, to_pixels
 from plumbing.index import files_in, find_shards, load_index, read_members
 from plumbing.rng import uniforms
+from plumbing.runtime import note
 
 HELD_OUT = 100  # without a folder for validation, every 100th example is held out
 ATTEMPTS = 100  # unusable examples in a row before reading gives up
@@ -68,6 +69,8 @@ class Shards:
             self.latent = False
         self.eight_bit = not self.latent
         if self.latent:
+            if self.flip or self.crop == "random":
+                note("latents are neither flipped nor cropped: flip and crop are not used")
             self.mean, self.scale = latent_statistics(self.paths[0], channels, latent_scale)
         elif channels not in (1, 3):
             raise ValueError(f"{self.paths[0]} holds images, which have 1 or 3 channels: channels is {channels}")

@@ -11,13 +11,14 @@ from torch.autograd.functional import jacobian
 from torch.distributions import Normal
 
 from beyond import (CoupledConfig, CoupledNTM, DenoiserConfig, ResidualDenoiser, TarFlow, cooled, expected_nll,
-                    guided_log_density, known_step, level_weights, restarted_steps, sample_with_restarts, take_weights,
+                    guided_log_density, known_step, level_weights, restarted_steps, sample_with_restarts,
                     velocity_error)
 from flow import forward_kernel, forward_trajectory, reverse_posterior, time_grid
 from fm import FlowMatching
 from model import NTM, Denoiser, NTMConfig, noise_source
 from pixels import PixelConfig
 from predictor import Gaussian, null_caption
+from start import take_weights
 
 # ---------------------------------------------------------------------------------------------------------------
 # Losses
@@ -219,8 +220,9 @@ def exact(monkeypatch):
 def test_the_coupled_model_overrides_what_it_must_and_no_more():
     own = {name for name in vars(CoupledNTM) if not name.startswith("__")}
     assert {name for name in own if hasattr(NTM, name)} == {
-        "config_class", "posterior", "noised", "trajectory_bound", "draw_pairs", "denoising_nll"}
-    assert own - {name for name in own if hasattr(NTM, name)} == {"couple", "flowed_to_noise", "noised_pairs"}
+        "config_class", "posterior", "noised", "trajectory_bound", "draw_pairs", "denoising_nll", "score_denoise"}
+    assert own - {name for name in own if hasattr(NTM, name)} == {
+        "couple", "flowed_to_noise", "noised_pairs", "velocity"}
     assert issubclass(CoupledConfig, NTMConfig)
     assert set(CoupledConfig.__dataclass_fields__) - set(PixelConfig.__dataclass_fields__) == {"first_noise"}
 
@@ -419,18 +421,28 @@ def test_the_loss_of_the_first_step_is_of_levels_as_drawn(rank):
     assert (plain[1] > 0).all() and (plain[0][::3, 0] - expected[::3]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [2, 4])
 def test_score_denoising_is_of_the_steps_before_a_coupled_one(steps):
-    """As if x_1 were not there: E[x_0 | the other levels]; where it is all there is, the plain one."""
+    """As if x_1 were not there: E[x_0 | the other levels]."""
     model, x0, text = make_coupled(), torch.randn(3, 6, 4).double(), make_text(3)
     ts = time_grid(steps, 0.02, 6, shift=1.0).double().expand(3, -1)
     x = drawn(model, x0, ts, text).requires_grad_()
-    T, last = torch.full((3,), steps), max(1, steps - 1)
-    nll = sum(model.step_nll(x[:, k], x[:, k + 1], ts[:, k], ts[:, k + 1], T, text).sum() for k in range(last))
+    T = torch.full((3,), steps)
+    nll = sum(model.step_nll(x[:, k], x[:, k + 1], ts[:, k], ts[:, k + 1], T, text).sum() for k in range(steps - 1))
     g, = torch.autograd.grad(nll, x)
     weights = torch.tensor([0.02**2 * (1 - t) / (1 - 0.02) for t in ts[0].tolist()])
     expected = (x[:, 0] - torch.einsum("j,bjnd->bnd", weights.double(), g)) / (1 - 0.02)
     torch.testing.assert_close(model.score_denoise(x.detach(), ts, text), expected.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_single_coupled_step_is_denoised_by_its_own_estimate(exact):
+    """Of the exact velocities it is E[x_0 | x_s], in closed form where the data are a Gaussian."""
+    s = 0.4
+    ts = torch.tensor([s, 1.0]).double()
+    x = torch.randn(3, 2, 6, 4).double()
+    variance = (1 - s) ** 2 * GAUSSIAN_STD**2 + s**2
+    expected = GAUSSIAN_MEAN + (1 - s) * GAUSSIAN_STD**2 / variance * (x[:, 0] - (1 - s) * GAUSSIAN_MEAN)
+    torch.testing.assert_close(exact.score_denoise(x, ts, make_text(3)), expected)
 
 
 def test_candidates_see_a_coupled_step_where_that_is_all_there_is():
@@ -447,6 +459,12 @@ def test_candidates_see_a_coupled_step_where_that_is_all_there_is():
 def test_what_a_coupled_step_needs_is_said(wrong):
     with pytest.raises(ValueError, match="first_noise is 0.2, which needs a start from flow matching"):
         make_coupled(**wrong)
+
+
+@pytest.mark.parametrize("noise", [0.0, -0.5, 1.5])
+def test_a_share_of_noise_is_a_share(noise):
+    with pytest.raises(ValueError, match=f"first_noise is {noise}, but must be above 0 and at most 1"):
+        make_coupled(first_noise=noise)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -464,11 +464,29 @@ def test_what_flow_matching_does_not_use_is_noted(tmp_path):
     same_as_default = ["--rank=0", "--level_weight=0", "--aux_weight=0", "--closed_form=False", "--first_noise=1"]
     _, _, notes = run_with_notes("train.py", *short, *same_as_default, f"--out_dir={tmp_path / 'b'}")
     assert notes == []
-    sizes = ["--transporter_blocks=2", "--transporter_width=16", "--steps=8", "--pairs=False", "--chunk=3"]
+    sizes = ["--transporter_blocks=2", "--transporter_width=16", "--steps=32", "--pairs=False", "--chunk=3",
+             "--parametrization=posterior", "--t_min=0"]
     _, _, notes = run_with_notes("train.py", *short, *sizes, f"--out_dir={tmp_path / 'c'}")
     note, = notes
-    assert note == "flow matching does not use transporter_width, transporter_blocks, steps, pairs, chunk: only an NTM does"
+    assert note == ("flow matching does not use parametrization, transporter_width, transporter_blocks, steps, pairs, "
+                    "t_min, chunk: only an NTM does")
     assert same_training(*(tmp_path / name / "ckpt.pt" for name in "ac"))
+
+
+@pytest.mark.slow
+def test_settings_that_have_no_effect_are_noted(tmp_path):
+    short = [*SHORT, *SMALL, "--max_iters=1"]
+    unused = ["--flip=True", "--crop=random", "--filter_leak=0.06"]
+    _, _, notes = run_with_notes("train.py", *short, *unused, f"--out_dir={tmp_path}")
+    assert notes == ["crop, flip: not used, as only shards are flipped, cropped or scaled",
+                     "filter_leak is not used: filters is 0"]
+
+
+def test_a_resumed_run_keeps_its_parametrization(trained, tmp_path):
+    shutil.copy(trained / "ckpt.pt", tmp_path)
+    line = fails("train.py", *TRAIN, f"--out_dir={tmp_path}", "--resume=yes", "--parametrization=posterior")
+    assert line == (f"parametrization is 'posterior', but the run of {tmp_path / 'ckpt.pt'} has 'direct': "
+                    "leave it out to resume it")
 
 
 def test_an_ntm_of_nothing_is_refused(tmp_path):

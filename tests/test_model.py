@@ -391,6 +391,8 @@ def test_a_part_of_a_trajectory_is_inverted_at_its_own_step_count():
     model, u, ts = make_model(), torch.randn(2, 5, 6, 4).double(), time_grid(4, 0.02, 6, 1.0).double()
     whole = model.invert(u, ts)
     torch.testing.assert_close(model.invert(u[:, :1], ts[:1], steps=4), whole[:, :1])
+    with pytest.raises(ValueError, match="does not say how many steps there were: give steps"):
+        model.invert(u[:, :1], ts[:1])
     torch.testing.assert_close(model.invert(u[:, 1:3], ts[1:3], steps=4), whole[:, 1:3])
     assert (model.invert(u[:, 1:3], ts[1:3]) - whole[:, 1:3]).abs().max() > 0.01  # as of one step
 

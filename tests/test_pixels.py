@@ -13,13 +13,14 @@ from helpers import SHORT, SMALL, contents, copies, fails, run
 from torch.autograd.functional import jacobian
 from torch.distributions import MultivariateNormal
 
-from beyond import CoupledConfig, CoupledNTM, known_step, take_weights
+from beyond import CoupledConfig, CoupledNTM, known_step
 from evidence import transporter
 from flow import forward_trajectory
 from losses import TrainingLoss
 from model import NTM
 from pixels import Filter, PixelConfig, PixelNTM, StepFlow, causal_mask, make_mixture
 from predictor import null_caption
+from start import take_weights
 
 # 2 x 3 patches of 2 x 2 pixels of two channels: 6 tokens of 8 numbers
 TINY = dict(image_size=(4, 6), channels=2, patch_size=2, vocab_size=9, text_len=3, width=16, depth=1, heads=2, shift=1.0,

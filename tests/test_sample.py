@@ -238,14 +238,16 @@ def test_only_steps_are_coarse(trained, monkeypatch):
 def test_the_best_of_three_is_the_one_that_the_model_finds_likeliest(trained, denoise, monkeypatch):
     model, numbers = load(trained, device="cpu", denoise=denoise), range(4, 10)
     captions = ["the digit one", "the digit two", "the digit three"] * 2
-    candidates, densities, draw, density = [], [], model.draw, pipeline.guided_log_density
+    candidates, scored, densities, draw, density = [], [], [], model.draw, pipeline.guided_log_density
     monkeypatch.setattr(model, "draw", lambda *args: candidates.append(draw(*args)) or candidates[-1])
     monkeypatch.setattr(pipeline, "guided_log_density",
-                        lambda *args: densities.append(density(*args)) or densities[-1])
+                                                lambda *args: scored.append(args[1]) or densities.append(density(*args)) or densities[-1])
     images, x, nll = model.sample_trajectories(captions, numbers, 1.0, seed=2, in_x_space=denoise == "none", best_of=3)
     assert len(candidates) == 3 and "choosing" in model.seconds
     best = torch.stack(densities).argmax(dim=0).tolist()
     assert len(set(best)) > 1  # or this shows nothing
+    noisy = 0.98 if denoise == "none" else 1  # then a candidate is (1 - t_0) x_0 and a little noise
+    torch.testing.assert_close(torch.stack(scored) * noisy, torch.stack([tokens for tokens, _, _ in candidates]))
     for i, m in enumerate(best):
         torch.testing.assert_close(images[i], model.network.unpatchify(candidates[m][0])[i])
     if denoise == "none":
@@ -254,6 +256,14 @@ def test_the_best_of_three_is_the_one_that_the_model_finds_likeliest(trained, de
     torch.testing.assert_close(first, model.network.unpatchify(candidates[0][0]))
     alone, *_ = model.sample_trajectories(captions[1:2], [5], 1.0, seed=2, best_of=3)
     torch.testing.assert_close(alone[0], images[1], atol=1e-4, rtol=1e-4)
+
+
+def test_images_are_scored_with_noise_that_none_is_drawn_with():
+    """Image 0 of seed 0 too, whose generator has the seed 0."""
+    drawn = {torch.randn(1, generator=torch.Generator().manual_seed(seed * 1_000_003 + number)).item()
+             for seed in range(3) for number in range(200)}
+    assert len(drawn) == 600
+    assert not drawn & {torch.randn(1, generator=pipeline.scoring_generator(seed)).item() for seed in range(200)}
 
 
 def test_best_of_from_the_scripts(copied):

@@ -16,6 +16,9 @@ from beyond import CoupledConfig
 from flow import time_grid
 from pixels import PixelConfig
 from plumbing import checkpoint
+from plumbing.optim import make_optimizers
+from plumbing.runtime import compile_layers
+
 from sit import CoupledSiTNTM, SiT, SiTNTM, load_sit
 
 # SHORT of test_scripts, for latents of 4x8x8 and the transporter alone: the rest is the published network's
@@ -264,6 +267,40 @@ def test_training_starts_from_published_weights(published, latents, tmp_path):
     assert latent.shape == (4, 8, 8) and latent.dtype == np.float16
     preview = (0.5 * latent[:3].astype(float) / 3 + 1) * 128  # three of the channels, once more times latent_scale
     assert np.abs(pixels(tmp_path / "images" / "0009.png") - preview.transpose(1, 2, 0).clip(0, 255)).max() <= 1.1
+
+
+def test_muon_and_words_lr_know_its_weights(model):
+    _, model = model
+    muon, adamw = make_optimizers(model, "muon", 0.0, torch.device("cpu"), words_lr=7.0)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    matrices = {names[id(weight)] for group in muon.param_groups for weight in group["params"]}
+    ends = "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"
+    depth = len(model.predictor.sit.blocks)
+    of_sit = {f"predictor.sit.blocks.{i}.{end}" for i in range(depth) for end in ends}
+    assert {name for name in matrices if name.startswith("predictor.")} == of_sit
+    words = [names[id(weight)] for group in adamw.param_groups if group.get("factor") for weight in group["params"]]
+    assert words == ["predictor.sit.y_embedder.embedding_table.weight"]
+
+
+def test_its_layers_are_compiled_one_by_one(model, monkeypatch):
+    model, compiled = model[1], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    compile_layers(model)
+    assert set(model.predictor.sit.blocks) <= set(compiled)
+    assert len(compiled) == len({*compiled}) == sum(
+        1 for name, _ in model.named_modules() if name.split(".")[-2:-1] == ["layers"]) + len(model.predictor.sit.blocks)
+
+
+@pytest.mark.slow
+def test_it_trains_by_muon_without_a_transporter(published, latents, tmp_path):
+    run("train.py", *TRAIN, f"--data_dir={latents}", f"--out_dir={tmp_path}", f"--init_from=sit:{published}",
+        "--transporter_blocks=0", "--optimizer=muon", "--flip=True", "--max_iters=2")
+    assert len(training_lines(tmp_path / "log.jsonl")) == 2
+
+
+def test_latents_are_not_flipped_and_training_says_so(latents, capsys):
+    data.get_dataset("shards", "train", 8, 4, data_dir=str(latents), flip=True)
+    assert "note: latents are neither flipped nor cropped" in capsys.readouterr().err
 
 
 def test_the_heads_of_a_width_of_its_own_are_a_setting(published, latents, tmp_path):
