@@ -66,16 +66,17 @@ def medians(functions, device):
 
 
 def flops_of(function):
+    """The floating-point operations of a call."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
 def network(kind, config, device):
-    """A network in evaluation mode with random weights, also where initialisation has zeros.
+    """A network in evaluation mode with random weights, including those that are initialised to zero.
 
-    At zero the transporter is the identity, and Jacobi needs one sweep; random weights make it stretch as a trained
-    one.
+    With those at zero the transporter would be the identity, which Jacobi inverts in one sweep. Random weights make the
+    transporter scale numbers as a trained one does.
     """
     torch.manual_seed(0)
     model = kind(config)
@@ -108,7 +109,7 @@ def draw(model, images, text, pairs):
 
 
 def training_step(kind, config, device, pairs, compiled=False):
-    """A function that makes one update, as train.py does. pairs: one step of each trajectory instead of all steps."""
+    """A function that makes one update with AdamW. pairs: train on one step of each trajectory instead of all steps."""
     model = network(kind, config, device).train()
     images, text = inputs(config, device)
     optimizers = make_optimizers(model, "adamw", 0.0, device)

@@ -5,7 +5,7 @@ Each piece is a function of a model, or a model of its own. All but `residual` a
     rank              correlated steps                    correlated.py
     level_weight      levels in balance                   level_weights
     closed_form       the expected loss                   expected_nll
-    velocity_weight   flow matching's loss beside it      velocity_error
+    velocity_weight   an added flow-matching loss         velocity_error
     best_of           choosing by likelihood              guided_log_density
     restarts          steps repeated from added noise     sample_with_restarts
     temperature       less noise in the last step         cooled
@@ -17,7 +17,7 @@ Each piece is a function of a model, or a model of its own. All but `residual` a
     residual          a denoiser as good as its input     ResidualDenoiser
     objective         one deep flow, for comparison       TarFlow
 
-Equation numbers are those of docs/beyond.md, up to (27) of docs/method.md. x_1 is the level at t = 1.
+Equations up to (27) are those of docs/method.md, later ones those of docs/beyond.md. x_1 is the level at t = 1.
 """
 
 import itertools
@@ -38,12 +38,12 @@ from predictor import Gaussian, NTMConfig, null_caption
 
 
 def level_weights(config, power, ts, steps, max_t_min):
-    """Eq. (30): s^p of every step that ends at s, over its mean over the grid, (B, K-1); ts (B, K), steps (B,).
+    """Weights of steps, (B, K-1), Eq. (30): s^p for a step that ends at s, over the grid's mean; ts (B, K), steps (B,).
 
-    power: p. The weights leave each step's optimum where it is. Without them the gradients of the last step, tens of
-    times those of the first, drown what the first have to learn: what the image shows.
+    power: p. The weights leave each step's optimum where it is. Without weights the gradients of the last step are tens
+    of times those of the first, and drown what the first step has to learn: what the image shows.
     """
-    middle = max_t_min / 2 or 0.01  # of t_0's range; 0.01 where that is 0
+    middle = max_t_min / 2 or 0.01  # of the range of t_0, or 0.01 if max_t_min is 0
     t_min = ts.new_full((), middle)  # new_tensor would wait for a GPU
     mean = torch.zeros_like(ts[:, 0])
     for T in config.steps:
@@ -73,8 +73,8 @@ def known_step(model, x, x0, ts):
 def expected_nll(gaussian, mean, std):
     """Eq. (31): the expected -log p of a step without a transporter in nats, (B, K-1); mean and std: known_step's.
 
-    It replaces the sampled loss: the gradients of the standard deviation and of the directions lose most of their
-    noise.
+    Training on the expectation instead of the sampled loss takes most of the noise out of the gradients of the
+    standard deviation and of the directions.
     """
     if not isinstance(gaussian, Gaussian):  # a CorrelatedGaussian
         return gaussian.expected_nll(mean, std)
@@ -83,9 +83,9 @@ def expected_nll(gaussian, mean, std):
 
 
 def mirror_image(x, mean):
-    """Each step's x_s of the levels x (B, K, N, D), mirrored about mean, known_step's; like mean (B, K-1, N, D).
+    """The mirror image 2 mean - x_s of each step's x_s, like known_step's mean (B, K-1, N, D); levels x (B, K, N, D).
 
-    It is as likely as x_s; in the mean -log p of the two, Eq. (40), noise of odd order cancels.
+    Given x_t and x_0 both are equally likely, so noise of odd order cancels in the mean of their -log p, Eq. (40).
     """
     return 2 * mean - x[:, :-1]
 
@@ -93,11 +93,11 @@ def mirror_image(x, mean):
 def velocity_error(gaussian, mean, ts):
     """Eq. (22) at the levels of a trajectory: the mean squared error of the velocity; mean: known_step's, ts (B, K).
 
-    Added to the likelihood, it keeps the means of noisy levels as good as flow matching's.
+    Added to -log p, this error keeps the means of noisy levels as good as flow matching's.
     """
     t, s = ts[:, 1:], ts[:, :-1]
     _, B, _ = reverse_posterior(t, s)
-    scale = (B * t)[..., None, None]  # a mean errs by B t times what its velocity errs by
+    scale = (B * t)[..., None, None]  # the error of a mean is B t times the error of its velocity
     error = (gaussian.mean - mean) / scale
     return error.square().mean()
 
@@ -108,10 +108,10 @@ def velocity_error(gaussian, mean, ts):
 
 @torch.no_grad()
 def guided_log_density(model, x0, text, ts, guidance, noise):
-    """Eq. (32), nats (B,), by which candidates x0 (B, N, D) for captions (B, L) are compared.
+    """The score (B,) in nats, Eq. (32), by which candidates x0 (B, N, D) for captions text (B, L) are compared.
 
-    The logarithm of the density that guidance stands for, not normalised, of the middle steps of M forward
-    trajectories. ts (T+1,), T > 1; noise (M, T+1, N, D), shared by all candidates.
+    The score is the unnormalised log-density of the guided model over the middle steps, a mean of M forward
+    trajectories from x0. ts (T+1,), T > 1; noise (M, T+1, N, D), shared by all candidates.
     """
     batch = len(x0)
     T = len(ts) - 1
@@ -140,10 +140,10 @@ def guided_log_density(model, x0, text, ts, guidance, noise):
 
 
 def cooled(randn, temperature):
-    """randn(*shape) for NTM.sample or sample_with_restarts, with `temperature` times the noise of the last step.
+    """A randn(*shape) for NTM.sample or sample_with_restarts that multiplies the last step's noise by `temperature`.
 
-    Glow's device (arXiv:1807.03039). Their first two draws are z (B, T+1, N, D) and xi (B, T, R), of which the last
-    step takes column 0. Below 1 the samples have less grain, and are no longer samples of the model's density.
+    Glow samples in this way (arXiv:1807.03039). Both functions draw z (B, T+1, N, D) and xi (B, T, R) first, and their
+    last step takes column 0. Below 1, samples have less grain, and are no longer samples of the model's density.
     """
     draws = itertools.count()
 
@@ -166,10 +166,10 @@ def restarted_steps(steps):
 
 @torch.no_grad()
 def sample_with_restarts(model, text, ts, restarts, guidance=0.0, generator=None, randn=None):
-    """Eq. (34): NTM.sample, where each of restarted_steps is repeated `restarts` times.
+    """Sample a trajectory as NTM.sample does, but repeat each of restarted_steps `restarts` times, Eq. (34).
 
-    A restart adds noise back to a level and repeats the step that led to it. Afterwards x_1 is fresh noise, as the
-    levels above are; a CoupledNTM's couple() makes it follow from the image again.
+    A restart adds noise back to a level, which redraws the levels above, and repeats the step that led to that level.
+    So x_1 ends as independent noise; a CoupledNTM's couple() makes x_1 follow from the image again.
     """
     config = model.config
     T = len(ts) - 1
@@ -196,7 +196,7 @@ def sample_with_restarts(model, text, ts, restarts, guidance=0.0, generator=None
 
 
 def add_noise_again(model, u, ts, T, noise):
-    """The levels above u (B, N, D), whose time is ts[0], by the forward chain: (B, K-1, N, D) for ts (K,)."""
+    """The levels above u (B, N, D) by the forward chain, like noise (B, K-1, N, D); u is at ts[0] of ts (K,)."""
     ts = ts.expand(len(u), -1)
     steps = torch.full((len(u),), T, device=u.device)
     x = model.transporter.inverse(u, ts[:, 0], steps)
@@ -207,19 +207,19 @@ def add_noise_again(model, u, ts, T, noise):
 
 @dataclass
 class DenoiserConfig(NTMConfig):
-    residual: float = 0.0  # what the network emits times this is added to u_0; 0: it emits x_0, as the paper's
+    residual: float = 0.0  # factor on the network's output, which is added to u_0; 0: the output is x_0, as the paper's
 
 
 class ResidualDenoiser(Denoiser):
-    """A Denoiser that, where residual is above 0, emits what to add to u_0, in units of about the noise in it.
+    """A Denoiser that, if residual is above 0, emits what to add to u_0, in units of residual: about u_0's noise.
 
-    At first it leaves u_0 as it is, which without a transporter is the image but for a little noise.
+    At first such a denoiser leaves u_0 as it is. Without a transporter, u_0 is the image plus a little noise.
     """
 
     config_class = DenoiserConfig
 
     def forward(self, u0, text):
-        """u0 (B, N, D) at t_min, text (B, L). Returns x0 (B, N, D)."""
+        """The clean image x0 (B, N, D) for u0 (B, N, D) at t_min; text (B, L)."""
         emitted = super().forward(u0, text)
         return u0 + self.config.residual * emitted if self.config.residual else emitted
 
@@ -246,16 +246,16 @@ class CoupledConfig(PixelConfig):
 
 
 class CoupledNTM(PixelNTM):
-    """An NTM whose x_1 depends on the image: the next cleaner level, carried to noise by the model's own flow.
+    """An NTM whose x_1 mixes fresh noise with the next cleaner level, which the model's own flow carries to noise.
 
-    Pure noise says nothing of the image, so a Gaussian first step has all images of a caption to cover. The bound (14)
-    does not ask that x_1 is independent of the image.
+    Pure noise says nothing of the image, so a Gaussian first step from it has to cover all images of a caption. The
+    bound (14) allows an x_1 that depends on the image.
     """
 
     config_class = CoupledConfig
 
     def posterior(self, t, s):
-        """Eq. (4), but from t = 1: x_1 knows the noise of x_s, all but a share of it."""
+        """A, B, C of Eq. (4), each (B,); from t = 1 they are for an x_1 that mixes x_s's noise with fresh noise."""
         A, B, C = super().posterior(t, s)
         fresh = self.config.first_noise
         known = math.sqrt(1 - fresh**2)
@@ -265,25 +265,25 @@ class CoupledNTM(PixelNTM):
 
     @torch.no_grad()
     def noised(self, x0, text, ts, noise=None):
-        """Eqs. (1), (2) and (36): x0 (B, N, D) at the times ts (B, K), an x_1 among them coupled."""
+        """Noise x0 (B, N, D) to the times ts (B, K), Eqs. (1) and (2), with x_1 coupled, Eq. (36): (B, K, N, D)."""
         x = super().noised(x0, text, ts, noise)
         return self.couple(x, ts, text)
 
     @torch.no_grad()
     def noised_pairs(self, x0, text, ts, noise=None):
-        """The same for the times ts (B, 2) of draw_pairs, a fraction of which start from noise."""
+        """Do as noised for the times ts (B, 2) of draw_pairs, but couple only the rows that may start from noise."""
         x = super().noised(x0, text, ts, noise)
         steps = self.config.steps[0]
-        at_most = math.ceil(len(ts) / (steps + 1))  # rows that start from t = 1; to count them would wait for a GPU
+        at_most = math.ceil(len(ts) / (steps + 1))  # rows at t = 1; counting them would wait for a GPU
         rows = ts[:, -1].topk(at_most).indices
         x[rows] = self.couple(x[rows], ts[rows], text[rows])
         return x
 
     @torch.no_grad()
     def couple(self, x, ts, text):
-        """Eq. (36): the levels x (B, K, N, D) with an x_1 that follows for the most part from the next cleaner level.
+        """The levels x (B, K, N, D), with x_1 replaced by one that depends on the next cleaner level, Eq. (36).
 
-        ts (B, K), text (B, L). x: a forward trajectory, whose noisiest level is fresh noise where its time is 1.
+        ts (B, K), text (B, L). x: forward trajectories; a level at t = 1 serves as the fresh noise, others stay.
         """
         fresh = self.config.first_noise
         known = math.sqrt(1 - fresh**2)
@@ -295,9 +295,9 @@ class CoupledNTM(PixelNTM):
         return torch.stack([*cleaner, x_1], dim=1)
 
     def flowed_to_noise(self, x, s, text):
-        """Eq. (35): x_s (B, N, D) carried to t = 1 by the velocities of the model's own estimates; s (B,), text (B, L).
+        """Carry x_s (B, N, D) to t = 1 by the velocities of the model's own estimates, Eq. (35); s (B,), text (B, L).
 
-        Along them the marginals of Eq. (1) flow. By the midpoint method, in two steps.
+        The ODE of these velocities carries the marginals of Eq. (1). It is solved in two steps of the midpoint method.
         """
         h = (1 - s) / 2
         stride = h[:, None, None]
@@ -308,7 +308,7 @@ class CoupledNTM(PixelNTM):
         return x
 
     def velocity(self, x, t, s, text):
-        """v of Eq. (35), like x (B, N, D), asked as in a step from t to s t, which draw_pairs trains; t, s (B,)."""
+        """v of Eq. (35), like x (B, N, D), emitted for a step from t to s t, which draw_pairs trains; t, s (B,)."""
         steps = torch.full((len(x),), self.config.steps[0], device=x.device)
         v, *_ = self.predictor(x, t, t * s, steps, text)
         return v
@@ -319,14 +319,14 @@ class CoupledNTM(PixelNTM):
         coupled = self.couple(x, ts, text)
         nll = self.trajectory_nll(coupled, ts, text)
         dims = x[0, 0].numel()
-        # x_1 of x is eps: log N(x_1; sqrt(1-c^2) Phi, c^2 I) = log N(eps; 0, I) - ND log c
+        # the x_1 of x is eps, the coupled one sqrt(1-c^2) Phi + c eps, and so its log q is log N(eps; 0, I) - ND log c
         log_q = forward_log_prob(x, ts) - dims * math.log(self.config.first_noise)
         return nll, nll.sum(dim=1) + log_q
 
     def draw_pairs(self, batch, max_t_min=0.05, generator=None, device=None):
-        """NTM.draw_pairs, where one example in T + 1 learns a velocity of Eq. (35) instead.
+        """Draw as NTM.draw_pairs does, but let one example in T + 1 learn a velocity of Eq. (35) instead.
 
-        That is a step to s t from a t in [s, 1), where s is the level next to noise.
+        That example is a step from t to s t: s is the level next to noise, and t = s + (1 - s) j / 4, j from 0 to 3.
         """
         rng = dict(generator=generator, device=device)
         config = self.config
@@ -345,7 +345,7 @@ class CoupledNTM(PixelNTM):
         return torch.full((batch,), T, device=device), ts
 
     def score_denoise(self, x, ts, text):
-        """NTM.score_denoise; for a single step, of which nothing is left, the estimate (23) of x_0."""
+        """NTM.score_denoise; a single step has no score left (denoising_nll), so it gives the estimate (23) of x_0."""
         if x.shape[1] > 2:
             return super().score_denoise(x, ts, text)
         s = ts.expand(x.shape[:2])[:, 0]
@@ -353,7 +353,7 @@ class CoupledNTM(PixelNTM):
             return x[:, 0] - s[:, None, None] * self.velocity(x[:, 0], s, s, text)
 
     def denoising_nll(self, x, ts, text):
-        """NTM.denoising_nll without the first step: its score and that of q(x_1 | x_s) all but cancel."""
+        """NTM.denoising_nll without the first step, (B, T-1): its score and that of q(x_1 | x_s) all but cancel."""
         steps = self.step_count(ts)
         return self.transition_nll(x[:, :-1], ts[:, :-1], steps, text)
 
@@ -363,7 +363,7 @@ class CoupledNTM(PixelNTM):
 
 
 class StandardNormal(nn.Module):
-    """p(u_s | u_t, y) = N(0, I), whatever u_t and y: all is left to the transporter."""
+    """A predictor that emits N(0, I) whatever u_t and y are, so that all is left to the transporter."""
 
     def __init__(self, config):
         super().__init__()

@@ -27,7 +27,7 @@ from plumbing.console import help_text, print_all_text
 from plumbing.paths import at_home
 
 KINDS = "None", "bool", "int", "float", "tuple", "str"  # the types a setting may have
-PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # in errors; of the other types "a TYPE"
+PHRASES = {"None": "None", "int": "an int", "float": "a finite float"}  # how errors name types; the others are "a TYPE"
 
 # A number outside its range would train or sample wrongly without any error. A script's own default is always allowed:
 # 0 may stand for "as trained". Every number of a tuple has to be in the range.
@@ -57,6 +57,7 @@ OF_NANOGPT = {"n_embd": "width", "n_layer": "depth", "n_head": "heads", "learnin
 
 
 def kind(value):
+    """The name of a value's type, as in KINDS."""
     return "None" if value is None else type(value).__name__
 
 
@@ -113,8 +114,10 @@ def from_text(text, kinds):
 
 
 def run_config(path):
-    """Run a config file; return its public names {name: value}, but for modules, functions and classes. Raises
-    SystemExit."""
+    """Run a config file; return its public names {name: value}, without modules, functions and classes.
+
+    Raises SystemExit with one line if the file cannot be read or run.
+    """
     try:
         with open(path, "rb") as file:
             source = file.read()

@@ -80,7 +80,7 @@ class CorrelatedGaussian(NamedTuple):
         return self.mean + std * z
 
     def guided(self, unconditional, guidance):
-        """Eq. (20) by the marginal variances of each number; the directions stay as they are, in units of sigma."""
+        """The guided Gaussian, Eq. (20), by each number's marginal variance; V, in units of sigma, stays the same."""
         log_ratio = 2 * (self.marginal_log_std() - unconditional.marginal_log_std())
         return sharpened(self, unconditional.mean, log_ratio, guidance)
 

@@ -7,9 +7,9 @@
 - shards   captioned images of any size, or latents, in WebDataset tars: your own data (plumbing/shards.py)
 
 Data sets are map-style: ds[i] -> (image (C, H, W) float32, caption); ds.__getitems__(indices), which torch's DataLoader
-calls, returns a list of such pairs. Images are in [-1, 1]: the 8-bit value v becomes the centre (2v + 1)/256 - 1 of its
-bin. Only latents, of which ds.eight_bit is False, may lie outside. An example is a function of (seed, i).
-plumbing/tokenizer.py turns captions into token ids.
+calls, returns a list of such pairs, to which shards add a fault or "". Images are in [-1, 1]: the 8-bit value v becomes
+the centre (2v + 1)/256 - 1 of its bin. Only latents, whose ds.eight_bit is False, may lie outside. An example is a
+function of (seed, i). plumbing/tokenizer.py turns captions into token ids.
 
     python data.py NAME       checks a data set: sizes, captions, tokens, a contact sheet in out/NAME.png
     python data.py --help     the commands that make data sets and vocabularies (plumbing/prepare.py and latents.py)
@@ -48,8 +48,8 @@ RANGES = {"image_size": (1, 4096), "seed": (0, 2**31 - 1), "count": (1, 1000), "
 
 
 class EightBit:
-    """A data set of 8-bit images. Training example i is a function of (seed, i); validation takes the numbers -1, -2,
-    ... instead, so it shares none with training."""
+    """A data set of 8-bit images. Training example i is a function of (seed, i); validation uses the numbers -1, -2,
+    ... instead, so that it shares no random choices with training."""
 
     eight_bit = True
 
@@ -69,6 +69,7 @@ class EightBit:
         return list(zip(to_pixels(self.pictures(indices)), self.captions(indices)))
 
     def numbers(self, indices):
+        """The numbers (n,) of examples, which with the seed decide their random choices."""
         indices = np.asarray(indices)
         return indices if self.split == "train" else ~indices
 
@@ -94,8 +95,10 @@ class Shapes(EightBit):
 
 
 class Labelled(EightBit):
-    """Images of ten classes, each captioned with one of its class's wordings. images: uint8 (n, C, H, W); labels:
-    (n,)."""
+    """Images of ten classes, each captioned with one of its class's wordings.
+
+    images: uint8 (n, C, H, W). labels: (n,). wordings: the captions of each class.
+    """
 
     def __init__(self, split, seed, images, labels, wordings):
         super().__init__(split, seed, len(labels))
@@ -200,7 +203,7 @@ def read_idx(folder, name, ndim):
 
 
 def native_shape(args):
-    """The shape (C, H, W) of a data set's examples, and whether they are latents."""
+    """The shape (C, H, W) in which a data set's examples are shown by default, and whether they are latents."""
     if args.name == "shards":
         latent, shape = first_example(find_shards(args.data_dir, args.split)[0])
         return shape, latent

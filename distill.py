@@ -1,11 +1,11 @@
-"""Self-distillation: trains the Denoiser to do in one pass what the model's own score does by back-propagation.
+"""Train the Denoiser to do in one pass what the model's own score does by back-propagation: self-distillation.
 
     python distill.py --out_dir=out/digits
     torchrun --nproc_per_node=8 distill.py --out_dir=out/t2i --batch_size=512
 
 Reads out_dir/ckpt.pt, whose averaged weights stay frozen: real images are noised along the forward trajectory, and the
-target is the frozen model's score denoising of that trajectory. Leaves in out_dir: denoiser.pt, denoiser_log.jsonl,
-denoiser_log.png and, from every validation, samples/denoiser_ITERATION.png.
+target is the frozen model's score denoising of that trajectory. Writes into out_dir: denoiser.pt,
+denoiser_log.jsonl, denoiser_log.png and, from every validation, samples/denoiser_ITERATION.png.
 """
 
 import copy
@@ -50,26 +50,26 @@ resume = "no"  # "yes": continue out_dir/denoiser.pt; "auto": continue it if it 
 seed = 0  # the seed and the iteration determine every random number of a run
 device = ""  # cuda, mps or cpu; empty: the best available
 bfloat16: bool | None = None  # train in bfloat16 by autocast; None: on CUDA only
-compile: bool | str | None = None  # use torch.compile; "layers": layer by layer, sooner done; None: on CUDA with Triton
+compile: bool | str | None = None  # use torch.compile; "layers": by layer, ready sooner; None: on CUDA with Triton
 workers = 0  # processes per rank that load data; 0: the training process loads them
 in_memory = False  # decode the shards once, at the start, and keep them in each rank's memory
 data_dir = ""  # where the model's data are now; empty: where they were when it was trained
-bad_limit = 0.01  # stop if more than this fraction of the examples is unusable; others replace those that are
+bad_limit = 0.01  # fraction of unusable examples above which a run stops; each is replaced by a usable one
 caption_dropout = 0.1  # fraction of captions replaced by the null caption
 
 # ---- denoiser
 width = 96  # numbers per token in the denoiser
 depth = 4  # layers of the denoiser
 heads = 4  # attention heads of the denoiser
-residual: bool | None = None  # (ours) it emits what to add to its input; None: where there is no transporter
-steps = 0  # T of the trajectories it learns from; 0: the first that the model was trained with
-t_min = 0.02  # noise level of the samples that it denoises
+residual: bool | None = None  # (ours) the denoiser emits what to add to its input; None: if there is no transporter
+steps = 0  # T of the trajectories that the denoiser learns from; 0: the first of the model's step counts
+t_min = 0.02  # noise level of the samples that the denoiser gets
 
 # ---- optimisation
 batch_size = 64  # examples per update, over all ranks and accumulation passes
 grad_accum = 1  # forward and backward passes per update on each rank
 max_iters = 200  # updates in all
-minutes = 0.0  # above 0: as many updates as fit into this time, by the speed of the first ones, instead of max_iters
+minutes = 0.0  # above 0: max_iters becomes what fits into so many minutes at the speed of the first updates
 optimizer = "muon"  # or "adamw"
 lr = 5e-3  # peak learning rate of muon; adamw needs about 2e-3
 min_lr = 1e-6  # learning rate at the end of its cosine schedule
@@ -85,7 +85,7 @@ save_minutes = 15.0  # also save if so many minutes have passed since the last c
 keep = 1  # checkpoints of validations to keep, as denoiser_000100.pt and so on; 1: denoiser.pt alone, the newest
 val_examples = 297  # held-out examples that a validation reads
 num_samples = 25  # images on the sheet of samples
-decoder = ""  # for the sheet of a model of latents: a torch.export program, latents (B, C, h, w) to images in [-1, 1]
+decoder = ""  # decodes latents for the sheet: a torch.export program from (B, C, h, w) to images in [-1, 1]
 chunk = 0  # examples that are score-denoised at once; 0: as many as fit into about 4 GB
 wandb_log = False  # send the log and the sheets to Weights & Biases as well
 
@@ -117,8 +117,8 @@ def losses_of_batch(network, teacher, ts, chunk, images, text, noise):
 
 @torch.no_grad()
 def validate(ema, teacher, batches, ts, chunk=0):
-    """Mean squared error and PSNR in dB against the score-denoised targets, on held-out data."""
-    sums = torch.zeros(2, device=ts.device)  # of the squared error, and the numbers it is of
+    """The mean squared error and the PSNR in dB against score-denoised targets, on held-out data: {name: float}."""
+    sums = torch.zeros(2, device=ts.device)  # the squared errors, and how many there are
     for images, text, _, generator in batches:
         shape = len(images), len(ts), teacher.config.num_tokens, teacher.config.token_dim
         noise = torch.randn(shape, generator=generator, device=ts.device)
@@ -190,7 +190,7 @@ class Run:
         )
 
     def save(self, i):
-        """Writes the checkpoint of iteration i."""
+        """Write the checkpoint of iteration i."""
         if self.rank == 0:
             checkpoint.save(
                 self.path,
@@ -209,7 +209,7 @@ class Run:
         self.progress.saved(i)
 
     def validate(self, i):
-        """Validates the averaged denoiser of iteration i, and leaves samples for held-out captions."""
+        """Validate the averaged denoiser of iteration i, and write a sheet of samples for held-out captions."""
         config = self.config
         held_out = self.val_set, self.tokenizer, self.teacher.config.text_len
         shared = config["val_examples"], self.device, self.rank, self.world
@@ -230,7 +230,7 @@ class Run:
 
 
 def build_denoiser(config, teacher_config):
-    """A denoiser of the settings' size for what a teacher with teacher_config samples."""
+    """A new denoiser of config's size for samples of a teacher; None for config's residual becomes True or False."""
     fields = {name: getattr(teacher_config, name) for name in NTMConfig.__dataclass_fields__}
     for name in ("width", "depth", "heads"):
         fields[name] = config[name]

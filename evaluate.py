@@ -4,7 +4,7 @@
     python evaluate.py --out_dir=out/shapes --parts=samples --steps=1,2,4,8 --denoise=learned --num_samples=600
     python evaluate.py --out_dir=out/t2i --parts=samples --decoder=decoder.pt2 --num_samples=10000
 
-- likelihood: -log p in nats of held-out images: of each step, of the trajectory, and the bound on the image's own
+- likelihood: -log p of held-out images in nats: of each step and of the trajectory; and the bound for the image alone
 - samples: do they look like the data, and do they show what their captions say? Depending on the data set, the measure
   is a Frechet distance between Gaussians fitted to pixels or latents, the class of the nearest training image, the
   exact detector of shapes, or the judge of emoji
@@ -50,7 +50,7 @@ out_dir = "out/digits"  # the folder of ckpt.pt and denoiser.pt; gets evaluate.j
 parts = ""  # some of likelihood,samples,classifier; empty: all that the model has
 val_examples = 500  # held-out images for likelihood and classifier
 num_samples = 1000  # samples for each combination of steps, denoise and guidance
-steps: int | tuple = 0  # T, the number of reverse steps, several for samples; 0: as trained, or 50 for flow matching
+steps: int | tuple = 0  # T, the number of reverse steps, or several to compare; 0: as trained, or 50 for flow matching
 denoise = "none,score,learned"  # how to denoise an NTM's samples; "learned" is skipped without denoiser.pt
 guidance: float | tuple = 1.0  # weight of classifier-free guidance for samples, one or several
 beside = ""  # evaluate.json of another model whose samples the figure shows too
@@ -152,7 +152,7 @@ def caption_log_likelihoods(network, x, ts, candidates):
 
 
 def evaluate_classifier(model, dataset):
-    """How often the true caption is the likeliest of ten: of one for each class, or of those of ten held-out images."""
+    """How often an image's own caption is the likeliest of ten: one per class, or its own and nine of other images."""
     classes = dataset_class_captions(model.settings["dataset"])
     rank, world = rank_and_world()
     pool = classes or sorted({dataset[i][1] for i in range(min(max(1000, val_examples), len(dataset)))})
@@ -202,7 +202,7 @@ def captions_of_samples(model, dataset):
 
 
 def draw_samples(model, captions, strength, folder):
-    """Draw samples for captions by all ranks, with a strength of guidance: (n, C, H, W) on the CPU.
+    """Draw a sample for each caption, on all ranks together: (n, C, H, W) on the CPU. strength: of guidance.
 
     With a decoder, the decoded images are also written into a folder, and returned if there is a judge.
     """
@@ -226,7 +226,7 @@ def draw_samples(model, captions, strength, folder):
 
 
 def labelled_images(model, latents):
-    """The held-out images that latents were made of, with their labels, for the judge. Raises ValueError without."""
+    """The held-out images that latents were made of, with labels for the judge. Raises ValueError if there are none."""
     images = open_real_images(latents, model.to_images, model.device, real_dir)
     if images is None:
         raise ValueError(f"judge is {judge!r}, which needs the labels of real images: name their shards by --real_dir")
@@ -236,7 +236,7 @@ def labelled_images(model, latents):
 def scores_of_judge(model, images, dataset):
     """The judge's scores of samples: whether they show the labels of their captions, and how far from real images."""
     train_set = None
-    if model.settings["data_dir"] and not model.latents:  # empty in a checkpoint made for sampling alone
+    if model.settings["data_dir"] and not model.latents:  # data_dir is empty in a checkpoint made for sampling
         try:
             train_set = open_dataset(model.settings, "train")
         except (OSError, ValueError) as error:
@@ -303,7 +303,7 @@ def parts_of(model):
 
 
 def load_decoder(model):
-    """Load the decoder, if there is one. Raises ValueError for settings that need one."""
+    """Load the decoder, if there is one. Raises ValueError for settings that need a decoder."""
     if decoder:
         model.load_decoder(decoder)
     elif judge and model.latents:
@@ -315,7 +315,7 @@ def load_decoder(model):
 
 
 def sampling_runs(model, counts, strengths):
-    """A (model, guidance) for each combination of settings. Raises ValueError for none, or for one that cannot be."""
+    """A (model, guidance) for each combination of settings. Raises ValueError if none is left or one is impossible."""
     data = model.settings["dataset"]
     if judge and data != "shards":
         raise ValueError(f"judge is {judge!r}, which needs labels, but the model's data are {data}: leave it out")
@@ -336,7 +336,7 @@ def sampling_runs(model, counts, strengths):
 
 
 def measure_samples(runs, dataset, strengths):
-    """Yield for each run its title, its results, and these as a row for plot_quality."""
+    """Yield for each run its title, its results, and the results as a row for plot_quality."""
     for model, strength in runs:
         found = evaluate_samples(model, dataset, strength)
         count = len(model.ts) - 1

@@ -2,10 +2,10 @@
 
 A step of a Normalizing Trajectory Model composes two couplings:
 
-- an affine coupling over the trajectory: u_s = mu(u_t) + sigma(u_t) z carries z to the cleaner level, given the noisier
-  one (model.py);
-- a spatial coupling, the transporter's: an autoregressive map, which shifts each token by b and scales it by e^-l, both
-  functions of the tokens before it (below). n is a token of a level; s and t are levels.
+- an affine coupling over the trajectory: u_s = mu(u_t) + sigma(u_t) z turns noise z into the cleaner level, given the
+  noisier one (model.py);
+- a spatial coupling, the transporter: an autoregressive map that shifts token n of a level by b and scales it by e^-l,
+  where b and l depend on the tokens before n.
 
             x_s                x_t           x-space, where the forward trajectory lives
              |                  |
@@ -14,7 +14,7 @@ A step of a Normalizing Trajectory Model composes two couplings:
             u_s <------------- u_t           u-space: u_s = mu(u_t) + sigma(u_t) z, all tokens at once
 
 Read from top to bottom: the time grid; the forward trajectory q, its posterior and covariance, all without parameters;
-a Transformer layer, the building block of every network here; the transporter f_T.
+a Transformer layer, of which all networks here but sit.py's are built; the transporter f_T.
 
 Time runs from 0 (data) to 1 (noise); a step goes from t (noisier) to s < t (cleaner); tokens are (B, N, D).
 Equation numbers are those of docs/method.md, which also cites the papers. steps (B,) is T of each example.
@@ -38,15 +38,15 @@ def grid_shift(num_tokens):
 
 
 def time_at(k, steps, shift):
-    """t_k of a grid, for k >= 1, Eq. (6) (k = 0 gives 0; t_0 is t_min). k and steps: numbers or tensors."""
-    # Eq. (6), numerator and denominator times k: t_T is then exactly 1
+    """t_k of the time grid for k >= 1, Eq. (6); t_0 is t_min, not the 0 of k = 0. k and steps: numbers or tensors."""
+    # numerator and denominator of Eq. (6) are multiplied by k, so that t_T is exactly 1
     return shift * k / (shift * k + (steps - k))
 
 
 def time_grid(steps, t_min, num_tokens, shift=None):
     """Noise levels t_0 = t_min < t_1 < ... < t_T = 1, Eq. (6).
 
-    steps: T. t_min: float, or (B,) for a grid per example. shift: e^m; None: by num_tokens, N.
+    steps: T. t_min: float, or (B,) for a grid per example. shift: e^m; None: grid_shift(num_tokens).
     Returns (T+1,) or (B, T+1), ascending. Raises ValueError for a float t_min outside [0, t_1).
     """
     if shift is None:
@@ -73,7 +73,7 @@ def forward_kernel(t, s):
 
 
 def forward_chain(x, ts, noise):
-    """The Markov chain of Eq. (2) from one level on.
+    """Continue a trajectory from one level on, by the Markov chain of Eq. (2).
 
     x (B, N, D) at ts[:, 0]; ts (B, K), ascending; noise (B, K-1, N, D), standard normal. Returns (B, K, N, D).
     """
@@ -114,7 +114,7 @@ def trajectory_covariance(ts):
     low = torch.minimum(rows, columns)
     high = torch.maximum(rows, columns)
     ratio = (1 - high) / (1 - low)
-    return low**2 * torch.where(low < 1, ratio, 1.0)  # 0/0 at t_T: 1, its limit
+    return low**2 * torch.where(low < 1, ratio, 1.0)  # at t_T the ratio is 0/0, and its limit 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -140,9 +140,9 @@ def normalized(h):
 
 
 class TimeEmbedding(nn.Module):
-    """Times in [0, 1], (B, count), to one conditioning vector, (B, width): sinusoids, then a two-layer MLP.
+    """Embeds times (B, count), in [0, 1], as one conditioning vector (B, width): sinusoids, then a two-layer MLP.
 
-    The number of steps T enters as the time 1/T, the length of a step of equal size.
+    The number of steps T enters as the time 1/T, the length of a step if all were equal.
     """
 
     def __init__(self, count, width, frequencies=32):
@@ -163,7 +163,7 @@ class TimeEmbedding(nn.Module):
 
 
 def rotated(x, rotation):
-    """x (B, heads, N, d), numbers i and i + d/2 turned by an angle; rotation: (2, N, d/2), cos and sin."""
+    """Turn each pair of numbers i and i + d/2 of x (B, heads, N, d) by its angle; rotation (2, N, d/2): cos and sin."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = rotation
     turned = a * cos - b * sin, a * sin + b * cos
@@ -178,7 +178,7 @@ def attend(q, k, v, causal=False):
     causal = causal and q.shape[-2] > 1
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    # on a CPU in bfloat16 torch's fused kernel takes seven times as long backwards as the formula
+    # on a CPU in bfloat16 torch's fused kernel takes seven times as long in the backward pass as the formula
     logits = (q * q.shape[-1] ** -0.5) @ k.mT
     if causal:
         mask = torch.full_like(logits[0, 0], -math.inf)
@@ -196,11 +196,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x, causal=False, cache=None, position=0, rotation=None):
-        """x: (B, N, width) to the same shape.
+        """Attend among the tokens x (B, N, width); returns the same shape.
 
-        cache: (2, B, heads, N, width/heads). With it, x is the one token at `position`: its key and value are written
-        to the cache, and it attends to those of the tokens before as well. rotation: as in rotated(); attention
-        then depends on relative positions only.
+        cache: keys and values (2, B, heads, N, width/heads). With a cache, x is the one token at `position`, which
+        writes its key and value into the cache and attends to itself and the tokens before. rotation: as in rotated();
+        attention then depends on relative positions only.
         """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q = normalized(q)  # bounds the logits
@@ -273,7 +273,7 @@ class FlowBlock(nn.Module):
 
     def affine(self, x, condition):
         """b_n and l_n of all tokens x (B, N, D) in the order of the scan, each (B, N, D)."""
-        # moved by one place, which makes the map causal: place n holds token n-1
+        # the input is moved by one place, so that b_n and l_n do not see token n: place n holds token n-1
         start = self.first_place(condition)
         known = self.proj_in(x[:, :-1]).to(start.dtype)
         h = torch.cat([start, known], dim=1) + self.position
@@ -293,14 +293,14 @@ class FlowBlock(nn.Module):
         return offset, bound * torch.tanh(log_scale / bound)
 
     def forward(self, x, condition):
-        """x to u, all tokens in parallel. Returns u (B, N, D) and log|det du/dx| (B,), Eq. (8)."""
+        """Map x (B, N, D) to u, all tokens in parallel. Returns u like x and log|det du/dx| (B,), Eq. (8)."""
         x = self.scan(x)
         offset, log_scale = self.affine(x, condition)
         u = (x - offset) * torch.exp(-log_scale)
         return self.scan(u), -log_scale.sum(dim=(1, 2))
 
     def inverse_cached(self, u, condition):
-        """u to x, Eq. (7), token by token, with a cache of the keys and values of those already known."""
+        """Map u (B, N, D) back to x, Eq. (7), token by token, with a cache of the known tokens' keys and values."""
         u = self.scan(u)
         x = torch.empty_like(u)
         batch, num_tokens, _ = u.shape
@@ -320,9 +320,9 @@ class FlowBlock(nn.Module):
         return self.scan(x)
 
     def inverse_jacobi(self, u, condition, tol):
-        """u to x by fixed-point sweeps over all tokens at once, Eq. (9), until the largest change is below tol.
+        """Map u back to x by fixed-point sweeps over all tokens, Eq. (9), until the largest change is below tol.
 
-        Each sweep makes at least one more token exact, so N sweeps are enough. Sets self.sweeps to their number.
+        Each sweep makes at least one more token exact, so N sweeps suffice. self.sweeps becomes the number of sweeps.
         """
         u = self.scan(u)
         x = u
@@ -336,7 +336,7 @@ class FlowBlock(nn.Module):
         return self.scan(x)
 
     def scan(self, x):
-        """Tokens to the order of the scan, and back."""
+        """Put tokens into the order of the scan; a second call puts them back."""
         return x.flip(1) if self.backwards else x
 
 
@@ -354,10 +354,10 @@ class Transporter(nn.Module):
             FlowBlock(num_tokens, token_dim, width, layers, heads, backwards=i % 2 == 1)
             for i in range(blocks)
         )
-        self.sweeps = []  # of each block in the last inversion by "jacobi", first block first
+        self.sweeps = []  # how many each block took in the last inversion, first block first; empty after "cache"
 
     def forward(self, x, t, steps):
-        """x (B, N, D), t (B,), steps (B,) to u (B, N, D) and log|det du/dx| (B,), Eq. (8)."""
+        """Map x (B, N, D) at t (B,) to u. Returns u like x and log|det du/dx| (B,), Eq. (8); steps (B,)."""
         u = x
         logdet = x.new_zeros(len(x))
         condition = self.condition(t, steps)
@@ -370,7 +370,7 @@ class Transporter(nn.Module):
 
     @torch.no_grad()
     def inverse(self, u, t, steps, method="", tol=1e-5):
-        """Invert the transporter: u (B, N, D) to x (B, N, D).
+        """Map u (B, N, D) at t (B,) back to x like u; steps (B,).
 
         method: "cache", exact, token by token; "jacobi", sweeps over all tokens until the largest change is below tol
         (0: as many sweeps as tokens, which is exact). Empty: the faster, "jacobi" on CUDA and else "cache".

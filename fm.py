@@ -17,7 +17,7 @@ from flow import forward_kernel, full_precision, zeroed
 from model import noise_source
 from predictor import CaptionedTransformer, ImageModel, null_caption
 
-EULER_STEPS = 50  # the default
+EULER_STEPS = 50  # of sampling, by default
 
 
 class FlowMatching(ImageModel):
@@ -55,8 +55,8 @@ class FlowMatching(ImageModel):
         """Follow the velocity from noise to data by Euler's method, one step per interval of the times ts, Eq. (24).
 
         text (B, L). ts (T+1,): times, ascending from 0 to 1; None: 50 equal steps. guidance: w >= 0. restarts: (ours)
-        as in restarted_steps, Eq. (34). randn(*shape): draws noise (B, *shape); None: with `generator`. Returns all
-        levels (B, T+1, N, D), the image first and the noise last.
+        repetitions of each of restarted_steps, Eq. (34). randn(*shape): draws noise (B, *shape); None: with
+        `generator`. Returns all levels (B, T+1, N, D), the image first and the noise last.
         """
         randn = randn or noise_source(self, text, generator)
         if ts is None:
@@ -90,8 +90,8 @@ class FlowMatching(ImageModel):
     def hand_over(self, predictor):
         """Copy the weights into the predictor of an NTM of the same size and parametrization "posterior".
 
-        The predictor's extra parts start at zero: the inputs s and 1/T, and the correction to the scale. Directions and
-        the flow over pixels (ours) stay as they are.
+        The weights of the parts that flow matching lacks become zero: of the inputs s and 1/T, and of the output rho.
+        Directions and the flow over pixels (ours) stay as they are.
         """
         state = predictor.state_dict() | self.state_dict()
         first = "trunk.time.mlp.0.weight"

@@ -1,7 +1,8 @@
-"""What training minimises: the paper's loss, what starts from flow matching adds, and what is ours.
+"""The loss that training minimises: the paper's, the term (26) of runs that start from flow matching, and ours.
 
-An update of train.py goes draw_levels -> TrainingLoss -> losses_of_batch. Without a setting of ours TrainingLoss is
-NTM.forward, Eq. (16). Equation numbers are those of docs/method.md and, from (28), docs/beyond.md.
+An update of train.py calls draw_levels, then losses_of_batch, which calls TrainingLoss. Without the term (26) and
+settings of ours, TrainingLoss is NTM.forward, Eq. (16). Equation numbers are those of docs/method.md and, from (28),
+docs/beyond.md.
 """
 
 import math
@@ -25,16 +26,17 @@ class TrainingLoss(nn.Module):
         self.ours = any(config[name] for name in ours)
 
     def forward(self, images, text, drawn, start_means=None):
-        """{name: scalar}, per dimension, of images (B, channels, H, W) with captions text (B, L).
+        """The losses {name: scalar}, per dimension, of images (B, channels, H, W) with captions text (B, L).
 
-        drawn: draw_levels'. start_means: mu_FM of Eq. (26), (B, K-1, N, D), or None. "nll": -log p, or flow matching's
-        loss. "minimised": what is differentiated, before "aux" (Eq. (26)) is added.
+        drawn: the result of draw_levels. start_means: mu_FM of Eq. (26), (B, K-1, N, D), or None. "nll": -log p, or
+        flow matching's loss. "aux": the term of Eq. (26) without its weight. "minimised": what is differentiated, to
+        which losses_of_batch adds "aux".
         """
         if start_means is None and not self.ours:
             nll = self.model(images, text, drawn)  # Eq. (16) alone, or Eq. (22)
             return {"nll": nll, "minimised": nll}
 
-        # the paper's loss stays NTM.forward, to be read and tested there; below is the same, with its parts at hand
+        # NTM.forward stays the paper's loss alone; the rest computes the loss from parts that settings of ours change
         config, model = self.config, self.model
         steps, ts, x = drawn
         u, logdet = model.transport(x, ts, steps, model.is_whole_trajectory(ts))
@@ -62,7 +64,7 @@ class TrainingLoss(nn.Module):
 
 
 def means_of_start(frozen, text, drawn):
-    """mu_FM of Eq. (26), (B, K-1, N, D): the means of the flow-matching model that an NTM started from, as an NTM."""
+    """mu_FM of Eq. (26), (B, K-1, N, D): the means of `frozen`, the flow-matching start in the form of an NTM."""
     steps, ts, x = drawn
     with torch.no_grad(), coarse_products(ts.device):
         return frozen.predict_all(x, ts, steps, text).mean  # no transporter, so u = x
@@ -71,7 +73,7 @@ def means_of_start(frozen, text, drawn):
 def losses_of_batch(network, frozen, aux_weight, images, text, *drawn):
     """{name: scalar} of images (B, channels, H, W): "minimised" is differentiated, the others are for the log.
 
-    "loss" is -log p, and what keeps the means near those of the start, Eq. (26), without the weights that are ours.
+    "loss" is "nll" plus, if there is a frozen start, the weighted term of Eq. (26), without weights and terms of ours.
     """
     if frozen is None:
         losses = network(images, text, drawn)
@@ -88,15 +90,15 @@ def losses_of_batch(network, frozen, aux_weight, images, text, *drawn):
 
 
 def aux_weight_at(i, config):
-    """lambda_i of Eq. (26)."""
+    """lambda_i of Eq. (26), the weight at update i."""
     return config["aux_weight"] * 0.5 * (1 + math.cos(math.pi * i / config["max_iters"]))
 
 
 def draw_levels(model, noised, images, text, config, batches, generator):
     """The random part of an update, drawn for the whole batch and cut to this rank's rows.
 
-    (steps, ts, x) for an NTM, where x are the levels by `noised`; (t, noise) for flow matching. images and text are the
-    rank's rows.
+    Returns (steps, ts, x) for an NTM, with levels x that `noised` makes; (t, noise) for flow matching. images and text
+    are already the rank's rows.
     """
     device = images.device
     batch, rows = config["batch_size"], batches.rows

@@ -1,9 +1,9 @@
 """Normalizing Trajectory Models: the exact likelihood, few-step sampling, score denoising and the learned denoiser.
 
 Notable about the model:
-- a reverse step p(x_s | x_t) is a normalizing flow of two couplings. The transporter (flow.py) is the spatial one: it
-  carries both levels into u-space. There u_s = mu(u_t) + sigma(u_t) z, an affine coupling over the trajectory, whose mu
-  and sigma are the predictor's (predictor.py). The change of variables makes the likelihood exact;
+- a reverse step p(x_s | x_t) is a normalizing flow of two couplings. The spatial coupling is the transporter (flow.py),
+  which carries both levels into u-space. The coupling over the trajectory is affine, u_s = mu(u_t) + sigma(u_t) z, and
+  the predictor (predictor.py) emits its mu and sigma. The change of variables makes the likelihood exact;
 - the T levels of a trajectory are one batch: a step needs its own u_t and nothing else (the chain is Markov), so one
   pass gives every step's Gaussian, with no causal mask and no loop in training;
 - what is learned is a density, so it has a score: score_denoise() cleans a sampled trajectory with it, and the
@@ -57,7 +57,7 @@ def forward_log_prob(x, ts):
 
 
 def bits_per_dim(nats, dims):
-    """Eq. (15): nats of dequantised 8-bit data in [-1, 1], whose bins are 2^-7 wide, to bits per number."""
+    """Bits per dimension, Eq. (15), of an image with -log p = nats; 8-bit data, dequantised in bins 2^-7 wide."""
     return nats / dims / math.log(2) + 7
 
 
@@ -84,9 +84,9 @@ class NTM(ImageModel):
     def forward(self, images, text, drawn=None):
         """Eq. (16), the training loss in nats per dimension, a scalar: the mean of -log p(x_s | x_t).
 
-        images (B, channels, H, W), text (B, L). drawn: (steps (B,), ts (B, K), x (B, K, N, D)), drawn beforehand;
-        images are then unused, and K is 2 (draw_pairs) or T+1 (draw_trajectories). None: draw whole trajectories. With
-        settings of ours losses.TrainingLoss computes its own.
+        images (B, channels, H, W), text (B, L). drawn: steps (B,), ts (B, K) and levels x (B, K, N, D), which replace
+        the images; K is 2 (draw_pairs) or T+1 (draw_trajectories). None: draw whole trajectories of the images. Where
+        settings of ours change the loss, losses.TrainingLoss computes it instead.
         """
         if drawn is None:
             steps, ts = self.draw_trajectories(len(images), device=images.device)
@@ -97,27 +97,27 @@ class NTM(ImageModel):
         return nll.mean() / x[0, 0].numel()
 
     def draw_trajectories(self, batch, max_t_min=0.05, generator=None, device=None):
-        """T and times of whole trajectories: steps (B,), one T for all; ts (B, T+1), t_0 uniform up to max_t_min."""
+        """Draw steps (B,), one T for all, and times ts (B, T+1) of whole trajectories, t_0 uniform up to max_t_min."""
         rng = dict(generator=generator, device=device)
         choices = self.config.steps
         T = choices[0]
         if len(choices) > 1:
             T = choices[torch.randint(len(choices), (1,), **rng).item()]  # .item() waits for the GPU
-        t_min = max_t_min * (1 - torch.rand(batch, **rng))  # never 0: the posterior parametrisation has no density
+        t_min = max_t_min * (1 - torch.rand(batch, **rng))  # above 0: the posterior parametrisation needs this
         ts = self.config.time_grid(t_min, T)
         return self.step_count(ts), ts
 
     def draw_pairs(self, batch, max_t_min=0.05, generator=None, device=None):
-        """One step of each trajectory instead of all, with the same expected loss: steps T (B,) and ts (B, 2).
+        """Draw steps (B,), a T for each example, and ts (B, 2), the times of one step of each trajectory.
 
-        Each example draws its own T. (ours) Consecutive examples take consecutive steps from a random first one, so
-        that a batch covers all steps evenly.
+        The expected loss is that of whole trajectories. (ours) Consecutive examples take consecutive steps from a
+        random first one, so that a batch covers all steps evenly.
         """
         rng = dict(generator=generator, device=device)
         choices = torch.tensor(self.config.steps).to(device, non_blocking=True)
         steps = choices[torch.randint(len(choices), (batch,), **rng)]
         t_min = max_t_min * (1 - torch.rand(batch, **rng))
-        first = torch.randint(math.lcm(*self.config.steps), (1,), **rng)  # modulo any T this is uniform
+        first = torch.randint(math.lcm(*self.config.steps), (1,), **rng)  # uniform modulo each T of config.steps
         k = (first + torch.arange(batch, device=device)) % steps
         shift = self.config.grid_shift
         s = torch.where(k == 0, t_min, time_at(k, steps, shift))
@@ -128,10 +128,10 @@ class NTM(ImageModel):
     # Likelihood
 
     def transport(self, x, ts, steps, ends_in_noise=False):
-        """Eqs. (7) and (8) for all levels of x (B, K, N, D), with ts (B, K) and steps (B,).
+        """Carry all levels of x (B, K, N, D) to u-space, Eqs. (7) and (8); ts (B, K), steps (B,).
 
-        Returns u like x, and the log-determinants (B, K). ends_in_noise: the last level has t = 1 in every example, and
-        so the identity, which is not worth a pass.
+        Returns u like x, and the log-determinants (B, K). ends_in_noise: the last level has t = 1 in every example;
+        f_T is the identity there, so the level needs no pass.
         """
         K = x.shape[1]
         mapped = K - 1 if ends_in_noise else K  # levels
@@ -146,9 +146,9 @@ class NTM(ImageModel):
         return u, logdet
 
     def is_whole_trajectory(self, ts):
-        """Whether ts (B, K) are draw_trajectories', which end at t = 1 in every example, or draw_pairs'.
+        """Whether ts (B, K) are known to end at t = 1 in every example, as those of draw_trajectories do.
 
-        It is told from K, as reading values would wait for a GPU.
+        K decides, because reading the values of ts would wait for a GPU. Pairs of a one-step model end at 1 as well.
         """
         return ts.shape[1] > 2 or self.config.steps == (1,)
 
@@ -157,7 +157,7 @@ class NTM(ImageModel):
         return self.gaussian(self.predictor(u, t, s, steps, text), u, t, s)
 
     def gaussian(self, outputs, u, t, s):
-        """The Gaussian of what the predictor emits, a tuple of tensors like u (B, N, D)."""
+        """The Gaussian of a step from the predictor's outputs, each like u (B, N, D); t, s (B,)."""
         first, second, *directions = outputs
         if self.config.parametrization == "posterior":
             mean, log_std = self.from_velocity(u, t, s, velocity=first, rho=second)
@@ -168,10 +168,11 @@ class NTM(ImageModel):
         return Gaussian(mean, log_std)
 
     def from_velocity(self, u, t, s, velocity, rho):
-        """Eq. (25): mean and log standard deviation of the "posterior" parametrisation, from what the head emits.
+        """Mean and log standard deviation of the "posterior" parametrisation, Eq. (25), each like u (B, N, D).
 
-        rho = 0 gives sigma = C, as if x_0 were known; rho = 1 gives sqrt(C^2 + B^2), as if x_0 had variance 1. At the
-        last step these differ 50-fold, so rho, not log sigma, is what the head emits.
+        rho = 0 gives sigma = C, as if x_0 were known; rho = 1 gives sqrt(C^2 + B^2), as if x_0 had variance 1. In
+        the grid of docs/method.md the two sigmas differ by 5% at the first step and 50-fold at the last. So the head
+        emits rho, not log sigma: the range of rho is the same at all steps.
         """
         A, B, C = (a[:, None, None] for a in self.posterior(t, s))
         x0_hat = u - t[:, None, None] * velocity  # Eq. (23)
@@ -198,7 +199,7 @@ class NTM(ImageModel):
         """
         u, logdet = self.transport(x, ts, steps, ends_in_noise)
         gaussian = self.predict_all(u, ts, steps, text)
-        # x_t is conditioned on, so the change of variables is x_s's alone; gradients flow through both
+        # x_t is only conditioned on, so its log-determinant does not count; gradients flow through u_s and u_t
         return gaussian.nll(u[:, :-1]) - logdet[:, :-1]
 
     def step_nll(self, x_s, x_t, s, t, steps, text):
@@ -208,7 +209,7 @@ class NTM(ImageModel):
         return self.transition_nll(x, ts, steps, text)[:, 0]
 
     def trajectory_nll(self, x, ts, text):
-        """Eq. (12): exact -log p of each part of a trajectory in nats, (B, T+1); the row sum is that of the whole.
+        """Eq. (12): exact -log p of each part of a trajectory in nats, (B, T+1); a row's sum is -log p of the whole.
 
         x (B, T+1, N, D), ts (B, T+1), text (B, L). Column k < T is the step that ends at t_k, column T the prior.
         """
@@ -234,19 +235,19 @@ class NTM(ImageModel):
 
     @torch.no_grad()
     def sample(self, text, ts, guidance=0.0, generator=None, randn=None):
-        """Eq. (19): a trajectory sampled in u-space, noisiest level first, all tokens in parallel.
+        """Sample a trajectory in u-space, Eq. (19), from noise to the cleanest level, all tokens in parallel.
 
-        text (B, L); ts (T+1,); guidance: w >= 0. Returns u (B, T+1, N, D), cleanest level first. That is no image yet:
-        invert() carries it to x-space, where score_denoise() takes its noise away; or a Denoiser does both from u_0.
+        text (B, L); ts (T+1,); guidance: w >= 0. Returns u (B, T+1, N, D), cleanest level first. u_0 is no image yet:
+        invert() carries the levels to x-space and score_denoise() removes their noise, or a Denoiser does both.
 
-        Noise is randn(*shape), (B, *shape), by default of `generator`; (ours) pipeline.py gives each image its own
+        randn(*shape): draws noise (B, *shape); None: with `generator`. (ours) pipeline.py gives each image its own
         generator.
         """
         T = len(ts) - 1
         config = self.config
         randn = randn or noise_source(self, text, generator)
         z = randn(T + 1, config.num_tokens, config.token_dim)
-        xi = randn(T, config.rank)  # (ours) along the directions of a CorrelatedGaussian: none without rank
+        xi = randn(T, config.rank)  # (ours) noise along a CorrelatedGaussian's directions; empty for rank 0
         u = z[:, T]
         levels = [u]
         for k in reversed(range(T)):
@@ -268,10 +269,10 @@ class NTM(ImageModel):
         return gaussian
 
     def invert(self, u, ts, method="", tol=1e-5, steps=0):
-        """u (B, K, N, D) to x, all levels as one batch.
+        """Carry u (B, K, N, D) back to x-space, all levels as one batch; returns x like u.
 
-        ts (K,) or (B, K). steps: T; 0: K-1, which is not known from a single level. method, tol: Transporter.inverse's.
-        Raises ValueError.
+        ts (K,) or (B, K). steps: T; 0: K-1, as of a whole trajectory. method, tol: Transporter.inverse's. Raises
+        ValueError for a single level without steps, and for an unknown method.
         """
         batch, K = u.shape[:2]
         steps = steps or K - 1
@@ -300,28 +301,28 @@ class NTM(ImageModel):
         return (x[:, 0].detach() - noise) / (1 - ts[:, 0, None, None])
 
     # -----------------------------------------------------------------------------------------------------------
-    # (ours) What beyond.CoupledNTM overrides, beside trajectory_bound, draw_pairs and score_denoise; here the paper's.
-    # pixels.PixelNTM overrides predict
+    # (ours) These methods are the paper's, but stand apart, so that beyond.CoupledNTM can override them. CoupledNTM
+    # also overrides trajectory_bound, draw_pairs and score_denoise; pixels.PixelNTM overrides predict
 
     def posterior(self, t, s):
         """A, B, C of Eq. (4), each (B,)."""
         return reverse_posterior(t, s)
 
     def noised(self, x0, text, ts, noise=None):
-        """Eqs. (1) and (2): x0 (B, N, D) at the times ts (B, K), (B, K, N, D), with noise of that shape or new one.
+        """Noise x0 (B, N, D) to the times ts (B, K), Eqs. (1) and (2). Returns (B, K, N, D); noise: like that, or None.
 
         text: unused here; a CoupledNTM's noise depends on it.
         """
         return forward_trajectory(x0, ts, noise=noise)
 
     def denoising_nll(self, x, ts, text):
-        """The terms of -log p of trajectories whose gradient denoises: all steps, (B, T). The prior has weight 0."""
+        """-log p of all steps, (B, T), whose gradient score_denoise() uses; the prior's would have weight 0 there."""
         steps = self.step_count(ts)
         return self.transition_nll(x, ts, steps, text, ends_in_noise=True)
 
 
 def noise_source(model, text, generator):
-    """randn(*shape): standard normal numbers (B, *shape) for the captions text (B, L), of the model's precision."""
+    """A function randn(*shape) that draws standard normal numbers (B, *shape) in the model's precision; text (B, L)."""
     kind = dict(dtype=next(model.parameters()).dtype, device=text.device)
 
     def randn(*shape):
@@ -331,9 +332,9 @@ def noise_source(model, text, generator):
 
 
 class Denoiser(ImageModel):
-    """g_phi: the cleanest level in u-space to the clean image, in one pass.
+    """g_phi: maps the cleanest level in u-space to the clean image, in one pass.
 
-    Trained by Eq. (27) to reproduce score_denoise.
+    distill.py trains a Denoiser by Eq. (27) to reproduce score_denoise.
     """
 
     def __init__(self, config):
@@ -342,6 +343,6 @@ class Denoiser(ImageModel):
         self.head = zeroed(nn.Linear(config.width, config.token_dim))
 
     def forward(self, u0, text):
-        """u0 (B, N, D) at t_min, text (B, L). Returns x0 (B, N, D)."""
-        no_time = u0.new_zeros(len(u0), 1)  # one t_min only; the paper's is told t
+        """The clean image x0 (B, N, D) for u0 (B, N, D) at t_min; text (B, L)."""
+        no_time = u0.new_zeros(len(u0), 1)  # a denoiser serves one t_min; the paper's is told t
         return full_precision(self.head, self.trunk(u0, text, no_time))

@@ -1,4 +1,4 @@
-"""The networks that a checkpoint may hold, by kind."""
+"""The networks that train.py trains, by the kind that a checkpoint names."""
 
 from beyond import CoupledNTM, TarFlow
 from fm import FlowMatching
@@ -18,7 +18,7 @@ NETWORKS = {"fm": FlowMatching, **NTMS}
 
 
 def kind_of(config, is_sit):
-    """The kind of network that a run of these settings trains. is_sit: whether the run starts from a SiT."""
+    """The kind of network that a run of these settings trains. is_sit: whether the predictor is a SiT."""
     if config["objective"] != "ntm":
         return config["objective"]
     if config["first_noise"] < 1:

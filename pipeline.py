@@ -37,15 +37,15 @@ MOST_AT_ONCE = 256  # images in a batch, however small they are: larger batches 
 class LogLikelihood(NamedTuple):
     """A lower bound on log p(x_{t_min} | caption) of each image, estimated from several trajectories; all (B,).
 
-    Of latents it is the density of normalised ones, as the model reads them.
+    For a model of latents, p is the density of normalised latents, as the model reads them.
     """
     nats: torch.Tensor
     standard_error: torch.Tensor  # of the estimate, in nats
-    bits_per_dim: torch.Tensor | None  # an upper bound; compare with others' at t_min = 0 only; None: of latents
+    bits_per_dim: torch.Tensor | None  # an upper bound, comparable with others' at t_min = 0 only; None for latents
 
 
 def scoring_generator(seed):
-    """The generator of the noise that images are scored with: none of those that images are drawn with."""
+    """The generator of the noise that images are scored with; its seed is none that images are drawn with."""
     return torch.Generator().manual_seed(-1 - seed)
 
 
@@ -55,9 +55,9 @@ class TrainedModel:
     out_dir: the folder of ckpt.pt and, for denoise "learned", denoiser.pt, which knows its own t_min. device: cuda, mps
     or cpu; empty: the best available. The other arguments are those of set_sampling(). Raises ValueError.
 
-    Attributes: network; kind, "ntm" or "fm"; settings, of its training; tokenizer; ts (T+1,), its noise levels,
-    cleanest first; latents, {"mean", "scale"} per channel if it samples normalised latents, else None; seconds, {stage:
-    so far}.
+    Attributes: network; kind, "ntm" or "fm"; settings, of the training run; tokenizer; ts (T+1,), the noise levels,
+    cleanest first; latents, {"mean", "scale"} per channel if the model samples normalised latents, else None; seconds,
+    {stage: seconds so far}.
     """
 
     def __init__(self, out_dir=SHIPPED, device="", steps=0, denoise="learned", t_min=0.02, shift=1.0):
@@ -207,10 +207,10 @@ class TrainedModel:
         """Sample an image for each caption, all in one batch; an image depends on its number, not on its batch.
 
         in_x_space: carry the trajectory back to x-space even where the denoiser does not need it. restarts: (ours) as
-        in sample_with_restarts. best_of: (ours) number of candidates; the one of the greatest guided_log_density is
-        kept, and the first is what best_of 1 samples. temperature: (ours) of the noise in the last step, see
-        beyond.cooled. Returns images (B, C, H, W); and the trajectory x (B, T+1, N, D) and its -log p in nats, (B,), or
-        None for each.
+        in sample_with_restarts. best_of: (ours) number of candidates, of which the one with the greatest
+        guided_log_density is kept; the first candidate is the image that best_of 1 gives. temperature: (ours) as in
+        beyond.cooled. Returns images (B, C, H, W), trajectories x (B, T+1, N, D) or None if these were not needed, and
+        -log p of the trajectories in nats, (B,), or None.
         """
         self.check_sampling(guidance, best_of, restarts, temperature)
         text = self.encode(captions)
@@ -245,7 +245,7 @@ class TrainedModel:
             raise ValueError(f"best_of is {best_of!r}, but must be an int of at least 1, and 1 for {where}")
 
     def draw(self, text, guidance, restarts, temperature, generators, in_x_space):
-        """Draw clean tokens (B, N, D), their trajectory x (B, T+1, N, D) or None if not needed, and u of an NTM."""
+        """Draw tokens (B, N, D); x (B, T+1, N, D), or None if not needed; and u like x, or None for flow matching."""
         network, ts = self.network, self.ts
         T = len(ts) - 1
         stage = f"sampling in {T + restarts * len(restarted_steps(T))} steps"
@@ -282,7 +282,7 @@ class TrainedModel:
         densities = []
         for tokens, _, _ in candidates:
             if self.denoise == "none":
-                tokens = tokens / (1 - self.ts[0])  # (1 - t_0) x_0 and a little noise
+                tokens = tokens / (1 - self.ts[0])  # tokens are (1 - t_0) x_0 plus a little noise
             arguments = self.network, tokens, text, self.ts, guidance, noise
             densities.append(self.clock("choosing", guided_log_density, *arguments))
         best = torch.stack(densities).argmax(dim=0)
@@ -302,7 +302,7 @@ class TrainedModel:
         return samples if self.latents else samples.clamp(-1, 1)
 
     def to_images(self, samples):
-        """Samples (B, C, H, W) to look at, in [-1, 1]: latents decoded if there is a decoder, else unchanged."""
+        """Images (B, C, H, W) to look at: samples decoded if there is a decoder, else the samples unchanged."""
         return self.decode(samples) if self.decode else samples
 
     # -----------------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ class TrainedModel:
         if len(images) != len(captions):
             raise ValueError(f"there are {len(images)} images, but {len(captions)} captions: one caption for each")
         greatest = images.abs().max()
-        if not greatest <= (math.inf if self.latents else 1.5):  # nor if some are NaN
+        if not greatest <= (math.inf if self.latents else 1.5):  # "not", so that NaN fails too
             raise ValueError(f"images reach {greatest:g}, but must be in [-1, 1]: rescale them")
 
     def bounds(self, images, captions, ts, noises):

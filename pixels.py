@@ -7,8 +7,8 @@ Given x_t, K sigma h((x_s - mu) / sigma) is Gaussian with mean zero. mu, sigma, 
 - K (Filter) adds to every number a weighted sum of the numbers before it in raster order, and each number has its own
   weights. It is a linear form of TarFlow's block, over pixels instead of tokens; its log-determinant is 0.
 
-As mu, sigma, h and K depend on x_t alone, a step's density takes a single pass of the network, and the noise of x_s
-almost cancels in training on a mirrored pair (losses.py). docs/beyond.md has the mathematics. Images are
+As mu, sigma, h and K depend on x_t alone, a step's density takes a single pass of the network, and most of the noise
+of x_s cancels in training on mirrored pairs (losses.py). docs/beyond.md has the mathematics. Images are
 (B, channels, H, W).
 """
 
@@ -35,7 +35,7 @@ LOGISTIC = math.sqrt(3) / math.pi  # the scale of a logistic distribution of var
 class Mixture(NamedTuple):
     """h(z) = c logit F(z), Eq. (37): F is the distribution function of a mixture of K logistics, c a logistic's scale.
 
-    A single logistic of variance 1 gives h(z) = z. All (..., K, N, D), in units of sigma.
+    A single logistic of variance 1 gives h(z) = z. The three tensors are (..., K, N, D), in units of sigma.
     """
 
     log_weight: torch.Tensor
@@ -54,11 +54,12 @@ class Mixture(NamedTuple):
         return LOGISTIC * (log_F - log_rest), log_density - log_F - log_rest
 
     def invert(self, y, rounds=16):
-        """z of y = h(z), all numbers at once: half of the rounds bisect an interval, the others are Newton's.
+        """Solve y = h(z) for z, all numbers at once: half of the rounds bisect an interval, the others use Newton's.
 
-        Above the median the method inverts 1 - F instead of F: the smaller of the two keeps its digits.
+        A Newton step that would leave the interval is replaced by bisection. Above the median the method inverts 1 - F
+        instead of F, because the smaller of the two keeps its digits.
         """
-        ends = self.centre + torch.exp(self.log_scale) * y.unsqueeze(-3)  # the solution, if one logistic were all
+        ends = self.centre + torch.exp(self.log_scale) * y.unsqueeze(-3)  # the solutions for each logistic alone
         low, high = ends.amin(dim=-3), ends.amax(dim=-3)
         side = torch.where(y > 0, -1.0, 1.0)
         wanted = F.logsigmoid(-y.abs() / LOGISTIC)
@@ -87,10 +88,10 @@ class Mixture(NamedTuple):
 
 
 def make_mixture(outputs, log_std, C):
-    """The Mixture of 3 K outputs of the network, each (B, N, D): log-weights, centres, log-scales. log_std (B, N, D).
+    """The Mixture that 3 K outputs of the network stand for, each (B, N, D): log-weights, centres, log-scales.
 
-    No logistic is narrower than C (B,), the standard deviation of x_s once x_0 is known as well, or than sigma where
-    that is smaller.
+    No logistic is narrower than C (B,), the standard deviation of x_s given x_t and x_0; where sigma = exp(log_std),
+    (B, N, D), is smaller than C, none is narrower than sigma.
     """
     outputs = torch.stack(outputs, dim=-3)
     log_weight, centre, log_scale = outputs.chunk(3, dim=-3)
@@ -131,14 +132,14 @@ def causal_mask(channels, window):
 class Filter(NamedTuple):
     """K of Eq. (38): every number plus a weighted sum of M convolutions of the numbers before it.
 
-    weights (B, M, channels, H, W): those of each number. kernels (M, channels, channels, k, k): causal, shared.
+    Each number has its own weights (B, M, channels, H, W); all share the causal kernels (M, channels, channels, k, k).
     """
 
     weights: torch.Tensor
     kernels: torch.Tensor
 
     def apply(self, images):
-        """K images, (B, channels, H, W)."""
+        """K applied to images (B, channels, H, W)."""
         count, channels, _, window, _ = self.kernels.shape
         told = F.conv2d(images, self.kernels.flatten(0, 1), padding=window // 2)
         told = told.unflatten(1, (count, channels))
@@ -147,7 +148,7 @@ class Filter(NamedTuple):
     def invert(self, images):
         """Solve images = K x for x, row by row: subtract what the rows above contribute, then solve a triangle.
 
-        It has no gradient, which sampling does not need: rows are written in place.
+        Rows are written in place, so the solution has no gradient; sampling needs none.
         """
         batch, channels, height, width = images.shape
         count, window = self.kernels.shape[0], self.kernels.shape[-1]
@@ -155,7 +156,7 @@ class Filter(NamedTuple):
         numbers = width * channels  # of a row, in raster order
         above = self.kernels[:, :, :, :radius].flatten(0, 1)
         left = self.kernels[:, :, :, radius, : radius + 1].flip(-1)
-        # the factor by which a number (channel d, so many pixels to the left) enters another (channel c)
+        # beside[k]: the factor by which channel d of the pixel k places to the left enters channel c
         beside = torch.einsum("bmchw,mcdk->kbdchw", self.weights, left)
         x = F.pad(torch.zeros_like(images), (radius, radius, radius, 0))
         for row in range(height):
@@ -167,7 +168,7 @@ class Filter(NamedTuple):
                 diagonal = triangle.diagonal(back, dim1=1, dim2=3)  # (B, d, c, width - back)
                 diagonal.copy_(beside[back, :, :, :, row, back:])
             solved = torch.linalg.solve_triangular(
-                triangle.view(batch, numbers, numbers).mT,  # its diagonal of ones is understood
+                triangle.view(batch, numbers, numbers).mT,  # with ones on its diagonal, which are not stored
                 rest.mT.reshape(batch, numbers, 1),
                 upper=False,
                 unitriangular=True,
@@ -184,8 +185,8 @@ class StepFlow(NamedTuple):
     """p(x_s | x_t) of Eq. (39): K sigma h((x_s - mean) / sigma) is Gaussian with mean zero.
 
     A StepFlow has a Gaussian's methods. mean, log_std (..., N, D) and directions (..., R, N, D) or None are as in a
-    Gaussian; but a mixture may lean to one side, and then they are location and scale. mixture: h, or None. weights
-    (..., M, N, D): of the filter K, or None; its kernels are model's.
+    Gaussian, but if the mixture leans to one side, mean and sigma are only location and scale. mixture: h, or None.
+    weights (..., M, N, D): of the filter K, or None. model: the PixelNTM, which holds the filter's kernels.
     """
 
     mean: torch.Tensor
@@ -217,7 +218,7 @@ class StepFlow(NamedTuple):
         return CorrelatedGaussian(mean, self.log_std, self.directions)
 
     def filtered(self, tokens, inverse=False):
-        """K of tokens (..., N, D); or the inverse, of a K whose sums lack the share filter_leak."""
+        """K applied to tokens (..., N, D), or the inverse of K, with the share filter_leak of its sums left out."""
         if self.weights is None:
             return tokens
         count, *token = self.weights.shape[-3:]
@@ -268,7 +269,7 @@ class PixelConfig(NTMConfig):
     filters: int = 0  # kernels of the causal filter, M; 0: no filter
     filter_window: int = 5  # side of their window, odd
     filter_leak: float = 0.0  # share of the filter's sums that sampling leaves out; 0: sampling is exact
-    logistics: int = 0  # of the pointwise map's mixture, K; 0: no map
+    logistics: int = 0  # logistics in the pointwise map's mixture, K; 0: no map
 
     may_be_zero = NTMConfig.may_be_zero | {"filters", "logistics"}
 
@@ -288,8 +289,8 @@ class PixelConfig(NTMConfig):
 class PixelNTM(NTM):
     """An NTM whose steps have a flow over pixels.
 
-    With a transporter the flow acts on u_s, whose numbers are no longer pixels and whose noise is no longer C: exact,
-    but of less use.
+    With a transporter the flow acts on u_s. The density is still exact, but the flow is of less use: the numbers of u_s
+    are no pixels, and their noise does not have standard deviation C.
     """
 
     config_class = PixelConfig

@@ -1,4 +1,4 @@
-"""What a network is (NTMConfig), images as tokens, the Gaussian of a step, and the predictor f_P.
+"""The shape of a network (NTMConfig), images as tokens, the Gaussian of a step, and the predictor f_P.
 
 The predictor is a deep Transformer without a causal mask: text and image tokens share full attention, with adaptive
 norms for (t, s, T), normalised queries and keys, and rotary positions. One row of a batch is one level of one
@@ -40,7 +40,7 @@ class NTMConfig:
     steps: int | tuple = 4  # T; with several, each example of training has one of them
     shift: float | None = None  # e^m of the time grid; None: from the number of tokens
 
-    # no annotation: not a field
+    # without an annotation this is a constant of the class, not a field
     may_be_zero = frozenset({"transporter_blocks", "rank"})
 
     def __post_init__(self):
@@ -66,7 +66,7 @@ class NTMConfig:
 
     @property
     def flow_outputs(self):
-        """(ours) {purpose: how many numbers the predictor emits for it, for each number of a token}."""
+        """(ours) How many numbers the predictor emits for each purpose, per number of a token: {purpose: count}."""
         return {}  # pixels.PixelConfig has some
 
     @property
@@ -89,10 +89,10 @@ class NTMConfig:
         return grid_shift(self.num_tokens) if self.shift is None else self.shift
 
     def time_grid(self, t_min, steps=0):
-        """Eq. (6): the noise levels (T+1,) of a trajectory from t_min on; steps: T; 0: the first of config.steps.
+        """The noise levels (T+1,) of a trajectory from t_min up to 1, Eq. (6). steps: T; 0: the first of config.steps.
 
-        t_min: float, or (B,) for a grid each, (B, T+1). Raises ValueError for a t_min outside [0, t_1), and for 0 in
-        the posterior parametrisation.
+        t_min: a float, or a tensor (B,) for a grid per example, (B, T+1). Raises ValueError for a float outside
+        [0, t_1), and for 0.0 in the posterior parametrisation; the values of a tensor are not checked.
         """
         if self.parametrization == "posterior" and not torch.is_tensor(t_min) and t_min == 0:
             raise ValueError(
@@ -103,7 +103,7 @@ class NTMConfig:
 
 
 class ImageModel(nn.Module):
-    """Base of every model here: its config, and images to tokens and back."""
+    """Base class of NTM, FlowMatching and Denoiser: holds the config, and turns images into tokens and back."""
 
     config_class = NTMConfig
 
@@ -112,12 +112,12 @@ class ImageModel(nn.Module):
         self.config = config
 
     def patchify(self, images):
-        """(B, channels, H, W) to tokens (B, N, D), row by row."""
+        """Cut images (B, channels, H, W) into tokens (B, N, D), row by row."""
         p = self.config.patch_size
         return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
     def unpatchify(self, tokens):
-        """(B, N, D) to images (B, channels, H, W)."""
+        """Join tokens (B, N, D) to images (B, channels, H, W)."""
         p = self.config.patch_size
         rows, columns = self.config.patches
         return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
@@ -128,7 +128,7 @@ class ImageModel(nn.Module):
 
 
 def without_autocast(method):
-    """The method with autocast off, which would round variances and log-determinants to bfloat16."""
+    """Wrap a method to run without autocast, because autocast would round variances and log-determinants."""
 
     @functools.wraps(method)
     def in_full(self, *args):
@@ -199,7 +199,7 @@ def rotations(text_len, rows, columns, pairs):
     """cos and sin of the angle by which each pair of numbers of a query or key is turned, (2, L+N, pairs).
 
     Rotary positions (arXiv:2104.09864). Each pair of channels encodes one of row, column, caption position, in turn,
-    in wavelengths from 6 places to 100 times as many. Caption positions start at 1: 0 means "is an image token".
+    in wavelengths from 6 to at most 628 places. Caption positions start at 1: 0 means "is an image token".
     Caption tokens stand at row 0, column 0: attention to them tells an image token its absolute place.
     """
     place = torch.zeros(text_len + rows * columns, 3)
@@ -245,10 +245,10 @@ class CaptionedTransformer(nn.Module):
 
 
 def gaussian_head(width, num_zero_outputs, rank, token_dim):
-    """Linear layer that emits, for every number of a token, num_zero_outputs numbers and R directions (ours).
+    """A linear layer that emits, for each number of a token, num_zero_outputs outputs and `rank` directions (ours).
 
-    The first (mean and log_std; one for sit.py) start at zero. Directions start small, at about 0.01: at zero they
-    would get no gradient.
+    The outputs start at zero: two for a Predictor, rho alone for sit.py. The directions start at about 0.01, because at
+    zero they would get no gradient.
     """
     head = zeroed(nn.Linear(width, (num_zero_outputs + rank) * token_dim))
     directions = head.weight[num_zero_outputs * token_dim :]
@@ -265,7 +265,7 @@ def flow_heads(config):
 
 
 def emitted(predictor, h):
-    """What the heads of a predictor make of h (B, N, width), in full precision: a tuple of tensors (B, N, D)."""
+    """The outputs of a predictor's heads for hidden states h (B, N, width): a tuple of (B, N, D), in full precision."""
     heads = [predictor.head, *predictor.flow_heads.values()]
     outputs = torch.cat([full_precision(head, h) for head in heads], dim=-1)
     return outputs.split(predictor.token_dim, dim=-1)
@@ -285,10 +285,9 @@ class Predictor(nn.Module):
         self.token_dim = config.token_dim
 
     def forward(self, u, t, s, steps, text):
-        """u (B, N, D), t, s, steps (B,), text (B, L).
+        """Mean and log_std ("direct") or velocity and rho ("posterior"), then R directions and flow_outputs (ours).
 
-        Returns mean, log_std ("direct") or velocity, rho ("posterior"), then R directions and flow_outputs (ours);
-        each like u, in full precision.
+        Each is like u (B, N, D), in full precision. t, s, steps (B,), text (B, L).
         """
         times = torch.stack([t, s, 1 / steps], dim=1)
         h = self.trunk(u, text, times)

@@ -12,7 +12,7 @@ With --show_trajectory, or --denoise=score or none, the sheet shows each sample'
 A model of latents also writes 0000.npy, ...; --decoder makes images of latents, and without it the PNGs are a preview.
 Images that an earlier run left in the folder are removed.
 
-Two other layouts (plumbing/layouts.py) are for programs that score many images; there an interrupted run continues.
+Two other layouts (plumbing/layouts.py) are for programs that score many images; these continue an interrupted run.
 Under torchrun the ranks share the work, and the images stay the same.
 A flow-matching checkpoint is sampled by Euler's method, without a denoiser or a likelihood. From Python: pipeline.py.
 """
@@ -34,8 +34,8 @@ from plumbing.layouts import (LAYOUTS, goes_on, make_folder, path_of, read_promp
 from plumbing.runtime import from_first_rank, gathered, leave_ranks, meet_ranks, note, one_line_errors, start_ranks
 
 out_dir = ""  # the folder of ckpt.pt and denoiser.pt; empty: the shipped model, assets/emoji64
-prompt = ""  # one caption; if prompts is empty too: captions of out_dir/prompts.txt, or of the model's data set
-prompts = ""  # a text file, a caption per line (empty: any image), or .jsonl, an object with a "prompt" per line
+prompt = ""  # one caption; without prompt and prompts: captions of out_dir/prompts.txt, or of the model's data set
+prompts = ""  # a text file with a caption per line (an empty line: any image), or a .jsonl with a "prompt" per line
 num_samples = 16  # images per prompt; without prompts, images in all
 steps = 0  # T, the number of reverse steps; 0: as trained, or 50 for flow matching
 guidance = 1.0  # weight of classifier-free guidance; 0: none
@@ -56,7 +56,7 @@ device = ""  # cuda, mps or cpu; empty: the best available
 
 
 def captions_to_sample(model):
-    """The caption of each image, and the entries of the file of prompts, a dict per prompt. Raises ValueError."""
+    """The caption of each image; and a dict per prompt, none if there are only default captions. Raises ValueError."""
     if prompt and prompts:
         raise ValueError(f"prompt is {prompt!r} and prompts is {prompts!r}, but only one may be given: leave one out")
     entries = read_prompts(prompts) if prompts else [{"prompt": prompt}] if prompt else []
@@ -85,7 +85,7 @@ def check_layout():
 
 
 def folder_of(source):
-    """The folder for the images of the model in the folder `source`; never in assets/."""
+    """The folder for the images of the model in the folder `source`; without --folder never in assets/."""
     if folder:
         return Path(folder)
     shipped = source.resolve().parent == SHIPPED.parent.resolve()
@@ -101,7 +101,7 @@ def missing(to, settings, count):
 
 
 def sampled(model, captions, batches):
-    """Yield for each batch its numbers, samples, images to look at, trajectories and nats; the last two may be None."""
+    """Yield each batch's numbers, samples, images to show, trajectories and their -log p; the last two may be None."""
     in_x_space = show_trajectory or model.denoise == "none"
     for numbers in batches:
         of_batch = [captions[i] for i in numbers]
@@ -114,7 +114,7 @@ def write_images(model, to, numbers, samples, images, x):
     """Write the files of each image of a batch, as the layout asks for."""
     for j, i in enumerate(numbers):
         path = path_of(to, layout, i, num_samples)
-        if model.latents and layout == "sheet":  # in other layouts scoring programs may read it as an image
+        if model.latents and layout == "sheet":  # other layouts feed scoring programs, which might read a .npy
             np.save(path.with_suffix(".npy"), model.plain_latents(samples[j]).half().cpu().numpy())
         save_image(to_pil(images[j], scale), path)  # last in layouts that continue: the PNG marks an image as done
         if show_trajectory:
@@ -124,7 +124,7 @@ def write_images(model, to, numbers, samples, images, x):
 
 
 def strip(levels, image, model):
-    """About eight of the levels (T+1, C, H, W), noise first, and the final image (C, H, W), side by side."""
+    """At most nine of the levels (T+1, C, H, W), noise first, and the final image (C, H, W), side by side."""
     shown = slice(None, None, -(-len(levels) // 9))
     names = [f"t = {t:.2f}" for t in model.ts.flip(0)[shown].tolist()] + [f"denoise: {model.denoise}"]
     return contact_sheet(torch.cat([levels.flip(0)[shown], image[None]]), names, columns=len(names))
@@ -180,7 +180,7 @@ def main(config):
     if rank == 0 and wanted:
         print(f"draws {len(wanted)} images on {model.device.type}", flush=True)
 
-    # ranks take batches in turn; the first batch comes before an earlier run's images are removed, in case it fails
+    # ranks take batches in turn; if the first batch fails, the images of an earlier run are still there
     batches = [wanted[start:start + batch_size] for start in range(0, len(wanted), batch_size)]
     drawn = sampled(model, captions, batches[rank::world])
     first = list(itertools.islice(drawn, 1))

@@ -20,7 +20,7 @@ from predictor import emitted, flow_heads, gaussian_head
 
 FREQUENCIES = 128
 WRAPPERS = "module", "_orig_mod"  # prefixes that DistributedDataParallel and torch.compile add to names
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the published S, B, L and XL: the weights do not tell
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published S, B, L and XL, by width: checkpoints do not tell
 
 
 def modulated_norm(x, shift, scale):
@@ -66,7 +66,10 @@ class Block(nn.Module):
 
 
 class SiT(nn.Module):
-    """The network of the velocity noise - data of images, or of tokens (B, N, D) in the order of NTM.patchify."""
+    """SiT's network, which estimates the velocity noise - data.
+
+    forward takes images; hidden takes and velocity returns tokens (B, N, D) in the order of NTM.patchify.
+    """
 
     def __init__(self, image_size, channels, patch_size, width, depth, heads, classes):
         super().__init__()
@@ -106,7 +109,7 @@ class SiT(nn.Module):
 
     def hidden(self, tokens, condition):
         """The last hidden states (B, N, width) of tokens (B, N, D)."""
-        conv = self.x_embedder.proj  # the patches do not overlap, so it is a linear layer
+        conv = self.x_embedder.proj  # as patches do not overlap, the convolution is a linear layer
         weight = rearrange(conv.weight, "w c p q -> w (p q c)")
         h = F.linear(tokens, weight, conv.bias) + self.pos_embed
         for block in self.blocks:
@@ -118,7 +121,7 @@ class SiT(nn.Module):
         vectors = self.final_layer.adaLN_modulation(condition)[:, None]
         shift, scale = vectors.chunk(2, dim=-1)
         h = modulated_norm(h, shift, scale)
-        return -full_precision(self.final_layer.linear, h)
+        return -full_precision(self.final_layer.linear, h)  # the published weights give data - noise
 
     def forward(self, x, t, y):
         """The velocity (B, C, H, W) of x (B, C, H, W) at t (B,); y (B,): class numbers, `classes` for none."""
@@ -230,11 +233,11 @@ def check_heads(path, width, heads):
 
 
 def load_sit(path, heads=None):
-    """The SiT of a published checkpoint, a state dict or a dict with one under "ema", "model" or "state_dict".
+    """The SiT of a published checkpoint: a state dict, or a dict that holds one under "ema", "model" or "state_dict".
 
-    The first of these that is there counts. heads: attention heads; needed for a width that no published SiT has.
-    Raises FileNotFoundError, or ValueError with one line that names the file and every tensor that is unknown, missing
-    or of another shape.
+    The first of these keys counts. heads: attention heads; needed for a width that no published SiT has. Raises
+    FileNotFoundError, or ValueError with one line that names the file and every tensor that is unknown, missing or of
+    another shape.
     """
     state = read_weights(path)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
@@ -251,7 +254,7 @@ def load_sit(path, heads=None):
     image_size = round(tokens**0.5) * patch_size
     sit = SiT(image_size, channels, patch_size, width, depth, heads, classes)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if len(state[name]) == 2 * channels * patch_size**2:  # of learn_sigma: the other half is unused
+        if len(state[name]) == 2 * channels * patch_size**2:  # with learn_sigma: half of the outputs are unused
             state[name] = rearrange(state[name], "(patch two c) ... -> two (patch c) ...", two=2, c=channels)[0]
     try:
         sit.load_state_dict(state)

@@ -21,10 +21,10 @@ TRANSPORTER_SETTINGS = ("transporter_width", "transporter_blocks", "transporter_
 
 
 class Start(NamedTuple):
-    """What a run starts from: the kind of its network, as in networks.py, and what there is of the rest, else None.
+    """What a run starts from: the kind of its network, as in networks.py; the other fields are None if not needed.
 
     base: a trained network whose weights the run takes. resumed: contents of the checkpoint that the run continues.
-    vocabulary: that of the trained network or of the checkpoint.
+    vocabulary: the tokenizer's, from the trained network or the checkpoint.
     """
 
     kind: str
@@ -138,7 +138,7 @@ def start_from_checkpoint(config, device):
 
 
 def build_model(config, start, vocab_size, device):
-    """The model to train, and a frozen copy of the flow-matching model that it is to stay close to, or None.
+    """The model to train, and the frozen flow-matching model whose means it stays near by Eq. (26), or None.
 
     Both have the weights of start.base, if there is one; a checkpoint's weights are restored later.
     """
@@ -162,9 +162,9 @@ def build_model(config, start, vocab_size, device):
 
 
 def take_weights(model, trained):
-    """Copy the weights of another NTM.
+    """Copy the weights of `trained`, another NTM, into a model.
 
-    A transporter or directions that the other lacks keep their initial values: the identity, or small.
+    A transporter, directions or a flow over pixels that `trained` lacks keep their initial values.
     """
     ours = model.state_dict()
     theirs = trained.state_dict()

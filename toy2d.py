@@ -2,13 +2,13 @@
 
 An image of two pixels is a point in the plane, so one figure shows everything. With only four steps from noise to data,
 p(x_s | x_t) has several pieces: x_t does not tell from which part of the data the point came. A diffusion model's step
-is a Gaussian (here, an NTM without a transporter). However long it trains, it covers the space between the pieces too.
-NTM's step is a flow and has pieces where the data have them.
+is a Gaussian (here, an NTM without a transporter). Even after long training, a Gaussian also covers the space between
+the pieces. NTM's step is a flow and has pieces where the data have them.
 
     python toy2d.py --squares=4
     python toy2d.py --max_iters=200 --num_samples=1000    # a first look
 
-Both models train at once, each on one core, for the same processor time. Writes the figure out/toy2d.png.
+Both models train at once, each on one core, for equal processor time. Writes out/toy2d.png and out/toy2d_last.png.
 """
 
 import copy
@@ -184,8 +184,8 @@ def draw_steps(ts, generator):
 
 
 def train(name, model, ts, stop):
-    """Train by maximum likelihood for `seconds` of processor time, or until the Event `stop` is set; return the
-    averaged model and its updates."""
+    """Train by maximum likelihood for max_iters updates or `seconds` of processor time, or until the Event `stop` is
+    set; return the averaged model and the number of updates."""
     average = copy.deepcopy(model).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     # Muon for the modulation as well: with AdamW, as in train.py, the bound ended 0.15 nats higher

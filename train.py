@@ -1,14 +1,14 @@
-"""Trains a Normalizing Trajectory Model; without arguments, on handwritten digits, minutes on a CPU.
+"""Train a Normalizing Trajectory Model; without arguments, on handwritten digits, which takes minutes on a CPU.
 
     python train.py config/shapes_scratch.py --batch_size=32
     torchrun --nproc_per_node=8 train.py config/t2i_fm.py
-    torchrun --nproc_per_node=8 train.py config/t2i.py               # from flow matching's checkpoint
-    python train.py --out_dir=out/shapes --resume=yes                # goes on, with the settings of the checkpoint
-    python train.py config/digits_fm.py                              # flow matching instead: the baseline
-    python train.py config/digits_tune.py --resume=auto              # an NTM from it; run again, it resumes
-    python train.py config/sit.py --init_from=sit:SiT-XL-2-256.pt    # or from published weights
+    torchrun --nproc_per_node=8 train.py config/t2i.py               # an NTM that starts from that model
+    python train.py --out_dir=out/shapes --resume=yes                # continues a run with its own settings
+    python train.py config/digits_fm.py                              # the baseline: flow matching
+    python train.py config/digits_tune.py --resume=auto              # starts an NTM from the baseline, or resumes it
+    python train.py config/sit.py --init_from=sit:SiT-XL-2-256.pt    # an NTM that starts from published weights
 
-Leaves in out_dir: ckpt.pt, log.jsonl, log.png and, from every validation, samples/ITERATION.png.
+Writes into out_dir: ckpt.pt, log.jsonl, log.png and, from every validation, samples/ITERATION.png.
 """
 
 import copy
@@ -55,22 +55,22 @@ from start import NETWORK_SETTINGS, TRANSPORTER_SETTINGS, build_model, find_star
 # ---- run
 out_dir = "out/digits"  # the folder of the run: checkpoint, log, sheets of samples
 objective = "ntm"  # "fm": flow matching with the same network; "tarflow" (ours): no predictor, and steps must be 1
-init_from = "scratch"  # or a ckpt.pt of flow matching or of an NTM; or sit:PATH, published SiT weights
+init_from = "scratch"  # "scratch", a ckpt.pt of flow matching or of an NTM, or sit:PATH, published SiT weights
 resume = "no"  # "yes": continue out_dir/ckpt.pt, wherever it started from; "auto": continue it if it exists
 seed = 0  # the seed and the iteration determine every random number of a run
 device = ""  # cuda, mps or cpu; empty: the best available
 bfloat16: bool | None = None  # train in bfloat16 by autocast; None: on CUDA only
-compile: bool | str | None = None  # use torch.compile; "layers": layer by layer, sooner done; None: on CUDA with Triton
+compile: bool | str | None = None  # use torch.compile; "layers": by layer, ready sooner; None: on CUDA with Triton
 workers = 0  # processes per rank that load data; 0: the training process loads them
 in_memory = False  # decode the shards once, at the start, and keep them in each rank's memory
 
 # ---- data
 dataset = "digits"  # or "fashion", "shapes", or "shards": captioned images or latents of your own
 data_dir = ""  # the shards: a folder, a glob or NAME-{00000..00099}.tar; or the folder of Fashion-MNIST's files
-crop = "center"  # where shards' images that are not square are cropped; or "random"
+crop = "center"  # where images of shards are cropped if their shape is not that of image_size; or "random"
 flip = False  # mirror half of the shards' images, chosen at random
-latent_scale = 0.0  # factor that normalises latents; 0: as `data.py encode` measured it; SiT's need 0.18215
-bad_limit = 0.01  # stop if more than this fraction of the examples is unusable; others replace those that are
+latent_scale = 0.0  # factor that normalises latents; 0: as `data.py encode` measured it; SiT's latents need 0.18215
+bad_limit = 0.01  # fraction of unusable examples above which a run stops; each is replaced by a usable one
 bad_captions = 0.1  # refuse to start if more than this fraction of captions is truncated or unreadable
 image_size: int | tuple = 8  # pixels a side; or height,width
 channels = 1  # 1: grey, 3: RGB; latents have as many as their encoder makes
@@ -87,7 +87,7 @@ transporter_width = 64  # numbers per token in the transporter
 transporter_blocks = 3  # autoregressive blocks of the transporter; 0: none
 transporter_layers = 2  # layers of each block
 transporter_heads = 2  # attention heads of each block
-parametrization = "direct"  # from scratch; or "posterior": the head emits a velocity, as after flow matching
+parametrization = "direct"  # or "posterior": the head emits a velocity, as in runs that start from flow matching
 steps: int | tuple = 4  # T, the number of reverse steps; several, such as 4,8, make one model for all of them
 shift: float | None = 0.5  # e^m of the time grid; small images need a small one; None: from the number of tokens
 max_t_min = 0.05  # t_0, the cleanest noise level, is uniform in (0, max_t_min]
@@ -97,18 +97,18 @@ filter_window = 5  # (ours) side of the filter's window in pixels
 filter_leak = 0.0  # (ours) share of the filter's sums that sampling leaves out; 0.06: errors fade along the rows
 logistics = 0  # (ours) logistics per number in the pointwise map of a step's flow; 0: no map
 pairs = True  # train on one random step of each trajectory; False: on all T steps
-level_weight = 0.0  # (ours) p: a step that ends at noise level s has weight s^p, which balances the gradients
+level_weight = 0.0  # (ours) power p: a step that ends at noise level s has weight s^p, which balances the gradients
 first_noise = 1.0  # (ours) fraction of x_1 that is fresh noise; the rest follows from the next cleaner level
 closed_form = False  # (ours) train on the expected loss: its gradients have less variance; needs Gaussian steps
 mirrored = False  # (ours) train on the mean loss of x_s and its mirror image: less variance, for any step
 velocity_weight = 0.0  # (ours) weight of an added flow-matching loss; needs transporter_blocks 0
-aux_weight = 2.5  # weight of staying close to the flow-matching model it starts from; decays to 0 by a cosine
+aux_weight = 2.5  # weight of a loss that keeps means near those of a flow-matching start; decays to 0 by a cosine
 
 # ---- optimisation
 batch_size = 64  # examples per update, over all ranks and accumulation passes
 grad_accum = 1  # forward and backward passes per update on each rank
 max_iters = 2000  # updates in all
-minutes = 0.0  # above 0: as many updates as fit into this time, by the speed of the first ones, instead of max_iters
+minutes = 0.0  # above 0: max_iters becomes what fits into so many minutes at the speed of the first updates
 optimizer = "muon"  # or "adamw"
 lr = 5e-3  # peak learning rate of muon; adamw needs about 2e-3
 words_lr = 1.0  # learning-rate factor for word embeddings; with many rare words try 25
@@ -126,7 +126,7 @@ keep = 1  # checkpoints of validations to keep, as ckpt_000500.pt and so on; 1: 
 val_examples = 297  # held-out examples that a validation reads
 t_min = 0.02  # noise level where the trajectories of validation and the samples end
 num_samples = 25  # images on the sheet of samples
-decoder = ""  # for the sheet of a model of latents: a torch.export program, latents (B, C, h, w) to images in [-1, 1]
+decoder = ""  # decodes latents for the sheet: a torch.export program from (B, C, h, w) to images in [-1, 1]
 chunk = 0  # examples that are validated or score-denoised at once; 0: as many as fit into about 4 GB
 wandb_log = False  # send the log and the sheets to Weights & Biases as well
 
@@ -141,11 +141,11 @@ def levels_of(model, t_min):
 
 
 def validate(ema, batches, ts, config):
-    """What to log about the averaged model on held-out data, {name: nats per dimension}.
+    """Measure the averaged model on held-out data. Returns {name: nats per dimension} for the log.
 
-    val_step_k is -log p of each step of a trajectory, cleanest first, val_loss their mean; val_bound is the upper bound
-    on -log p(x_{t_min}), which unlike the loss does not depend on the time grid ts (T+1,). Of flow matching val_loss is
-    the velocity's squared error. All of it is measured in float32, as by evaluate.py, whatever the run trains in.
+    val_step_k is -log p of the step that ends at t_k, and val_loss the mean over steps. val_bound is the upper bound on
+    -log p(x_{t_min}); unlike losses, bounds can be compared between time grids ts (T+1,). For flow matching, val_loss
+    is the velocity's mean squared error. Networks run in float32, as in evaluate.py, whatever the run trains in.
     """
     count = torch.zeros((), device=ts.device)
     sums = torch.zeros(len(ts) if isinstance(ema, NTM) else 1, device=ts.device)
@@ -177,7 +177,7 @@ def likelihoods(ema, images, text, ts, generator, chunk=0):
 
 
 def sample_images(ema, text, ts, generator, chunk=0):
-    """Samples for captions, always from the same noise; an NTM's are score-denoised, `chunk` of them at once."""
+    """Images (B, C, H, W) sampled for captions text (B, L); an NTM's are score-denoised, `chunk` of them at once."""
     if not isinstance(ema, NTM):
         return ema.unpatchify(ema.sample(text, ts, generator=generator)[:, 0])
     u = ema.sample(text, ts, generator=generator)
@@ -190,7 +190,7 @@ def sample_images(ema, text, ts, generator, chunk=0):
 
 
 def open_data(config, vocabulary):
-    """Training and validation set, and tokenizer."""
+    """Open the training and validation set and the tokenizer. For latents, config gets their mean and scale."""
     train_set = open_dataset(config, "train")
     if config["in_memory"]:
         train_set = Kept(train_set)
@@ -242,7 +242,7 @@ class Run:
             print(*notes, sep="\n", end="\n" if notes else "")
 
     def save(self, i):
-        """Writes the checkpoint of iteration i."""
+        """Write the checkpoint of iteration i."""
         words = set().union(*gathered(self.batches.words))  # of all captions so far, for whoever writes prompts
         if self.rank == 0:
             contents = dict(
@@ -264,7 +264,7 @@ class Run:
 
     @uncompiled()
     def validate(self, i):
-        """Validates the averaged model of iteration i, and leaves samples for held-out captions."""
+        """Validate the averaged model of iteration i, and write a sheet of samples for held-out captions."""
         if self.rank == 0:
             with self.progress.a_sheet(i):
                 self.show_samples(i)
@@ -280,7 +280,7 @@ class Run:
         self.progress.validated(i, validate(self.ema, batches, self.ts, config))
 
     def show_samples(self, i):
-        """A sheet of samples for the first held-out captions."""
+        """Write a sheet of samples for the first held-out captions."""
         count = self.config["num_samples"]
         batches = validation_batches(*self.held_out(), count, self.device, batch_size=count)
         _, text, captions, generator = next(batches)
@@ -316,8 +316,8 @@ def train(run):
     model, ema, frozen = run.model, run.ema, run.frozen
     batches, progress = run.batches, run.progress
     network = for_training(TrainingLoss(model, config), config, device)
-    noised = getattr(ema, "noised", None)  # an NTM's; by the average, as a CoupledNTM's noise follows its flow
-    if isinstance(ema, CoupledNTM):  # (ours) four passes of the network
+    noised = getattr(ema, "noised", None)  # None for flow matching; a CoupledNTM noises by the averaged model's flow
+    if isinstance(ema, CoupledNTM):  # (ours) compiled, because it takes four passes of the network
         noised = for_training(ema.noised_pairs, config, device)
 
     with batches.interrupt, batches, progress:
