@@ -107,7 +107,8 @@ def start_of_mixture(logistics):
     """3 K biases at which h is almost the identity: one logistic of variance 1, the others at weight e^-4."""
     log_weight = torch.full((logistics,), -4.0)
     log_weight[0] = 0.0
-    scales = torch.arange(1, logistics) % 2 * -2.0 + 1  # narrower and wider in turn, or they would stay alike
+    others = torch.arange(logistics - 1)
+    scales = (others // 2 + 1) * (others % 2 * 2.0 - 1)  # -1, 1, -2, 2, ...: two that start alike would stay alike
     log_scale = F.pad(scales, (1, 0))
     return torch.cat([log_weight, torch.zeros(logistics), log_scale])
 

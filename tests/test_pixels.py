@@ -18,7 +18,7 @@ from evidence import transporter
 from flow import forward_trajectory
 from losses import TrainingLoss
 from model import NTM
-from pixels import Filter, PixelConfig, PixelNTM, StepFlow, causal_mask, make_mixture
+from pixels import Filter, PixelConfig, PixelNTM, StepFlow, causal_mask, make_mixture, start_of_mixture
 from predictor import null_caption
 from start import take_weights
 
@@ -69,6 +69,11 @@ def test_a_step_is_a_density(config):
     expected = -gaussian.log_prob(drawn_for(step, x).flatten()) - torch.linalg.slogdet(J)[1]
     torch.testing.assert_close(step.nll(x)[0], expected, rtol=1e-8, atol=1e-8)
     assert (J - torch.eye(48)).abs().max() > 0.05  # it is no identity
+
+
+def test_no_two_logistics_start_alike():
+    starts = start_of_mixture(5).view(3, 5)
+    assert starts[2].tolist() == [0, -1, 1, -2, 2] and start_of_mixture(1).tolist() == [0, 0, 0]
 
 
 def test_the_density_of_one_number_integrates_to_one():
