@@ -1,13 +1,13 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-# Handwritten digits, from nothing to samples; what is done already is not done again.
+# Handwritten digits, from nothing to samples; steps that are done already are not repeated.
 demo: .venv/ready
 	$(RUN) train.py config/digits.py --resume=auto
 	$(RUN) distill.py --out_dir=out/digits --resume=auto
 	$(RUN) sample.py --out_dir=out/digits --show_trajectory=True
 
-# In two halves at a time, about equally long; one of them is what runs most scripts.
+# Two halves run at the same time and take about equally long; SCRIPTS are the tests that run most scripts.
 SCRIPTS = tests/test_scripts.py tests/test_faults.py tests/test_speedrun.py tests/test_workers.py
 test: .venv/ready
 	$(MAKE) --jobs=2 test-scripts test-parts
@@ -16,7 +16,7 @@ test-scripts: .venv/ready
 test-parts: .venv/ready
 	$(RUN) -m pytest -q tests $(SCRIPTS:%=--ignore=%)
 
-# The notebook, from docs/tour.py, with its outputs; under three minutes.
+# Makes the notebook, with its outputs, from docs/tour.py, in less than three minutes.
 tour: .venv/ready
 	$(RUN) -m evidence.notebook docs/tour.py tour.ipynb
 

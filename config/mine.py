@@ -11,7 +11,7 @@ first_noise = 0.5  # 1: a first step from pure noise, whose likelihood is a tigh
 transporter_blocks = 0
 rank = 24  # directions along which the numbers of an image vary together
 filters = 16  # kernels of the filter in a step's flow over pixels
-logistics = 3  # of the mixture at every number; for Gaussian steps: filters = logistics = 0, closed_form = True
+logistics = 3  # logistics in each number's mixture; for Gaussian steps: filters = logistics = 0, closed_form = True
 mirrored = True
 shift = 1.0  # 2 for images of 64x64 and more: there, noisier levels decide the content
 filter_leak = 0.0  # 0.06 for images of 64x64: otherwise some get dark or glaring areas (docs/beyond.md)

@@ -4,11 +4,11 @@
 #   torchrun --nproc_per_node=8 train.py config/t2i.py --decoder=decoder.pt2
 # docs/data.md shows the way from a list of URLs to these shards. The recipe is that of config/emoji_fm.py. We have not
 # trained anything of this size, so learning rates are guesses from smaller networks. Counted, not measured: 1.10
-# billion parameters. Weights, gradients, average, Muon's momentum and AdamW's two take 19.3 GB of a GPU, in float32,
-# and weights in bfloat16 2.04 GB. Back-propagation keeps 0.67 GB an image, 21 GB for the 32 of a pass: 43 GB in all.
-# Muon's step takes 3.3 GB, once the 21 are free. An image takes 1.41 TFLOP (python -m evidence.update
-# config/t2i_fm.py). On every GPU Muon takes 24.4 TFLOP an update, 12% of the operations. At 40% of an H100's 989
-# TFLOP/s that is 250 images/s a GPU and 2,000 on eight, 35 hours in all.
+# billion parameters. Weights, gradients, average, Muon's momentum and AdamW's two moments take 19.3 GB of a GPU, in
+# float32, and weights in bfloat16 2.04 GB. Back-propagation keeps 0.67 GB an image, 21 GB for the 32 images of a pass:
+# 43 GB in all. Muon's step takes 3.3 GB, after these 21 GB are freed. An image takes 1.41 TFLOP (python -m
+# evidence.update config/t2i_fm.py). On every GPU Muon takes 24.4 TFLOP an update, 12% of the operations. At 40% of an
+# H100's 989 TFLOP/s that is 250 images/s a GPU and 2,000 on eight, 35 hours in all.
 objective = "fm"
 out_dir = "out/t2i_fm"
 dataset = "shards"

@@ -1,7 +1,7 @@
 # config/t2i.py with 168 million parameters, for one GPU of 24 GB. It starts from the model of config/t2i_small_fm.py.
 #   python train.py config/t2i_small_fm.py
 #   python train.py config/t2i_small.py
-# Counted; docs/scaling.md has what an H200 measured. The GPU needs the memory of config/t2i_small_fm.py: 3.0 GB for
+# Counted; docs/scaling.md has H200 measurements. The GPU needs the memory of config/t2i_small_fm.py: 3.0 GB for
 # weights and their states, 0.26 GB for weights in bfloat16, and 0.17 GB an image, 9 GB in all. An image takes 0.23
 # TFLOP (python -m evidence.update config/t2i_small.py), a fifth of it for the coupled first step. Muon takes 1.5 TFLOP
 # an update. At 40% of an RTX 4090's 165 TFLOP/s that is 280 images/s, 10 hours in all.

@@ -1,10 +1,11 @@
 # config/t2i_fm.py with 167 million parameters, for one GPU of 24 GB: the start of config/t2i_small.py.
 #   python train.py config/t2i_small_fm.py
 #   python train.py config/t2i_small.py
-# Counted; docs/scaling.md has what an H200 measured. Weights, gradients, average, Muon's momentum and AdamW's two take
-# 3.0 GB, in float32, and weights in bfloat16 0.26 GB. Back-propagation keeps 0.17 GB an image, 5 GB for the 32 of a
-# pass: 9 GB in all. An image takes 0.18 TFLOP (python -m evidence.update config/t2i_small_fm.py). Muon takes 1.5 TFLOP
-# an update, 3% of the operations. At 40% of an RTX 4090's 165 TFLOP/s that is 350 images/s, 33 hours in all.
+# Counted; docs/scaling.md has H200 measurements. Weights, gradients, average, Muon's momentum and AdamW's two moments
+# take 3.0 GB, in float32, and weights in bfloat16 0.26 GB. Back-propagation keeps 0.17 GB an image, 5 GB for the 32
+# images of a pass: 9 GB in all. An image takes 0.18 TFLOP (python -m evidence.update config/t2i_small_fm.py). Muon
+# takes 1.5 TFLOP an update, 3% of the operations. At 40% of an RTX 4090's 165 TFLOP/s that is 350 images/s, 33 hours
+# in all.
 objective = "fm"
 out_dir = "out/t2i_small_fm"
 dataset = "shards"

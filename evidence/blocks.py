@@ -2,7 +2,7 @@
 
     python -m evidence.blocks --out=out/blocks     encoder.pt2 and decoder.pt2, for data.py encode and --decoder
 
-config/t2i_tiny.py uses it to try the recipe of config/t2i.py, on latents, in an hour on one core.
+config/t2i_tiny.py uses this autoencoder to try the recipe of config/t2i.py, on latents, in an hour on one core.
 """
 
 from pathlib import Path
@@ -45,7 +45,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(Encoder):
-    """Latents (B, 4, h, w) to images (B, 3, 2h, 2w): those that the latents stand for, without any other detail."""
+    """Latents (B, 4, h, w) to images (B, 3, 2h, 2w), in which the details that the encoder drops are zero."""
 
     def forward(self, latents):
         return F.conv_transpose2d(latents, self.basis, stride=SIDE)

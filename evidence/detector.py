@@ -21,9 +21,9 @@ PAINTS = np.array(list(COLOURS.values()), dtype=float) - GROUND  # 8-bit units, 
 
 # Measured on thousands of validation images at 16x16, clean and with noise of standard deviation 0.1, and on 841
 # objects in the samples of a small model.
-MIN_COVER = 0.6  # of a pixel that belongs to an object; at 0.5, more neighbours in samples merge
+MIN_COVER = 0.6  # share of paint in a pixel that belongs to an object; at 0.5, more neighbours in samples merge
 MIN_AREA = MIN_RADIUS**2 / 2  # of the image; less than a quarter of the smallest triangle is a speck, not an object
-MAX_AREA = 5 * LONE_RADIUS[1] ** 2  # of the image; the largest square has 4, and an all red image is not a red square
+MAX_AREA = 5 * LONE_RADIUS[1] ** 2  # of the image; 4 r^2 is the largest square, and an all red image is no red square
 MAX_COLOUR_ERROR = 70  # 8-bit units: less than half of the 151 between the two closest colours
 MAX_MISFIT = 0.09  # half of the 0.17 between circle and square; clean images reach 0.02, noisy ones 0.06
 
@@ -178,7 +178,7 @@ def holds(relation, a, b):
 
 
 def rule_of(task, caption, kind):
-    """The Task that tests a caption of this kind; for None, the strict one. Raises ValueError for a task of others."""
+    """The Task that the name `task` stands for; None: the strict one. Raises ValueError if it is for other kinds."""
     if task is None:
         return Task(kind, coloured=True, exact=True)
     if task not in TASKS or TASKS[task].kind != kind:

@@ -2,7 +2,7 @@
 
     python data.py emoji                                      14,000 images in four styles, fetched by npm
     python data.py emoji --styles=google,twitter,fluent       without OpenMoji, the only one drawn from SVG
-    python data.py emoji --pictures=out/emoji.zip             keeps them in a file of 35 MB, for use without a network
+    python data.py emoji --pictures=out/emoji.zip             keeps the images in a file of 35 MB, for use offline
 
 Names and tags are those of the Unicode CLDR, from the openmoji package, which is therefore always fetched. Two sets are
 held out, in every skin tone: out/val has emoji that training never shows, and out/combinations/val has emoji that
@@ -51,7 +51,7 @@ for (const name of fs.readdirSync("."))
         fs.writeFileSync(name.replace("svg", "png"), new svg.Resvg(fs.readFileSync(name), options).render().asPng());
 """ % SIZE
 VAL, COMBINATIONS = 0.05, 0.05  # the fractions of emoji, and of an emoji's styles, that are held out
-COPIES = 3  # in train, of emoji without skin tones: else people and hands, in all tones, make half an epoch
+COPIES = 3  # in train, of emoji without a skin tone: else half of an epoch would be people and hands, in all tones
 PEOPLE = ("man", "woman", "person", "boy", "girl", "adult", "child")
 # groups whose images may be mirrored, except where a name speaks of left, right or writing
 SYMMETRIC = ("smileys-emotion", "people-body", "animals-nature", "food-drink")
@@ -73,9 +73,9 @@ def with_article(name):
 
 
 def described(annotation):
-    """The name of an emoji as one would say it, from CLDR's, and the part "with ...", which its synonyms share.
+    """The name of an emoji as one would say it, and the part "with ..." that may follow it, from CLDR's name.
 
-    CLDR's name is such as "man: dark skin tone, beard".
+    "man: dark skin tone, beard" gives "a man" and " with beard and dark skin tone".
     """
     name, _, rest = annotation.lower().replace("’", "'").replace("“", "").replace("”", "").partition(": ")
     if name in ("flag", "keycap"):
@@ -97,7 +97,7 @@ def head(annotation):
 
 
 def read_words(table):
-    """{code: (its names, CLDR's own first; other facts to store)} from the entries of openmoji.json."""
+    """{code: (up to three names, CLDR's first; a dict of facts to store)} from the entries of openmoji.json."""
     table = [emoji for emoji in table if emoji["group"] not in ("extras-openmoji", "extras-unicode", "component")]
     things = [emoji for emoji in table if emoji["group"] not in ("people-body", "flags", "symbols")]
     nouns = {head(emoji["annotation"]) for emoji in things}
@@ -164,7 +164,7 @@ def on_white(suffix, data):
 
 
 def captions_of(names, style):
-    """The captions of a picture, of which each epoch takes one at random.
+    """The captions of a picture, a list; each epoch draws one of them at random.
 
     The name with the style is twice as likely as the name alone; synonyms also come with and without the style.
     """
@@ -174,7 +174,11 @@ def captions_of(names, style):
 
 
 def splits_of(pairs):
-    """{(concept, style): split} of pairs (concept, style), by a hash of each pair, so that new styles move no other."""
+    """{(concept, style): split} of pairs (concept, style).
+
+    Hashes of concept and pair decide, so that a new style does not move the others' pairs. A concept without a style to
+    train on goes to "val".
+    """
     def split_of(concept, style):
         if hashed(concept) < VAL:
             return "val"
@@ -248,6 +252,7 @@ def unpack(path, styles):
 
 
 def prepare_emoji(args):
+    """Run the command `emoji`: write shards of emoji and LICENCES.txt."""
     styles = args.styles.split(",")
     if unknown := [style for style in styles if style not in PACKAGES]:
         raise ValueError(f"--styles has {unknown[0]!r}: choose among {','.join(PACKAGES)}")

@@ -89,7 +89,7 @@ class Judge(nn.Module):
 
 
 def labels_of(dataset, count):
-    """The KEY.json of the first examples of shards, a list of dicts. Raises ValueError if labels are missing."""
+    """The KEY.json of the first `count` examples of shards, a list of dicts. Raises ValueError for missing labels."""
     records = []
     for i in range(min(count, len(dataset))):
         record = json.loads(dataset.members(i).get("json", b"{}"))
@@ -136,10 +136,11 @@ def load(path):
 
 
 def compare(path, images, dataset, train_set):
-    """The judge's findings on samples (n, 3, H, W) for the first captions of shards, and the same on real images.
+    """The judge's findings on samples (n, 3, H, W) for the first captions of `dataset`, shards, and on real images.
 
-    Of each label, a list of booleans; of the features, the Frechet distance to the shards' own images. The real images
-    are the shards' own, and for the distance those of train_set, unless it is None.
+    Returns a dict. LABEL and "LABEL, of real images": a list of booleans, whether the judge finds the caption's label
+    in each sample, or in each image of the shards. "frechet_distance": between the judge's features of the samples and
+    of these images; "frechet_distance, of real images": with train_set's images for the samples, unless it is None.
     """
     judge = load(path)
     records = labels_of(dataset, len(images))

@@ -12,7 +12,7 @@ def table(rows):
 
 
 def number(value, digits=3):
-    """A number with `digits` digits as text, or a dash for None."""
+    """A number as text, with `digits` significant digits or all digits before the point, or a dash for None."""
     if value is None:
         return "–"
     if abs(value) >= 10**digits:

@@ -6,7 +6,7 @@
 pictures -> judge -> flow matching -> NTM -> denoiser -> sheet -> judged samples. Each stage takes its share of the time
 that is left; a training's iterations follow from the speed of its own first updates. After each stage RESULTS (default
 OUT/results) holds weights in float16, a sheet and report.md; each file is whole, whenever the run is killed.
-Run again, it goes on after the last stage that has ended; remove the folder OUT to start anew.
+The same command then continues after the last stage that has ended; remove the folder OUT to start anew.
 """
 
 import argparse
@@ -31,16 +31,19 @@ from plumbing.paths import at_home
 from plumbing.runtime import find_device, one_line_errors
 
 ROOT = Path(__file__).parent.parent
-# Shares of the time. Flow matching gets most: of equal images, a long stage of it and a short NTM kept the styles, the
-# other way round lost them (docs/log.md, 2026-11-26). The NTM's updates cost about twice as much, and its last steps go
-# on improving; the denoiser is level after a few hundred updates. Fifty steps of flow matching are most of the judging.
+# Shares of the time. Flow matching gets most: with the same number of images, long flow matching and a short NTM stage
+# kept the styles, the reverse lost them (docs/log.md, 2026-11-26). An update of the NTM costs about twice as much, and
+# its last steps go on improving. The denoiser stops improving after a few hundred updates. Most of the judging is
+# sampling by flow matching in fifty steps.
 SHARES = {"fm": 0.54, "ntm": 0.24, "denoiser": 0.11, "sheet": 0.03, "judged": 0.08}
 LONG = 20  # minutes from which the whole network is compiled
-COMBINATIONS = 735  # all that are held out
-PASSES = 2 * (4 + 8 + 50) + 2 * 4 + 1  # of the network, for a judged image: flow matching's, the NTM's, the denoiser's
-# Results that a stage has better ones of: of which stage, what of it, and the names of its files.
+COMBINATIONS = 735  # the number of combinations that are held out
+# passes of a network for each judged combination: flow matching in 4, 8 and 50 steps and the NTM in 4, with guidance
+# two passes a step; and one of the denoiser
+PASSES = 2 * (4 + 8 + 50) + 2 * 4 + 1
+# {stage: (earlier stage, entry of its results, pattern of files)}: results that the stage replaces by better ones
 SUPERSEDED = {"ntm": ("fm", "files", "fm.pt*"), "sheet": ("ntm", "sheet", "ntm.png")}
-PART = 15_000_000  # bytes of a result at most: what mail and such take
+PART = 15_000_000  # bytes of a file of results at most, so that it can be mailed
 
 
 class Size(NamedTuple):
@@ -51,12 +54,12 @@ class Size(NamedTuple):
     around: float  # seconds that a stage takes before training and after it: start, validation, samples
     validation: int
     samples: int  # on train.py's sheets
-    judge: int  # iterations, where there is none yet
+    judge: int  # iterations of a judge's training, if there is no judge yet
     log_interval: int
-    slower: float  # a pass for samples, in float32 and not compiled, than one of training
+    slower: float  # how many times as long as in training a pass takes in sampling: in float32, not compiled
 
 
-# On a GPU: what fits into 40 MB in float16, and 20 GFLOP an image keep the chip busy in batches of 512; docs/scaling.md
+# On a GPU: a network that fits into 40 MB in float16 and takes 20 GFLOP an image, in batches of 512; docs/scaling.md
 SIZES = {
     "cuda": Size(dict(width=384, depth=6, heads=6, patch_size=4), 512, 18.0, 400, 25, 3000, 50, 4.0),
     "cpu": Size(dict(width=48, depth=2, heads=2, patch_size=8), 16, 6.0, 24, 6, 20, 5, 1.0),
@@ -64,7 +67,7 @@ SIZES = {
 
 
 def share_of(stage, left):
-    """Seconds of a stage, where so many are left for it and those that follow."""
+    """The seconds that a stage may take, if `left` seconds are left for this stage and all that follow."""
     names = list(SHARES)
     following = names[names.index(stage) :]
     return left * SHARES[stage] / sum(SHARES[name] for name in following)
@@ -75,7 +78,7 @@ def share_of(stage, left):
 
 
 def write_whole(path, data):
-    """Writes bytes to a file by way of another, so that there is no half of it."""
+    """Write bytes to a file by way of a temporary one, so that there is never half a file."""
     part = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     part.write_bytes(data)
@@ -83,7 +86,7 @@ def write_whole(path, data):
 
 
 def place(data, folder, name, size=PART):
-    """Writes bytes to folder/name, or where that would be larger than `size` to name.00, name.01, ...: the names."""
+    """Write bytes to folder/name, or if they are more than `size` to name.00, name.01, ...; return the names."""
     parts = [data[start : start + size] for start in range(0, len(data), size)]
     names = [name] if len(parts) == 1 else [f"{name}.{i:02d}" for i in range(len(parts))]
     for own, part in zip(names, parts):
@@ -116,14 +119,15 @@ class Speedrun:
         self.costs = {}
 
     def seconds(self):
-        """Since the beginning, but for those of stages that were interrupted."""
+        """Seconds since the first start, without those of stages that were interrupted."""
         return self.spent + time.perf_counter() - self.started
 
     def left(self):
+        """Seconds until the time is over, at least 0."""
         return max(0.0, 60 * self.args.minutes - self.seconds())
 
     def call(self, *command, limit=None):
-        """Runs a script, which is asked to save and end after `limit` seconds. Returns how long it took.
+        """Run a script, and ask it to save and end after `limit` seconds; return how many seconds it took.
 
         Raises ValueError where it fails.
         """
@@ -149,7 +153,7 @@ class Speedrun:
     # Before the clock matters
 
     def prepare(self):
-        """Pictures and judge, if they are not there; and how fast the chip multiplies matrices."""
+        """Make shards and judge if there are none, and measure how fast the chip multiplies matrices."""
         if not (self.data / "train").is_dir():
             pictures = Path(self.args.pictures)
             if not pictures.exists() and not shutil.which("npm"):
@@ -166,7 +170,7 @@ class Speedrun:
         self.keep()
 
     def passes_of_an_update(self):
-        """In how many parts a batch is passed, so that what the NTM's backward pass needs fits into the memory."""
+        """Into how many passes to divide a batch, so that what the NTM's backward pass keeps fits into memory."""
         if self.device.type != "cuda":
             return 1
         room = 0.6 * torch.cuda.get_device_properties(self.device).total_memory
@@ -176,12 +180,13 @@ class Speedrun:
         return next(fitting, self.batch)
 
     def cost_of(self, kind, config):
-        """evidence.update's, which takes seconds, once for each kind of network."""
+        """The Cost of evidence.update, computed once for each kind of network, as it takes seconds."""
         if kind not in self.costs:
             self.costs[kind] = cost_of(kind, config)
         return self.costs[kind]
 
     def measure_card(self):
+        """Record the device, torch's version, and FLOP/s of matrix products in float32 and bfloat16."""
         cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name() if cuda else f"{self.device.type}, {torch.get_num_threads()} threads"
         rates = {"float32": matrix_product_rate(self.device, torch.float32)}
@@ -197,9 +202,9 @@ class Speedrun:
     # Stages
 
     def train(self, stage, script, out, *settings):
-        """A stage of train.py or distill.py, in its share of the time."""
+        """Run train.py or distill.py for a stage, in the stage's share of the time."""
         batch, passes = self.batch, self.passes
-        if stage == "denoiser":  # its targets cost much, and more updates of fewer serve it better
+        if stage == "denoiser":  # targets are costly, and more updates of smaller batches help more
             batch, passes = max(8, batch // 8), 1
         self.forget(stage, out)
         share = share_of(stage, self.left())
@@ -211,7 +216,7 @@ class Speedrun:
                   limit=60 + 1.5 * share)
 
     def compile(self):
-        """What train.py is told: layers are compiled sooner, which is worth more than faster updates in a short run."""
+        """The setting `compile`: in a short run, layers compiled sooner are worth more than faster updates."""
         if self.device.type != "cuda":
             return False
         return "layers" if self.args.minutes < LONG else True
@@ -220,7 +225,7 @@ class Speedrun:
         return min(8, max(1, (os.cpu_count() or 3) - 2)) if self.device.type == "cuda" else 0
 
     def forget(self, stage, out):
-        """Removes what an unfinished run of a stage has left."""
+        """Remove what an unfinished run of a stage has left in `out`."""
         if stage == "denoiser":
             for path in Path(out).glob("denoiser*"):
                 path.unlink()
@@ -245,7 +250,7 @@ class Speedrun:
         return self.trained(out / "denoiser.pt", out / "denoiser_log.jsonl", "denoiser.pt")
 
     def trained(self, path, log, name):
-        """Puts the weights in float16 among the results. Returns what the log says of the run, and names of files."""
+        """Put the weights in float16 among the results; return what the log says of the run, and the files' names."""
         half = path.with_name("half.pt")
         checkpoint.slim(path, half)
         files = place(half.read_bytes(), self.results, name)
@@ -265,7 +270,7 @@ class Speedrun:
         return found | values
 
     def sheet_of(self, out, name):
-        """Puts a run's last sheet among the results, if there is one."""
+        """Put a run's last sheet of samples among the results; return its name, or None if there is no sheet."""
         sheets = sorted((out / "samples").glob("[0-9]*.png"))
         return place(sheets[-1].read_bytes(), self.results, name)[0] if sheets else None
 
@@ -276,7 +281,7 @@ class Speedrun:
         return {"sheet": place((folder / "sheet.png").read_bytes(), self.results, "sheet.png")[0]}
 
     def judged(self):
-        """As many of the unseen combinations as fit into the time, the same for both models; the NTM's first."""
+        """Judge samples of both models, the NTM's first, for as many unseen combinations as fit into the time."""
         update = 1 / self.state["stages"]["fm"]["images_per_s"]
         each = PASSES / 3 * self.size.slower * update
         count = min(COMBINATIONS, max(24, int(0.6 * self.left() / each)))
@@ -290,7 +295,7 @@ class Speedrun:
         return found
 
     def go(self):
-        """All that has not ended before, and a report after each stage."""
+        """Run all stages that have not ended before, and write the report after each."""
         self.prepare()
         for stage in SHARES:
             if stage in self.state["stages"]:

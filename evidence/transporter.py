@@ -55,9 +55,9 @@ def train(config, out, settings):
 
 
 def curve_of(name, config, out, minutes, settings):
-    """[(minutes of training, val_bound)] of a variant, trained for so many minutes of processor time.
+    """[(minutes of training, val_bound)] of a variant, trained for `minutes` of processor time.
 
-    Runs with as many validations differ in the time of their updates alone.
+    All runs here validate equally often, so the times of two runs differ only by the time of their updates.
     """
 
     def run(folder, iterations):

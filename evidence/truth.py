@@ -67,7 +67,8 @@ def pixels(scene, image_size):
 def posterior(x, t, draws, rng, particles=1000, moves=5):
     """log q(x_t | caption) in nats of a noisy image x (3, size, size) float32, and scenes from q(x_0 | x_t, caption).
 
-    draws: of any scene with that caption. The scenes are images (P, 3 size^2) with weights (P,), which sum to 1.
+    draws: those of any scene with that caption, (DRAWS,). The scenes are images (P, 3 size^2) with weights (P,) whose
+    sum is 1. particles: P. moves: Metropolis steps at each stage.
     """
     scale, variance = moments_of_noise(t)
     size = x.shape[-1]
@@ -144,10 +145,10 @@ def next_rise(fit, most, enough):
 
 
 def log_gaussians(x_s, x_t, A, B, C, scenes, weights):
-    """log-densities in nats of x_s, shaped like x_t, under the two Gaussians nearest to p(x_s | x_t, caption).
+    """log-densities in nats of x_s, shaped like x_t, under the two Gaussians nearest to q(x_s | x_t, caption).
 
-    That is a mixture of N(A x_t + B x_0, C^2 I) over posterior's scenes x_0. The first Gaussian has independent
-    numbers, the second the full covariance.
+    This density is a mixture of N(A x_t + B x_0, C^2 I) over the scenes x_0 of posterior(). The first Gaussian has a
+    diagonal covariance, the second the full one.
     """
     x_s = x_s.flatten().double()
     x_t = x_t.flatten().double()

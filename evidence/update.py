@@ -53,27 +53,26 @@ OF_NTM = {
     "first_noise": 0.5,
     "parametrization": "posterior",
 }
-# what the loss of config/emoji64.py and its like is made of
+# the settings of the loss of config/emoji64.py, config/t2i.py and others like them
 LOSS = {"max_t_min": 0.05, "pairs": True, "closed_form": False, "mirrored": True, "level_weight": 0.5,
         "velocity_weight": 1.0}
 NO_LOSS_OF_NTM = {"mirrored": False, "level_weight": 0.0, "velocity_weight": 0.0}
 COMPILE = {"layers": "layers", "whole": True, "no": False}
 VOCABULARIES = {"emoji": 4055, "gpt2": 50259}
-# An H100, measured: a product of 8192 x 8192 in bfloat16, a copy in its memory; float32, which training takes as TF32,
-# is the maker's figure.
+# FLOP/s and bytes/s of an H100. Measured: a product of 8192 x 8192 in bfloat16, and a copy in its memory. For float32,
+# which training multiplies as TF32, the maker's figure.
 H100 = {"bfloat16": 790e12, "float32": 395e12, "bytes/s": 3e12}
 OF_WEIGHTS = 48  # bytes an update moves for each weight: weight, gradient, momentum, square and average in float32
 
 
 class Cost(NamedTuple):
-    """Of an update, by image: operations of matrix products, those of them in float32, and bytes kept for the backward
-    pass; whatever the batch, Muon's operations; and the number of weights."""
+    """What an update costs. Operations are those of matrix products."""
 
-    flop: float
-    in_float32: float
-    kept: float
-    muon: float
-    weights: int
+    flop: float  # operations an image
+    in_float32: float  # those of them in float32
+    kept: float  # bytes an image that are kept for the backward pass
+    muon: float  # Muon's operations an update, whatever the batch
+    weights: int  # the number of weights
 
     def floor(self, batch, card):
         """Least seconds of an update of `batch` images: by operations, and by bytes."""
@@ -83,7 +82,7 @@ class Cost(NamedTuple):
 
 
 class Products(TorchDispatchMode):
-    """In its context operations of matrix products are counted, {precision: count}, as FlopCounterMode counts them."""
+    """A context that counts the operations of matrix products as FlopCounterMode does; count: {dtype: operations}."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +107,7 @@ def build(kind, config):
 def of_config(path):
     """(kind, settings) of the network that a config file trains.
 
-    One with an init_from "out/START/ckpt.pt" has the size of what the file START.py beside it trains.
+    A config file with an init_from "out/START/ckpt.pt" takes its network's size from START.py in the same folder.
     """
     path = Path(path)
     own = run_config(str(path))
@@ -145,7 +144,7 @@ class Update:
             self.noised = for_training(average.noised_pairs, self.settings, device)
 
     def loss(self, images, text, generator=None):
-        """What is differentiated, of random levels."""
+        """The loss to differentiate, a scalar, at random noise levels."""
         with record_function("levels, coupling"):
             drawn = draw_levels(self.model, self.noised, images, text, self.settings, self.batches, generator)
         with record_function("forward"):
@@ -153,17 +152,17 @@ class Update:
 
 
 def inputs(config, batch, device):
-    """Random images and captions, as many as a batch."""
+    """A batch of random images (B, channels, H, W) in [-1, 1], and of captions that are all alike, (B, L)."""
     images = torch.rand(batch, config.channels, *config.image_size, device=device) * 2 - 1
     return images, torch.ones(batch, config.text_len, dtype=torch.long, device=device)
 
 
 def counted(kind, config, batch):
-    """Of an update of `batch` images: Products' count, bytes kept for the backward pass, Muon's count, and weights."""
+    """Of an update of `batch` images: Products.count, bytes kept for the backward pass, Muon's operations, weights."""
     kept = {}
 
     def keep(tensor):
-        is_attention = tensor.dim() == 4 and tensor.shape[-1] == tensor.shape[-2]  # which a fused kernel does not keep
+        is_attention = tensor.dim() == 4 and tensor.shape[-1] == tensor.shape[-2]  # not kept by a fused kernel
         if not is_attention:
             storage = tensor.untyped_storage()
             kept[storage._cdata] = storage.nbytes()
@@ -193,7 +192,7 @@ def cost_of(kind, config):
 
 
 def matrix_product_rate(device, dtype):
-    """FLOP/s of a large matrix product."""
+    """FLOP/s of a large matrix product, by the median time of eight."""
     n = 8192 if device.type == "cuda" else 512
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     seconds = []
@@ -205,7 +204,7 @@ def matrix_product_rate(device, dtype):
 
 
 def clock(device):
-    """Seconds, once the device has done all that it was asked for."""
+    """The time in seconds, after waiting until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -237,7 +236,7 @@ def updates(kind, config, batch, device, compiled):
 
 
 def print_counts(networks, batch):
-    """What an update of each network costs, and the least time it can take on an H100; networks: [(kind, config)]."""
+    """Print what an update of each network costs, and its least time on an H100; networks: [(kind, config)]."""
     for kind, config in networks:
         cost = cost_of(kind, config)
         by_products, by_bytes = cost.floor(batch, H100)
@@ -250,7 +249,7 @@ def print_counts(networks, batch):
 
 
 def print_profile(kind, config, batch, count, device, compiled):
-    """How fast `count` updates are, and where their time goes, by stage and by operator."""
+    """Print how fast `count` updates are, and where their time goes, by stage and by operator."""
     start = clock(device)
     update = updates(kind, config, batch, device, compiled)
     for i in range(3):

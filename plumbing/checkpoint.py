@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, read without running anything they contain.
 
 A checkpoint is a dict of tensors and plain values: `kind` (as in networks.py, or "denoiser"), `model_config` (the
-fields of NTMConfig), `settings` (those of the script that wrote it), `vocabulary`, `words` (of the training captions),
-`model`, `ema`, `optimizers` (a list), `iter`.
+fields of the network's config), `settings` (of the script that wrote the file), `vocabulary`, `words` (of the training
+captions), `model`, `ema`, `optimizers` (a list), `iter`. A denoiser has no `words`, but `teacher` and `teacher_sha256`:
+iteration and hash of the model that it learned from. evidence/judge.py writes fields of its own.
 
     python -m plumbing.checkpoint out/shapes assets/shapes     copies what sampling needs, in float16
 """
@@ -22,7 +23,7 @@ from plumbing.console import module_parser
 from plumbing.records import last_validation
 from plumbing.runtime import gathered, job, one_line_errors, restarts
 
-# of networks that sample, and of their denoiser
+# the kinds of networks that sample, and of their denoiser
 KINDS = "ntm", "sit", "pixels", "coupled", "coupled_sit", "tarflow", "fm", "denoiser"
 WORDS = {"fm": "flow matching", "denoiser": "a denoiser", "judge": "a judge"}  # the other kinds are NTMs
 RESUME = "no", "yes", "auto"
@@ -63,9 +64,10 @@ def kept(path):
 
 
 def keep(path, i, count):
-    """Keep a copy of the checkpoint `path` of iteration i, such as ckpt_000500.pt, and only the newest `count` copies.
+    """Keep a copy of the checkpoint `path` of iteration i, such as ckpt_000500.pt, and `count` copies in all.
 
-    Where the file system has hard links, both names are one file. Raises SystemExit where this fails.
+    Older copies are deleted, copies of later iterations are not. Where the file system has hard links, both names are
+    one file. Raises SystemExit if the copy cannot be made.
     """
     own = path.with_name(f"{path.stem}_{i:06d}{path.suffix}")
     part = own.with_name(own.name + ".part")
@@ -76,7 +78,8 @@ def keep(path, i, count):
         except OSError:
             shutil.copyfile(path, part)
         os.replace(part, own)
-        earlier = [older for iteration, older in kept(path).items() if iteration <= i]  # a run set back has later
+        # a run that went back to an old checkpoint also has copies of later iterations, which stay
+        earlier = [older for iteration, older in kept(path).items() if iteration <= i]
         for older in earlier[:-count]:
             older.unlink()
     except OSError as error:
@@ -141,7 +144,10 @@ def load_network(path, networks, device="cpu"):
 
 
 def fingerprint(network):
-    """A hash of a network's weights, in hexadecimal; they are rounded to float16, so that slim() does not change it."""
+    """The SHA-256 of a network's weights, in hexadecimal.
+
+    The weights are rounded to float16 first, so that slim() does not change the hash.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
@@ -153,8 +159,9 @@ def fingerprint(network):
 def find_resumable(resume, path, *kinds):
     """The contents of the checkpoint that a run continues, or None for a run that starts anew.
 
-    resume: "yes" continues, "auto" continues where there is a checkpoint, and so does "no" in a run that torchrun has
-    restarted, if that run wrote the checkpoint. A run that starts anew never overwrites one. Raises ValueError.
+    resume: "yes" continues. "auto" continues if there is a checkpoint. "no" starts anew; only after a restart by
+    torchrun it continues the checkpoint that the same job wrote. Raises ValueError where a new run would overwrite a
+    checkpoint, or where there is none to continue.
     """
     if resume not in RESUME:
         raise ValueError(f"resume {resume!r} is unknown: choose {', '.join(map(repr, RESUME))}")
@@ -189,17 +196,18 @@ def resume(contents, path, model, ema, optimizers, config, *fixed):
     """
     theirs = {**contents["model_config"], **{name: contents["settings"].get(name) for name in fixed}}
     ours = {**asdict(model.config), **{name: config[name] for name in fixed}}
-    ours.pop("filter_leak", None)  # of sampling alone
+    ours.pop("filter_leak", None)  # changes only sampling
     if wrong := [f"{name} is {theirs.get(name)}, the settings say {value}"
                  for name, value in ours.items() if theirs.get(name, value) != value]:  # old files lack new settings
         raise ValueError(f"{path} is of another model: {', '.join(wrong)}; leave them out to resume it")
     restore(model, contents["model"], path)
     restore(ema, contents["ema"], path)
     for optimizer, state in zip(optimizers, contents["optimizers"]):
-        groups = optimizer.state_dict()["param_groups"]  # of this run: its weight_decay and words_lr
+        groups = optimizer.state_dict()["param_groups"]  # this run's: weight_decay and words_lr may be new
         if [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
             raise ValueError(f"{path} groups its weights as another version did: resume it with that one")
-        state = {"state": copy.deepcopy(state["state"]), "param_groups": groups}  # a copy: the file will be replaced
+        # a copy, because these tensors are mapped from the file, which the run will replace
+        state = {"state": copy.deepcopy(state["state"]), "param_groups": groups}
         optimizer.load_state_dict(state)
 
 
@@ -213,7 +221,7 @@ def restore_frozen(contents, path, predictor):
 def check_teacher(path, contents, iteration, sha256, choice=""):
     """Raise ValueError for a denoiser that learned from another model than the one of this iteration and hash.
 
-    choice: what else than its remedy a user may choose.
+    choice: text for the error message, what the user may do instead of distilling anew.
     """
     remedy = f"remove it and distil anew{choice}"
     taught = contents.get("teacher", iteration)

@@ -17,15 +17,14 @@ PLAIN = re.compile(r"[\w./,:-]+")  # text that a shell needs no quotes for
 
 
 def print_all_text():
-    """Lets stdout and stderr print every character: \\u escapes for those that the encoding, as of a Windows console,
-    does not have."""
+    """Let stdout and stderr print every character, as a \\u escape if the encoding (of a Windows console) lacks it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def parser_with_examples(make=argparse.ArgumentParser, *args, examples, **settings):
-    """A parser of argparse, from `make`, whose --help ends with examples, a list of commands."""
+    """An argparse parser, made by make(*args, **settings), whose --help ends with `examples`, a list of commands."""
     text = "\n".join(["examples:", *[f"  {example}" for example in examples]])
     layout = argparse.RawDescriptionHelpFormatter  # argparse would otherwise join the examples' lines
     return make(*args, epilog=text, formatter_class=layout, allow_abbrev=False, **settings)

@@ -1,4 +1,4 @@
-"""Image files to pixels, even if other parts of the file are odd: EXIF, texts, profiles, thumbnails."""
+"""Decode image files, even if other parts of a file are damaged: EXIF, texts, profiles, thumbnails."""
 
 import io
 import warnings
@@ -10,9 +10,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from plumbing.images import over_white
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # the first bytes of such files
-SCAN = 0xDA  # the segment of a JPEG before the pixels
+SCAN = 0xDA  # marks the segment of a JPEG that the pixels follow
 METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1 to APP13, APP15 and COM; APP14 says how colours are coded
-TURNS = {  # by the orientation in a photograph's EXIF
+TURNS = {  # what makes a photograph upright, by the orientation in its EXIF
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -26,7 +26,8 @@ TURNS = {  # by the orientation in a photograph's EXIF
 def decode(data):
     """The image of a file's bytes, as an RGB PIL.Image: rotated as its EXIF says, transparency over white.
 
-    Raises DecompressionBombWarning or DecompressionBombError for an enormous image, and any exception for garbage.
+    A file that Pillow cannot read is tried again without its metadata. Raises DecompressionBombWarning or
+    DecompressionBombError for an enormous image, and whatever Pillow raises for bytes that are no image.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd files, which every large data set has
@@ -41,9 +42,10 @@ def decode(data):
 
 
 def to_rgb(data):
+    """A file's bytes as an upright RGB PIL.Image; decode() without the second try."""
     try:
         image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:  # its message is an address in memory
+    except UnidentifiedImageError as error:  # its message is of no use: an address in memory
         raise ValueError("it is no image file that Pillow knows") from error
     image = upright(image)
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits instead of scaling them
@@ -68,7 +70,8 @@ def upright(image):
 def pixels_alone(data):
     """The bytes of a PNG or JPEG without the parts that do not affect pixels.
 
-    Those may be damaged, or larger than Pillow allows. Bytes of other files, or of one that ends early, stay unchanged.
+    The parts left out may be damaged, or larger than Pillow allows. The bytes of any other file, and of one that ends
+    early, are returned unchanged.
     """
     try:
         if data.startswith(PNG):
@@ -81,7 +84,7 @@ def pixels_alone(data):
 
 
 def png_without_metadata(data):
-    """A PNG's critical chunks, with its transparency and its EXIF (which may turn the image) where they are whole."""
+    """A PNG's critical chunks, and if undamaged its transparency and its EXIF, which may turn the image."""
     kept, at = [PNG], len(PNG)
     while at < len(data):
         end = at + 12 + int.from_bytes(data[at:at + 4])  # a chunk is length, name, contents and checksum
@@ -94,6 +97,7 @@ def png_without_metadata(data):
 
 
 def jpeg_without_metadata(data):
+    """A JPEG's bytes without the segments in METADATA. Raises IndexError or ValueError for a damaged file."""
     kept, at = [JPEG], len(JPEG)
     while data[at + 1] != SCAN:
         if data[at] != 0xFF:

@@ -1,9 +1,9 @@
-"""From the members of a shard to examples: which members belong together, their captions, image or latent.
+"""The members of a shard as examples: which members belong together, their captions, their image or latent.
 
 A member is named KEY.SUFFIX. KEY ends at the first dot of the file name: 0000.jpg, 0000.txt and 0000.mask.png are one
 example. A name with further dots is an example of its own only where several such names each have a picture and a
-text: photo.0.jpg, photo.0.txt, photo.1.jpg, photo.1.txt. Of several members of a kind the one with the
-plainest suffix is read: 0000.png rather than 0000.mask.png, and 0000.input.png where there is no other.
+text: photo.0.jpg, photo.0.txt, photo.1.jpg, photo.1.txt. Where an example has several members of one kind, the one
+with the plainest suffix is read: 0000.png rather than 0000.mask.png, and 0000.input.png where there is no 0000.png.
 """
 
 import io
@@ -53,9 +53,9 @@ def last(suffix):
 
 
 def complete_parts(suffixes):
-    """The first parts of the suffixes that have a picture and a text of their own; "" stands for plain suffixes.
+    """The first parts of suffixes under which there are both a picture and a text; "" stands for plain suffixes.
 
-    Beside a plain example the text has to be a .txt, since masks and the like may have a .json of their own.
+    Beside a plain example, the text under a first part has to be a .txt, since a mask may have a .json of its own.
     """
     kinds = defaultdict(set)
     for suffix in suffixes:
@@ -68,7 +68,7 @@ def complete_parts(suffixes):
 
 
 def are_several(suffixes):
-    """Whether members of one key are several examples: more than one part is complete, or one holds several."""
+    """Whether members of one key are several examples: several parts are complete, or the only one holds several."""
     parts = complete_parts(suffixes)
     if len(parts) != 1 or "" in parts:
         return len(parts) > 1
@@ -82,7 +82,7 @@ def below(suffix):
 
 
 def split_examples(key, members):
-    """Yield the examples, (key, members) each, in a run of adjacent members (suffix, block) of one key."""
+    """Yield the examples (key, members) in a run of adjacent members of one key; a member is (suffix, block)."""
     suffixes = [suffix for suffix, _ in members]
     if not are_several(suffixes):
         yield from split_repeats(key, members)
@@ -113,10 +113,11 @@ def split_repeats(key, members):
 
 
 def pick(members, *kinds):
-    """The suffix of the member to read among members {suffix: bytes} of some kinds, such as "png", or None.
+    """The suffix of the member to read, among the members {suffix: bytes} of some kinds; None if there is none.
 
-    The plainest suffix is chosen; of equally plain ones, one with a text and a picture of the same name; of these, one
-    of the kind that comes first. Raises Unusable where several remain.
+    A kind is the last part of a suffix, such as "png". The plainest suffix is chosen; among equally plain ones, one
+    whose name has both a text and a picture; among these, the kind that comes first in `kinds`. Raises Unusable where
+    several remain.
     """
     found = [suffix for suffix in members if last(suffix) in kinds]
     if not found:
@@ -145,7 +146,10 @@ def complete_names(members):
 
 
 def captions_of(members):
-    """An example's captions, all of them true, and whether the image may be mirrored. Raises Unusable."""
+    """An example's captions, each a description of its image, and whether the image may be mirrored. Raises Unusable.
+
+    They are those of the plainest text that has any, and a .cls comes last. A .json may forbid mirroring.
+    """
     sources, faults = [], []
     for kind in TEXTS:
         try:
@@ -204,7 +208,10 @@ def captions_in(record):
 
 
 def texts_in(value, depth=3):
-    """The texts in a value: a text, a list, or an object of them, say by language; skips what is empty or no text."""
+    """The texts in a value, which is a text, or a list or an object of texts; an object may have one per language.
+
+    Empty texts and other values are skipped, and so is what lies more than `depth` lists or objects deep.
+    """
     if isinstance(value, str):
         text = value.strip().encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
         return [text] if text else []
@@ -242,10 +249,10 @@ def decode_image(members):
 
 
 def holds_latent(members):
-    """Whether an example is trained on as its array instead of its image. Raises Unusable.
+    """Whether training reads an example's array instead of its image. Raises Unusable.
 
-    Beside an image with an equally plain name, an array is a latent only if it has three sizes and several channels,
-    unlike embeddings and depth maps.
+    Beside an image, an array is a latent only if its name is at least as plain and it has three sizes and several
+    channels, unlike embeddings and depth maps.
     """
     array, image = pick(members, "npy"), pick(members, *IMAGES)
     if array is None or image is None:

@@ -1,7 +1,7 @@
 """A folder of captioned images: which files are read, which caption belongs to which image, and which are held out.
 
 Captions stand in NAME.txt beside NAME.png, or in a metadata.jsonl or .csv as Hugging Face has them, for the images in
-its folder and below. Names may be spelled in several ways there (see tidy).
+its folder and below. A name in such a file may be spelled differently from the image's own (see tidy).
 """
 
 import csv
@@ -23,7 +23,7 @@ READ = tuple(f".{suffix}" for suffix in (*IMAGES, "npy"))
 OTHER_IMAGES = (".heic", ".heif", ".jxl", ".svg", ".psd",  # Pillow cannot read these
                 ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
 COPIES = ("__MACOSX", "@eaDir")  # folders of thumbnails and attributes that operating systems add
-LATIN_1 = {0xDC00 + byte: byte for byte in range(128, 256)}  # how Python stores other bytes than UTF-8
+LATIN_1 = {0xDC00 + byte: byte for byte in range(128, 256)}  # from Python's stand-ins for bytes that are not UTF-8
 UNNAMED = "more columns than there are names (quote a text that holds commas)"
 
 
@@ -45,8 +45,8 @@ def stop(error):
 def files_below(folder):
     """The files in a folder and its subfolders, {name: path} in order, names with "/"; and a Counter of those left out.
 
-    Hidden files and folders are skipped: .ipynb_checkpoints, for one, holds copies. Links to files are followed, links
-    to folders are not, since they could lead in circles.
+    Hidden files and folders are skipped and not counted: .ipynb_checkpoints, for one, holds copies. Links to files are
+    followed. Links to folders are left out, since they could lead in circles.
     """
     files, left_out = {}, Counter()
     for place, folders, names in os.walk(folder, onerror=stop):
@@ -83,7 +83,10 @@ def tidy(name):
 
 
 def finder(names):
-    """A function from a name to the one of `names` that is equal, or the only one spelled differently, or None."""
+    """A function that returns the one of `names` that a name means, or None.
+
+    A name means the equal one of `names`; if there is none, the only one that tidy() spells the same.
+    """
     exact, by_spelling = set(names), defaultdict(list)
     for name in names:
         by_spelling[tidy(name)].append(name)
@@ -136,7 +139,7 @@ def metadata_of(files):
 
 
 def image_meant(name, home, folder, find):
-    """The image that a name in the metadata of the folder `home`, relative to `folder`, refers to; or None."""
+    """The image that a name in a metadata file refers to, or None; home: that file's folder, relative to `folder`."""
     if os.path.isabs(name):
         return find(os.path.relpath(name, folder.resolve()))
     found = find(posixpath.join(home, name)) or find(posixpath.join(home, name.strip()))
@@ -214,7 +217,7 @@ def twins(images, files):
 
 
 def choose_held_out(groups, fraction):
-    """The set of images to validate with: about that fraction, at least one, from the first groups of twins.
+    """The set of images to validate with: about `fraction` of all, at least one, from the first groups of twins.
 
     Groups stay whole, unless there is only one.
     """

@@ -35,8 +35,8 @@ def to_uint8(images):
 def dequantize(images, generator=None, batch=0, rows=slice(None)):
     """Add uniform noise over each pixel's bin, Eq. (17): v -> 2(v + U[0, 1))/256 - 1, so that a density exists.
 
-    images: from to_pixels, on the generator's device. rows: the slice of a batch of `batch` images that they are; noise
-    is drawn for the whole batch.
+    images: from to_pixels, on the generator's device. rows: which slice of a batch of `batch` images these are; the
+    noise is drawn for the whole batch. batch 0: these are the whole batch.
     """
     # 16 random bits: float32 adds them to any level without rounding, so that noise never leaves the bin
     shape = batch or len(images), *images.shape[1:]
@@ -84,8 +84,9 @@ def wrap(text, font, width):
 
 
 def break_line(line, letters):
-    """One line as a list of at most MOST_LINES lines of `letters` characters."""
-    enough = line[:letters * MOST_LINES * 10]  # textwrap is slow on books; ten times, for texts with many spaces
+    """Break one line into at most MOST_LINES lines of at most `letters` characters; an ellipsis marks a cut."""
+    # textwrap is slow on a whole book; tenfold what is shown is enough even for texts with many spaces
+    enough = line[:letters * MOST_LINES * 10]
     return textwrap.wrap(enough, letters, max_lines=MOST_LINES, placeholder=ELLIPSIS)
 
 
@@ -136,8 +137,8 @@ def columns_for(count):
 def contact_sheet(images, captions=None, columns=None, scale=None):
     """Images (B, C, H, W) in [-1, 1] with their captions underneath ("" for none), as an RGB PIL.Image.
 
-    Long captions are cut. columns: by default about as many as rows, with full rows if possible. scale: side of a
-    pixel; by default such that images are at least 96 wide.
+    Long captions are cut. columns: by default about as many as rows, with full rows if possible. scale: pixels of the
+    sheet along a side of an image's pixel; by default such that an image is at least 96 pixels wide.
     """
     count, (height, width) = len(images), images[0].shape[-2:]
     columns = columns or columns_for(count)

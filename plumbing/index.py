@@ -66,7 +66,7 @@ def shards_named(pattern):
 
 
 def scan(path):
-    """The blocks where the examples of a shard begin, and its end, uint32; and what is wrong with the shard, or ""."""
+    """The blocks where a shard's examples begin and where the shard ends, uint32; and its faults in words, or ""."""
     scanner, size = Scanner(), path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
@@ -87,7 +87,10 @@ def scan(path):
 
 
 class Scanner:
-    """Reads the members of a shard in order. starts: the blocks where its examples begin."""
+    """The examples found among a shard's members, which are taken in order. starts: the blocks where they begin.
+
+    apart: how many parts of examples are not adjacent to the rest; first_apart: the first of them, in words.
+    """
 
     def __init__(self):
         self.starts, self.key, self.run = [], None, []
@@ -95,6 +98,7 @@ class Scanner:
         self.apart, self.first_apart = 0, ""
 
     def take(self, name, block):
+        """Add the member `name`, whose header is at `block`; a new key ends the run of the key before."""
         parts = key_and_suffix(name)
         if parts is None:
             return
@@ -112,7 +116,7 @@ class Scanner:
             self.starts.append(members[0][1])
             suffixes = tuple(suffix for suffix, _ in members)
             before = self.seen.get(key, ())
-            if before and not set(before) & set(suffixes):  # else the examples share a key
+            if before and not set(before) & set(suffixes):  # a repeated suffix: another example of that key
                 self.apart += 1
                 self.first_apart = self.first_apart or f"{key}.{suffixes[0]} is not beside {key}.{before[-1]}"
             self.seen[key] = before + suffixes
@@ -140,7 +144,7 @@ def read_index(path, shards):
 
 
 def load_index(paths):
-    """The index of shards: its header, and the starts of all shards in turn, each followed by the shard's end.
+    """The index of shards: its header, and the blocks where examples begin, those of each shard followed by its end.
 
     The header is {"version", "shards": name, size and time of each, "counts": of examples, "faults": {name: fault}}.
     The first process to come builds the index if there is none, or the shards have changed. Raises OSError if it cannot
@@ -165,6 +169,7 @@ def load_index(paths):
 
 
 def build_index(path, paths, shards):
+    """Scan the shards `paths`, by several processes where they can fork, and write their index to `path`."""
     with contextlib.ExitStack() as stack:
         scan_all = map
         if CAN_FORK:  # a fresh interpreter, as on Windows, would run the calling script again

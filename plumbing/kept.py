@@ -1,4 +1,4 @@
-"""Shards whose examples are decoded once and kept in memory: for sets that fit, and GPUs that outrun decoding."""
+"""Shards decoded once and kept in memory, for sets that fit into it and GPUs that are faster than decoding."""
 
 import mmap
 import multiprocessing
@@ -17,15 +17,15 @@ PART = 256  # examples that a process decodes at a time
 
 
 class Kept:
-    """What Shards give, item for item, from memory that all processes of a rank have in common.
+    """The examples of Shards, item for item, from memory that all processes of a rank share.
 
-    Captions are drawn and images mirrored anew in each epoch, as Shards do. An unusable example is left to them.
+    As in Shards, each epoch draws captions and mirrors images anew. Shards also replace an unusable example.
     """
 
     runs_on = True
 
     def __init__(self, shards):
-        """Raises ValueError where these are no shards, crops are random, or the memory is too small."""
+        """Decode all of `shards`. Raises ValueError for another data set, random crops, or too little memory."""
         if not isinstance(shards, Shards):
             raise ValueError("in_memory is True, but only shards are decoded from files: leave it out")
         if shards.crop == "random":
@@ -43,7 +43,7 @@ class Kept:
         self.texts, self.symmetric = self.decode_all()
 
     def decode_all(self):
-        """Fills self.stored. Returns the captions of each example, of an unusable one none, and which to mirror."""
+        """Fill self.stored; return each example's captions (none if it is unusable) and whether it may be mirrored."""
         starts = range(0, len(self), PART)
         texts, symmetric = [], []
         processes = min(len(starts), os.cpu_count() or 1)
@@ -60,7 +60,7 @@ class Kept:
         return texts, np.array(symmetric)
 
     def decode(self, i):
-        """Stores example i. Returns its captions, and whether it may be mirrored."""
+        """Store example i; return its captions, none if it is unusable, and whether it may be mirrored."""
         try:
             members = self.shards.members(i)
             captions, mirror = captions_of(members)
@@ -70,8 +70,8 @@ class Kept:
             return [], False
 
     def __getattr__(self, name):
-        """All else, such as how many examples there are and where, is the shards'."""
-        if name == "shards":  # not there yet
+        """Take every other attribute, such as `latent` or `place`, from the shards."""
+        if name == "shards":  # asked for before it is set, it would be looked up for ever
             raise AttributeError(name)
         return getattr(self.shards, name)
 
@@ -104,10 +104,12 @@ shared = []  # the Kept that this process decodes for
 
 
 def share(kept):
+    """Set the Kept that decode_part works on, in each process of the pool."""
     shared[:] = [kept]
 
 
 def decode_part(start):
+    """Store PART examples from number `start` on; return what decode() returns for each."""
     kept = shared[0]
     return [kept.decode(i) for i in range(start, min(start + PART, len(kept)))]
 

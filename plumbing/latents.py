@@ -36,7 +36,7 @@ def load_exported(path, device):
     module = program.module().to(device)
 
     def call(batch):
-        try:  # in pieces: AutoencoderKL was exported for at most 63 images at once, and memory is limited
+        try:  # in pieces: memory is limited, and an exported AutoencoderKL takes at most 63 images at once
             return torch.cat([module(piece) for piece in batch.split(16)])
         except Exception as error:  # the error for another size depends on the program
             size = "x".join(map(str, batch.shape[1:]))
@@ -48,8 +48,8 @@ def load_exported(path, device):
 def load_decoder(settings, device):
     """A function from normalised latents (B, C, h, w) of a model with these settings to images in [-1, 1].
 
-    It runs the program that the setting "decoder" names. Raises ValueError or OSError for a program that is no decoder,
-    or a model that samples images.
+    The function runs the program that the setting "decoder" names. Raises ValueError or OSError for a program that is
+    no decoder, and for a model that samples images.
     """
     path, statistics = settings["decoder"], settings.get("latents")
     if not statistics:
@@ -92,7 +92,7 @@ class Examples:
 
 
 def encode_shard(source, shard, encoder, device, args):
-    """The usable examples of a shard, (key, members), with latents in place of images."""
+    """The usable examples of shard number `shard`, a list of (key, members), with latents (float16) for images."""
     first, count = int(source.firsts[shard]), source.header["counts"][shard]
     numbers = range(first, first + count)
     batches = [numbers[i:i + args.batch_size] for i in range(0, count, args.batch_size)]
@@ -111,7 +111,7 @@ def encode_shard(source, shard, encoder, device, args):
 
 
 def encode_shards(sources, folders, encoder, ranks, args):
-    """Encode the shards of each split, in turn by all ranks; return how many unusable images all of them left out.
+    """Encode the shards of each split, divided among the ranks; return how many unusable images were left out in all.
 
     Each shard becomes one shard of the split's folder. Shards that are already there are skipped, so that an
     interrupted encoding continues.
@@ -130,7 +130,10 @@ def encode_shards(sources, folders, encoder, ranks, args):
 
 
 def measure_latents(data_dir, most=10_000):
-    """The means of the training latents' channels, and the scales to standard deviation 1: two lists."""
+    """The mean of each channel of the training latents, and the factor to standard deviation 1: two lists.
+
+    They are measured on at most `most` latents, evenly spread. Raises ValueError if a channel is constant.
+    """
     _, shape = first_example(find_shards(data_dir, "train")[0])
     latents = Shards(data_dir, "train", *shape, latent_scale=1.0)
     count = min(most, len(latents))
@@ -182,6 +185,7 @@ def take_folder(out, sources, args):
 
 
 def prepare_latents(args):
+    """Run the command `encode`: write the shards of latents and their statistics, latents.json."""
     ranks = device, rank, _ = start_ranks(args.device, PATIENCE)
     encoder, out = load_exported(args.encoder, device), Path(args.out)
     sources = open_sources(args)

@@ -1,6 +1,6 @@
 """The files around sampling: prompts, and images in one of three layouts.
 
-- sheet    sheet.png with the prompts under the images, and the images 0000.png, 0001.png, ...; of latents 0000.npy, ...
+- sheet    0000.png, 0001.png, ..., for latents also 0000.npy, ...; and sheet.png, all images with their prompts
 - flat     the images and nothing else, for FID
 - geneval  for each prompt 00000/metadata.jsonl, 00000/samples/0000.png, ... and 00000/grid.png, for GenEval's scorer
 
@@ -92,8 +92,9 @@ def files_of_a_run(folder):
 def goes_on(folder, settings, own):
     """Whether a folder holds part of a flat or geneval run with these settings, which this run continues.
 
-    own: whether the folder is for samples alone. Raises ValueError if that run had other settings, or if the folder
-    holds files with the names of samples that no recorded run has written.
+    own: whether the folder is sample.py's default, where any files named like samples may be removed. Raises ValueError
+    if the folder's run had other settings; and if a folder that the user named, without a sheet.png, holds files named
+    like samples that no recorded run has written.
     """
     path = folder / SETTINGS
     if not path.exists():
@@ -131,7 +132,7 @@ def start_run(folder, settings, kept):
 
 
 def read_image(path, scale=1):
-    """An image (H, W, 3), uint8, that was enlarged `scale` times when it was written, at its own size."""
+    """Read an image that was enlarged `scale` times when it was written: its original pixels (H, W, 3), uint8."""
     with Image.open(path) as image:
         return np.asarray(image)[::scale, ::scale]
 

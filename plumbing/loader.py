@@ -1,7 +1,7 @@
 """Batches: which examples each iteration sees, how they are loaded, and their random numbers.
 
 The random numbers of iteration i are drawn for the whole batch from (seed, i), and each rank takes its rows of them. So
-a run does not depend on how many ranks or accumulation passes share a batch, and a resumed run repeats the original.
+a run does not depend on how many ranks or accumulation passes share a batch, and a resumed run draws the same numbers.
 """
 
 import functools
@@ -25,8 +25,8 @@ NAMED = 10  # unusable examples that are named
 def order(size, batch_size, seed, start, stop, rows, again=0):
     """Yield batches of example numbers: epoch after epoch, each shuffled anew.
 
-    Position p of this endless sequence depends on (seed, p) alone. rows: those of the batch that this rank reads.
-    again: is added to an example's number once per epoch.
+    Position p of this endless sequence depends on (seed, p) alone. rows: the slice of the batch that this rank reads.
+    again: added to an example's number in each epoch, so that its crop and flip change; 0: they stay.
     """
     for i in range(start, stop):
         positions = range(i * batch_size + rows.start, i * batch_size + rows.stop)
@@ -35,12 +35,16 @@ def order(size, batch_size, seed, start, stop, rows, again=0):
 
 
 def key(seed, number, use):
-    """A generator's seed, a hash: with a sum, seed 1 in epoch 0 would repeat seed 0 in epoch 1. use: 0 or 1."""
+    """Hash (seed, number) to a generator's seed. use: 0 for the order of an epoch, 1 for the noise of an iteration.
+
+    With a sum in place of the hash, seed 1 in epoch 0 would repeat seed 0 in epoch 1.
+    """
     return int(uniforms(seed, [number], 2)[0, use] * 2**53)
 
 
 @functools.lru_cache(1)
 def shuffled(size, seed, epoch):
+    """The order of the examples in an epoch, a permutation (size,)."""
     generator = torch.Generator().manual_seed(key(seed, epoch, 0))
     return torch.randperm(size, generator=generator, dtype=torch.int32)  # half the memory of int64
 
@@ -70,6 +74,7 @@ class Readable:
         return [self.readable(number, *example) for number, example in zip(numbers, self.dataset.__getitems__(numbers))]
 
     def readable(self, number, image, caption, fault=""):
+        """An example with its token ids; or if its caption cannot be read, another one, and what was wrong."""
         size = len(self.dataset)
         for other in attempts(number, size):
             if other != number:
@@ -84,6 +89,7 @@ class Readable:
         raise ValueError(f"{ATTEMPTS} examples in a row have no readable caption, the first is {fault}")
 
     def name(self, number):
+        """Where an example is, in words: its number, and for shards the shard."""
         number %= len(self.dataset)
         if not hasattr(self.dataset, "place"):
             return f"example {number}"
@@ -98,7 +104,7 @@ def collate_readable(examples):
 
 
 def name_faults(faults, what=""):
-    """Print a note about each unusable example; `what` kind of example it is."""
+    """Print a note about each unusable example; what: a word for its kind, such as "held-out ", or ""."""
     for fault in faults:
         tqdm.write(f"note: an unusable {what}example is replaced by another: {fault}", file=sys.stderr)
 
@@ -106,10 +112,12 @@ def name_faults(faults, what=""):
 class Batches:
     """A run's batches from iteration `start` on, dequantised, and with some captions replaced by the null caption.
 
-    A context, with which the loading processes (config's `workers`) end. ranks: device, rank, world. rows: this rank's
-    slice of the whole batch. randn: draws these rows of torch.randn(shape). interrupt: the context in which a signal
-    ends the run in order. counts: {"unusable": examples replaced, "cut": captions too long}, of this rank since the
-    start. faults: the first ten reasons. words: those of its captions. waited: seconds that loading took.
+    A context, at whose end the processes that load data (config's `workers`) end too. ranks: device, rank, world.
+
+    Attributes: rows, this rank's slice of the whole batch; randn, which draws these rows of torch.randn(shape);
+    interrupt, the context in which a signal ends the run in order; counts, {"unusable": examples replaced, "cut":
+    captions too long} of this rank since `start`; faults, the first ten reasons; words, those of its captions so far;
+    waited, the seconds that it has waited for data.
     """
 
     def __init__(self, dataset, tokenizer, text_len, config, start, ranks, words=()):

@@ -18,7 +18,7 @@ AFTER_CTRL_C = 130  # the exit status that shells expect
 
 
 def lock_file(file, wait=False):
-    """Locks an open file until it is closed.
+    """Lock an open file until it is closed.
 
     Raises BlockingIOError or PermissionError where another process holds the lock, unless `wait` is True, and OSError
     where files cannot be locked: on Windows and on some network file systems.
@@ -91,7 +91,7 @@ def lock_folder(folder):
 def run_alone(config, Run, loop):
     """Do what train.py and distill.py share: join the ranks, lock out_dir, set up Run(config, ranks), call loop(run).
 
-    A mistake in the settings is reported in one line. Ctrl-C saves, and ends with status 130.
+    A mistake in the settings is reported in one line. After Ctrl-C, when loop has saved, the exit status is 130.
     """
     with one_line_errors():
         check_compile(config)
@@ -101,7 +101,7 @@ def run_alone(config, Run, loop):
         with one_line_errors():
             run = Run(config, ranks)
         loop(run)
-    # After Ctrl-C a script or make must not go on; but a job scheduler's signal is part of a run's life.
+    # After Ctrl-C a calling script or make must not go on; after a job scheduler's signal the job's script must.
     status = AFTER_CTRL_C if run.progress.interrupted and run.batches.interrupt.by_keyboard else 0
     leave_ranks(status)
     if status:

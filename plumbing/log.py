@@ -1,4 +1,4 @@
-"""What a run reports and records: log.jsonl, log.png, the progress bar, and when it has to give up."""
+"""What a run reports and records: log.jsonl, log.png and the progress bar; and when a run has to give up."""
 
 import contextlib
 import json
@@ -21,9 +21,12 @@ PATIENCE = 10  # updates skipped in a row before a run gives up
 
 
 class Log:
-    """out_dir/log.jsonl, one JSON object a line; on resuming, lines from after the checkpoint are dropped, and damaged
-    ones with a note. With wandb_log, the same to Weights & Biases, in the run that log.wandb names. fault: why it could
-    not be written, or ""."""
+    """A run's log, the file `path` (log.jsonl or denoiser_log.jsonl), one JSON object a line.
+
+    A resumed run drops the lines from after its checkpoint, and damaged ones with a note. With wandb_log, each line
+    also goes to Weights & Biases, to the run that the .wandb file beside the log names. fault: why a line could not be
+    written, or "".
+    """
 
     def __init__(self, path, start, config):
         self.path, self.wandb, self.fault = path, None, ""
@@ -37,9 +40,9 @@ class Log:
             path.write_text("", "utf-8")
 
     def go_back_to(self, start):
-        """Drops what a resumed run does not continue: lines of iterations after `start`, and damaged ones."""
+        """Drop the lines that a resumed run does not continue: those of iterations after `start`, and damaged ones."""
         text = self.path.read_text(encoding="utf-8", errors="replace")
-        *lines, rest = text.split("\n")  # the rest: empty, or the line that a killed run was writing
+        *lines, rest = text.split("\n")  # the rest is "", or the line that a killed run was writing
         records = [read_record(line) for line in lines]
         if damaged := records.count(None):
             first = lines[records.index(None)]
@@ -53,7 +56,7 @@ class Log:
         self.lacks_validation = bool(kept) and "loss" in kept[-1][1]
 
     def write(self, **values):
-        """Adds a line. Where that fails, on a full disk for instance, `fault` says so, and nothing is written more."""
+        """Add a line. If that fails, for instance on a full disk, `fault` says so and no more lines are written."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         if not self.fault:
             try:
@@ -65,7 +68,7 @@ class Log:
             self.wandb.log(finite, step=values["iter"])
 
     def plot(self):
-        """Draws the log's curves against iterations into log.png beside it."""
+        """Draw the log's curves against iterations into the .png of the same name."""
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         records, panels = [record for record in map(read_record, lines) if record], defaultdict(dict)
         for name, title in CURVES.items():
@@ -76,10 +79,12 @@ class Log:
 
 
 def start_wandb(path, start, config):
-    """A run of Weights & Biases, which the file `path` names from then on: a run that is resumed, after iteration
-    `start`, goes on in it. Raises ValueError where there is no wandb, or it does not start."""
+    """Start a run of Weights & Biases, or if `start` is not 0 continue the one that the file `path` names; return it.
+
+    The file then names this run. Raises ValueError if wandb is not installed or does not start.
+    """
     try:
-        from wandb import init  # a mere folder wandb/, which its logs leave behind, has none
+        from wandb import init  # not `import wandb`, which takes the folder wandb/ of old logs
     except ImportError as error:
         raise ValueError("wandb_log needs wandb: `pip install wandb`, or leave wandb_log out") from error
     place = {}
@@ -101,8 +106,10 @@ def start_wandb(path, start, config):
 
 
 class Progress:
-    """The bar and the log of a run from iteration `start` on, both of rank 0 alone, and its counts, which go on after a
-    restart. path: of the checkpoint. counts: the checkpoint's."""
+    """The bar and the log of a run from iteration `start` on, which only rank 0 has, and the run's counts.
+
+    path: the checkpoint's. counts: the checkpoint's, from which those of a resumed run go on.
+    """
 
     def __init__(self, path, log_name, config, start, counts, rank):
         self.path, self.config, self.start = path, config, start
@@ -127,13 +134,14 @@ class Progress:
         self.bar.close()
 
     def iterations(self):
-        """From `start` to max_iters, which may become known on the way."""
+        """Yield the iterations from `start` to max_iters, which Pace may set on the way."""
         i = self.start
         while i < self.config["max_iters"]:
             yield i
             i += 1
 
     def validation_due(self, i):
+        """Whether to validate after i iterations."""
         return i % self.config["val_interval"] == 0 or i == self.config["max_iters"]
 
     def validation_missing(self):
@@ -142,8 +150,11 @@ class Progress:
         return due and gathered(self.log and self.log.lacks_validation)[0]
 
     def asks(self):
-        """What the first rank alone can tell, and all ranks have to do after the same iteration, to be summed over
-        them: "save_due", a checkpoint after save_minutes, and "log_failed", an end, as the log cannot be written."""
+        """What only the first rank can tell, {name: bool}; by its sum over the ranks all act after the same iteration.
+
+        "save_due": save_minutes have passed since the last checkpoint. "log_failed": the log cannot be written, so the
+        run has to end.
+        """
         if not self.log:
             return {"save_due": False, "log_failed": False}
         seconds = 60 * self.config["save_minutes"]
@@ -151,11 +162,11 @@ class Progress:
         return {"save_due": due, "log_failed": bool(self.log.fault)}
 
     def record(self, i, losses, lr, totals, finite, waited):
-        """Counts iteration i, and logs it at every log_interval and where a run ends or validates.
+        """Count iteration i; log it at every log_interval and where the run ends or validates.
 
         losses: {name: number} to log. totals, over all ranks: "grad_norm"; whether an end was "asked" for; examples
-        "unusable" and captions "cut" since the start. finite: whether it was an update, or was skipped. waited:
-        seconds for data so far.
+        "unusable" and captions "cut" since the start. finite: True for an update, False for one that was skipped.
+        waited: seconds that this rank has waited for data so far.
         """
         self.counts["skipped"] += not finite
         for name in ("unusable", "cut"):
@@ -173,7 +184,7 @@ class Progress:
             self.write(i, losses, lr, totals["grad_norm"], waited)
 
     def write(self, i, losses, lr, grad_norm, waited):
-        """A line of the log, and of the bar, with the speed since the last one."""
+        """Write a line of the log, and show it on the bar, with the speed since the line before."""
         now = time.perf_counter()
         seconds = now - self.since
         rate = (i - self.logged) * self.config["batch_size"] / seconds
@@ -185,20 +196,20 @@ class Progress:
         self.log.write(iter=i, **losses, lr=lr, grad_norm=grad_norm, **speed, **self.counts)
 
     def save_due(self, i, totals):
-        """Whether a checkpoint is due after i iterations; totals: with what asks() says, over all ranks."""
-        if self.skipped_in_a_row == PATIENCE:  # its weights are no better than those of the one before
+        """Whether a checkpoint is due after i iterations; totals: those of record(), with asks() over all ranks."""
+        if self.skipped_in_a_row == PATIENCE:  # the run ends, and the last checkpoint's weights may be better
             return False
         asked = totals["asked"] or totals["save_due"] or totals["log_failed"]
         return bool(self.validation_due(i) or asked or self.spoilt)
 
     def saved(self, i):
-        """Notes that the checkpoint holds iteration i, and keeps it under its own name if it is one of those."""
+        """Note that the checkpoint now holds iteration i; after a validation, keep a copy if there are to be any."""
         self.saved_at = time.perf_counter()
         if self.log and self.validation_due(i) and self.config["keep"] > 1:
             checkpoint.keep(self.path, i, self.config["keep"])
 
     def stop_if_hopeless(self, i, totals, faults):
-        """Raises SystemExit where too many updates or examples are unusable, or the log cannot be written.
+        """Raise SystemExit where too many updates or examples are unusable, or the log cannot be written.
 
         faults: what was wrong with examples of this rank.
         """
@@ -218,7 +229,7 @@ class Progress:
             self.stop_without_log(i)
 
     def stopped(self, i, totals):
-        """Whether the run was asked to end after i iterations, before its last; raises as stop_without_log."""
+        """Whether the run was asked to end after i iterations, before its last one. Raises as stop_without_log."""
         if i == self.config["max_iters"]:
             self.stop_without_log(i)
             return False
@@ -228,34 +239,34 @@ class Progress:
         return self.interrupted
 
     def stop_without_log(self, i):
-        """Raises SystemExit, on all ranks, where the log could not be written; iteration i has been saved."""
+        """Raise SystemExit, on all ranks, if the log could not be written; iteration i has been saved before."""
         fault, *_ = gathered(self.log.fault if self.log else "")
         if fault:
             raise SystemExit(f"{fault}; {self.path} holds iteration {i}: make room, and continue with --resume=yes")
 
     def validated(self, i, values):
-        """Records what a validation measured, {name: float}."""
+        """Record what a validation measured, {name: float}."""
         if self.log:
             self.log.write(iter=i, **values)
             with self.worth_a_warning(f"{self.log.path.with_suffix('.png')} is not drawn at iteration {i}"):
                 self.log.plot()
             self.bar.write(f"iteration {i}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
-        self.since = time.perf_counter()  # the rate is that of training
+        self.since = time.perf_counter()  # the rate in the log leaves out validation
 
     def show(self, i, sheet, path):
-        """Saves a sheet of samples of iteration i, a PIL.Image, and sends it where the log goes."""
+        """Save a sheet of samples of iteration i, a PIL.Image, to `path`, and with wandb_log to Weights & Biases."""
         save_image(sheet, path)
         if self.log.wandb:
             from wandb import Image
             self.log.wandb.log({"samples": Image(sheet)}, step=i)
 
     def a_sheet(self, i):
-        """A sheet of samples is worth a warning, not a run: not even memory that runs out here ends training."""
+        """A context for drawing a sheet of samples: an error in it, even for want of memory, does not end training."""
         return self.worth_a_warning(f"there is no sheet of samples of iteration {i}")
 
     @contextlib.contextmanager
     def worth_a_warning(self, what):
-        """In this context an error becomes a warning: `what`, and why."""
+        """A context in which an error becomes a warning that says `what`, and why."""
         try:
             yield
         except Exception as error:

@@ -9,7 +9,7 @@ NUMBERS = 13  # activations of a layer per token and unit of width
 def examples_at_once(config, steps, gradients=True):
     """How many trajectories of `steps` steps fit into about 4 GB, at least 1; config: an NTMConfig.
 
-    gradients: whether the activations of all layers are kept, as for a score, or those of one layer at a time.
+    gradients: True if the activations of all layers are kept, as for a score; False: of one layer at a time.
     """
     depth, transporter_layers = 1, 1
     if gradients:

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import torch
 
-# a layer's matrices: of our Transformers, and of SiT's
+# endings of the names of a layer's matrices, in our Transformers and in SiT
 HIDDEN = (
     "attention.qkv.weight",
     "attention.out.weight",
@@ -22,9 +22,9 @@ WORDS = "embed.weight", "embedding_table.weight"
 def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HIDDEN, words_lr=1.0):
     """The optimisers, a list: AdamW, or for name "muon" Muon for the layers' matrices and AdamW for all other weights.
 
-    At equal time Muon went much further on every data set here. bfloat16: of Muon's matrix products. hidden: the
-    endings of its matrices' names. words_lr: factor on the learning rate of the words' embeddings. Raises ValueError
-    for another name.
+    In equal time Muon made far more progress on every data set here. bfloat16: whether Muon multiplies matrices in
+    bfloat16. hidden: the endings of the names of Muon's matrices. words_lr: factor on the learning rate of the word
+    embeddings. Raises ValueError for another name.
     """
     if name not in ("adamw", "muon"):
         raise ValueError(f"optimizer {name!r} is unknown: choose 'adamw' or 'muon'")
@@ -50,8 +50,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for matrices (https://kellerjordan.github.io/posts/muon/).
 
     It is torch.optim.Muon's rule with "match_rms_adamw", so that one learning rate serves AdamW too. Differences: all
-    matrices of a shape are updated at once, and bfloat16 is optional. On a CPU without bfloat16 instructions the latter
-    would take half of the training time.
+    matrices of a shape are updated at once, and bfloat16 is optional: on a CPU without instructions for it, Muon would
+    take half of the training time.
     """
 
     def __init__(self, params, weight_decay, bfloat16=False, lr=1e-3, momentum=0.95):
@@ -115,6 +115,6 @@ def update_weights(optimizers, lr):
 
 @torch.no_grad()
 def update_average(ema, model, decay, i):
-    """Update the exponential moving average of the weights, Eq. (18), which forgets the first iterations faster."""
+    """Update the averaged weights after iteration i, Eq. (18): with a smaller decay at first, to forget the start."""
     decay = min(decay, (1 + i) / (10 + i))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)

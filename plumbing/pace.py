@@ -10,10 +10,10 @@ LATEST = 0.1  # share of the time after which the measurement ends in any case: 
 
 
 class Pace:
-    """Sets a run's max_iters, and so the schedule of its learning rate, if config has `minutes`.
+    """What sets a run's max_iters, and with it the schedule of its learning rate, if config has `minutes`.
 
-    Minutes count from here to the last update, compilation included. Once max_iters is known, config's minutes is 0:
-    the checkpoint then stores max_iters, and a resumed run ends there too.
+    The minutes count from the construction of this object to the last update, compilation included. Once max_iters is
+    known, config's minutes is set to 0: the checkpoint then stores max_iters, and a resumed run ends there too.
     """
 
     def __init__(self, config):
@@ -30,7 +30,7 @@ class Pace:
             return False
         self.times.append(time.perf_counter())
         count = len(self.times)
-        if count < 8 or count & (count - 1):  # try at powers of two
+        if count < 8 or count & (count - 1):  # only powers of two: asking the first rank takes time
             return False
         remaining = from_first_rank(self.remaining)
         if remaining is None:

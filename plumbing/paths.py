@@ -9,7 +9,7 @@ BRACES = r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}"
 
 
 def at_home(path):
-    """A path, as a str, with ~ replaced by the home folder; shells leave the ~ in --out_dir=~/x. Also sit:~/PATH."""
+    """A path or sit:PATH, as a str, with ~ replaced by the home folder: shells leave the ~ in --out_dir=~/x."""
     path = str(path)
     if os.path.lexists(path):
         return path
@@ -24,7 +24,7 @@ def existing_part(path):
 
 
 def expand(path):
-    """The paths that a shell makes of ranges {000..123} and lists {a,b} in a path; itself if it exists."""
+    """The paths that a shell makes of ranges {000..123} and lists {a,b} in a path; [path] if the path exists."""
     path = Path(path)
     if path.exists():
         return [path]
@@ -47,7 +47,7 @@ def expand_braces(text):
 
 
 def wildcards(path):
-    """The files and folders that a path with * ? [ ] names, in order; itself if it exists."""
+    """The files and folders that a path with * ? [ ] names, in order; [path] if the path exists."""
     if path.exists():
         return [path]
     folder, rest = existing_part(path)

@@ -47,7 +47,10 @@ def log_ticks(xs):
 
 
 class Panel:
-    """One pair of axes, with the place of its numbers in the image. points (n, 2); left: its first pixel column."""
+    """One pair of axes, and where its numbers lie in the image.
+
+    points: (n, 2), all that is to be drawn. left: the first pixel column. shown: as in plot().
+    """
 
     def __init__(self, points, left, log_x, shown):
         self.xs, self.ys = np.array(points, dtype=float).T
@@ -104,7 +107,8 @@ class Panel:
 def plot(panels, x_label, log_x=False, shown=1.0):
     """Curves in panels side by side, {title: {name: [(x, y), ...]}}, as an RGB PIL.Image.
 
-    log_x: whether the x axis is logarithmic. shown: the fraction of the values that the y axis covers.
+    log_x: whether the x axis is logarithmic. shown: the fraction of the values, from the lowest on, that the y axis
+    covers in a panel of more than 20 points; higher ones lie on its edge.
     """
     width, height = PANEL
     each = width + AXIS + GAP

@@ -26,6 +26,7 @@ def write_splits(out, examples):
 
 
 def prepare_folder(args):
+    """Run the command `folder`: write shards of a folder's captioned images, and print what was left out."""
     folder = Path(args.folder)
     out = Path(args.out or Path("out/data", folder.resolve().name))
     if not folder.is_dir():
@@ -54,7 +55,7 @@ def prepare_folder(args):
 
 
 def remarks(captions, groups):
-    """Remarks on a division of images that may surprise, a list of lines."""
+    """Lines about what may surprise in the division of the images into train and val, a list."""
     told, homes = [], {name.split("/")[0] for name in captions if "/" in name}
     if "train" in homes and homes & {"val", "valid", "validation", "test"}:
         told.append("its folders, such as train and val, were merged and divided anew")
@@ -75,6 +76,7 @@ def explain_too_few(folder, count, told):
 
 
 def prepare_vocabulary(args):
+    """Run the command `vocab`: write a .tiktoken file made from the captions in shards."""
     out = Path(args.out)
     if out.suffix != ".tiktoken":
         raise ValueError(f"a vocabulary needs --out=NAME.tiktoken, but --out is {args.out!r}")

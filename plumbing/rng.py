@@ -33,8 +33,8 @@ def uniforms(seed, indices, n):
 def drawn(draw, shape, rows, device=None, dtype=torch.float32):
     """Rows `rows`, a slice, of the result of draw(tensor), such as tensor.normal_, on a tensor of `shape`.
 
-    All rows are drawn, piece by piece, so that the result does not depend on which rows other ranks draw. On a CPU it
-    is equal to that of a single draw, bit for bit.
+    All rows are drawn, piece by piece, and the others dropped, so that a row is the same with any number of ranks.
+    On a CPU the rows equal those of a single draw bit for bit.
     """
     first, stop, _ = rows.indices(shape[0])
     numbers_of_a_row = math.prod(shape[1:])

@@ -1,4 +1,4 @@
-"""What a script needs of the machine: its device, the other ranks under torchrun, signals, errors in one line."""
+"""What a script needs of the machine: its device, the other ranks, signals, precision, errors in one line."""
 
 import atexit
 import contextlib
@@ -19,15 +19,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-launched = {"job": "", "status": None}  # the job of the ranks; how this one is to exit, once it is known
+launched = {"job": "", "status": None}  # the ranks' job; this process's exit status, once it is known
 CAN_FORK = "fork" in multiprocessing.get_all_start_methods()  # Windows cannot
-# Signals that ask for an end. SLURM sends SIGUSR1 some time before a job's; Windows does not have it.
+# Signals that ask a run to end. SLURM can send SIGUSR1 some time before a job's end; Windows does not have it.
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns what a setting can be wrong about (ValueError, OSError) into one line and exit status 1."""
+    """A context in which the errors of wrong settings (ValueError, OSError) become one line and exit status 1."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -37,14 +37,17 @@ def one_line_errors():
 
 @functools.cache
 def note(text):
-    """Tells the user, in one line, what is not an error but may surprise; once in a program, from the first rank."""
+    """Print a line about what is no error but may surprise the user, once in a program, on the first rank alone."""
     if rank_and_world()[0] == 0:
         print(f"note: {text}", file=sys.stderr)
 
 
 def claim(path, settings, message):
-    """Creates the folder of work that continues where it was interrupted, and records its settings in the file `path`.
-    Raises ValueError(message) if what is there already was made with other settings, and where no one can tell."""
+    """Make a folder for work that can be continued, and record the work's settings in the file `path` in it.
+
+    Raises ValueError(message) if the file records other settings; also ValueError if it is damaged and the folder holds
+    other files, whose settings nobody can tell.
+    """
     part = path.with_name(path.name + ".part")
     try:
         theirs = json.loads(path.read_text("utf-8")) if path.exists() else settings
@@ -61,8 +64,8 @@ def claim(path, settings, message):
 
 
 class Interrupt:
-    """In its context, Ctrl-C, SIGTERM and SIGUSR1 ask for an end after the current iteration; a second Ctrl-C ends at
-    once."""
+    """A context in which Ctrl-C, SIGTERM and SIGUSR1 ask for an end after the current iteration; a Ctrl-C after any of
+    them ends the program at once."""
 
     asked = False
     by_keyboard = False
@@ -86,17 +89,17 @@ def find_device(name=""):
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name or best)
-        torch.empty(1, device=device).item()  # which "meta", a device without values, cannot
+        torch.empty(1, device=device).item()  # fails on "meta", a device without values
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ValueError(f"device {name!r} is not available here: leave it out for {best!r}") from error
     return device
 
 
 def start_ranks(device_name="", patience=timedelta(minutes=10)):
-    """Joins the other processes under torchrun or srun, if there are any. Returns device, rank, world size.
+    """Join the other processes under torchrun or srun, if there are any; return device, rank, world size.
 
-    patience: how long a rank waits for another that is silent, before it ends with an error. Raises ValueError where
-    the environment does not say which process this is.
+    patience: how long a rank waits for a silent one before it ends with an error. Raises ValueError where the
+    environment does not say which process this is, or the processes cannot meet.
     """
     device = find_device(device_name)
     if not (found := ranks_of_environment()):
@@ -114,7 +117,7 @@ def start_ranks(device_name="", patience=timedelta(minutes=10)):
                          "it, or set another MASTER_PORT") from error
     launched["job"] = store.compare_set("job", "", uuid.uuid4().hex).decode()
     # torchrun keeps this store through its restarts: without a prefix of its own, a restarted rank may find the address
-    # that a dead one left there, and wait for it. (The nodes of several do not count restarts alike, and need none.)
+    # that a dead one left there, and wait for it. Several nodes need no prefix, and do not count restarts alike.
     prefix = f"start {restarts()}" if os.environ.get("LOCAL_WORLD_SIZE") == str(world) else "start"
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(prefix, store),
                             rank=rank, world_size=world, timeout=patience)
@@ -123,8 +126,11 @@ def start_ranks(device_name="", patience=timedelta(minutes=10)):
 
 
 def ranks_of_environment():
-    """Rank, world size, and rank on this node (None if nothing says it), by the variables that torchrun sets, or those
-    of a task of `srun`; None for a process alone. Sets MASTER_ADDR and MASTER_PORT in a task of srun that has none."""
+    """Rank, world size, and rank on this node (None if no variable says it); None in place of all for a single process.
+
+    They are read from the variables that torchrun sets, or those of a task of `srun`. In a task of srun, MASTER_ADDR
+    and MASTER_PORT are set if they are missing. Raises ValueError for missing or wrong variables.
+    """
     variables = os.environ
     # a batch script has SLURM_PROCID and SLURM_NTASKS too, but is no task: only srun says how many the step has
     tasks = variables.get("SLURM_STEP_NUM_TASKS") or "MASTER_ADDR" in variables and variables.get("SLURM_NTASKS")
@@ -148,7 +154,7 @@ def ranks_of_environment():
 
 
 def meet_in_slurm():
-    """Names the first node of a step of srun as the one where its tasks meet, and a port that follows from the step."""
+    """Set MASTER_ADDR to the first node of a step of srun, and MASTER_PORT to a number that follows from the step."""
     variables = os.environ
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST") or "localhost"
     first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodes).split(",")[0]  # of gpu[003-006,9],cpu1: gpu003
@@ -163,7 +169,7 @@ def own_gpu(local_rank, count):
         raise ValueError("RANK is set, but LOCAL_RANK is not, which says whose GPU is whose: start with torchrun or "
                          "srun, or set LOCAL_RANK to the process's number on its node")
     if count == 1 and "SLURM_LOCALID" in os.environ:
-        return 0  # srun --gpus-per-task=1 shows a task its own alone
+        return 0  # srun --gpus-per-task=1 shows each task only its own GPU
     if local_rank >= count:
         started = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)
         raise ValueError(f"there are {count} GPUs here for {started} processes: lower --nproc_per_node")
@@ -171,20 +177,24 @@ def own_gpu(local_rank, count):
 
 
 def in_bfloat16(config, device):
-    """Whether networks and Muon compute in bfloat16: unless the config says, on CUDA only. On a CPU it pays where there
-    are instructions for it, twofold; where there are none it is several times slower."""
+    """Whether networks and Muon compute in bfloat16: as the config says, or if it says None, on CUDA only.
+
+    A CPU with instructions for bfloat16 is twice as fast in it; one without them is several times slower.
+    """
     return device.type == "cuda" if config["bfloat16"] is None else config["bfloat16"]
 
 
 def autocast(config, device):
-    """The precision of the networks."""
+    """A context in which the networks compute in bfloat16, if in_bfloat16() says so."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16(config, device))
 
 
 @contextlib.contextmanager
 def coarse_products(device):
-    """In this context float32 matrix products on CUDA may keep ten bits of each number (TF32), several times faster:
-    right for training in bfloat16 and for samples, too coarse for a likelihood that is reported or an inverse."""
+    """A context in which float32 matrix products on CUDA may keep ten bits of each number (TF32) and are much faster.
+
+    This is exact enough for training in bfloat16 and for samples, but not for a reported likelihood or an inverse.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
     try:
@@ -194,18 +204,20 @@ def coarse_products(device):
 
 
 def training_products(config, device):
-    """The precision of float32 products in an update. Around a network in bfloat16, whose numbers have seven bits, ten
-    are enough for its head and for the likelihood; a run in float32 has all digits."""
+    """The context for an update's float32 products: TF32 if the network is in bfloat16, else all digits.
+
+    The numbers of a network in bfloat16 have seven bits, so ten are enough for its head and the likelihood.
+    """
     return coarse_products(device) if in_bfloat16(config, device) else exact_products(device)
 
 
 @contextlib.contextmanager
 def exact_products(device):
-    """In this context networks compute in float32 with all of its digits, whatever autocast or coarse_products say
-    around it: so is every number measured that is reported as a likelihood."""
+    """A context in which networks compute in float32 with all digits, even inside of autocast or coarse_products: for
+    every likelihood that is reported."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False  # convolutions, which torch else takes coarsely
+    torch.backends.cudnn.allow_tf32 = False  # of convolutions, for which torch allows TF32 by default
     try:
         with torch.autocast(device.type, enabled=False):
             yield
@@ -220,28 +232,28 @@ def can_compile():
 
 
 def check_compile(config):
-    """Raises ValueError for a way to compile that is none."""
+    """Raise ValueError for an unknown value of the setting `compile`."""
     if config["compile"] not in (None, True, False, "layers"):
         raise ValueError(f"compile is {config['compile']!r}: choose True, False or 'layers'")
 
 
 def for_training(model, config, device):
-    """The model, or a method of one, as training calls it: compiled, and a model wrapped where several ranks train.
+    """The model, or a method of one, as training calls it: compiled if the settings say so, a model wrapped for ranks.
 
-    With compile "layers" the Transformer's layers are compiled instead of the whole: all of them are one graph.
+    With compile "layers", each of the Transformer's layers is compiled instead of the whole; they share one graph.
     """
     compiled = config["compile"]
     if compiled is None:
         compiled = device.type == "cuda" and can_compile()
-    warnings.filterwarnings("ignore", "TensorFloat32")  # slower without it, but a run in float32 wants all of float32
+    warnings.filterwarnings("ignore", "TensorFloat32")  # it is off on purpose: a run in float32 wants all digits
     network = model
     if compiled == "layers":
         compile_layers(getattr(model, "__self__", model))
     elif compiled:
         network = torch.compile(model)
     if dist.is_initialized() and isinstance(model, torch.nn.Module):
-        # No second copy of the gradients; and there are no buffers that training changes, an option that torch 2.13
-        # gave another name.
+        # Views of the buckets save a second copy of the gradients. Buffers need no synchronisation, as training changes
+        # none; torch 2.13 gave that option another name.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
@@ -250,7 +262,7 @@ def for_training(model, config, device):
 
 
 def compile_layers(model):
-    """Compiles each of a model's Transformer layers in place; they have the same code and shapes, and share a graph."""
+    """Compile each of a model's Transformer layers in place; code and shapes are the same, so one graph serves."""
     for name, module in model.named_modules():
         *_, outer, inner, _ = ["", "", *name.split(".")]
         if inner == "layers" or (outer, inner) == ("sit", "blocks"):
@@ -259,7 +271,7 @@ def compile_layers(model):
 
 @contextlib.contextmanager
 def uncompiled():
-    """In this context compiled networks run as they are: validation would have them compiled for other sizes."""
+    """A context in which compiled networks run uncompiled: for validation's sizes they would be compiled once more."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and importing it takes two seconds
         yield
     else:
@@ -268,7 +280,7 @@ def uncompiled():
 
 
 def alike(*networks):
-    """Gives the networks the weights that they have on the first rank."""
+    """Copy the networks' weights from the first rank to all others, in place."""
     if dist.is_initialized():
         for network in networks:
             for tensor in network.state_dict().values():
@@ -276,16 +288,16 @@ def alike(*networks):
 
 
 def gradients_meet(network, last):
-    """In this context a backward pass sums gradients over the ranks only if it is the last of an update."""
+    """A context in which a backward pass sums gradients over the ranks only if `last`, the last pass of an update."""
     return contextlib.nullcontext() if last or not dist.is_initialized() else network.no_sync()
 
 
 def accumulate(losses_of, network, batches, config, device, *tensors):
-    """Forward and backward of a batch, in as many passes as memory needs; the ranks' gradients meet in the last one.
+    """Compute a batch's gradients, in as many passes as memory needs, and return its losses for the log.
 
-    losses_of(*tensors of a pass) -> {name: scalar}, of which "minimised" is differentiated if there is one, else
-    "loss", and the others are for the log: returned, without gradients, as the mean over the passes divided by the
-    ranks. network: what for_training made.
+    losses_of(*tensors of a pass) -> {name: scalar}; "minimised" is differentiated if there is one, else "loss". All but
+    "minimised" are returned, without gradients: the mean over the passes, divided by the number of ranks. The last pass
+    sums gradients over the ranks. network: what for_training returned.
     """
     totals = {}
     world = rank_and_world()[1]
@@ -301,15 +313,17 @@ def accumulate(losses_of, network, batches, config, device, *tensors):
 
 
 def all_sum(tensor):
-    """The sum over all ranks, in place."""
+    """Sum a tensor over all ranks, in place; return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_sums(values, device):
-    """The sums over all ranks of {name: number or scalar tensor on the device}, {name: float}, by one reduction. Its
-    result is all that an update waits for the device for."""
+    """The sums over all ranks of {name: number or scalar tensor on the device}, as {name: float}, by one reduction.
+
+    An update waits for the device here, and otherwise only with whole trajectories of several T.
+    """
     tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
     numbers = {name: value for name, value in values.items() if name not in tensors}
     on_device = torch.tensor([*numbers.values()], dtype=torch.float32).to(device, non_blocking=True)
@@ -324,7 +338,7 @@ def meet_ranks():
 
 
 def leave_ranks(status=0):
-    """The last call of a program that has done its work, after meet_ranks, with its exit status: see end_at_once."""
+    """Leave the group of ranks, after meet_ranks, as a program's last call. status: the exit status of end_at_once."""
     if dist.is_initialized():
         if dist.get_backend() == "nccl":
             dist.destroy_process_group()
@@ -332,10 +346,10 @@ def leave_ranks(status=0):
 
 
 def end_at_once():
-    """The last exit handler of a rank: leaves out Python's own end, unless an exception has been printed.
+    """End a rank without Python's own shutdown, as its last exit handler, unless an exception has been printed.
 
-    One of gloo's threads may still wait for Python's lock, to free a tensor. Whoever frees the process group waits for
-    that thread: for ever, if it holds the lock. And if Python ends first, the thread aborts the process.
+    One of gloo's threads may still wait for Python's lock, to free a tensor. Freeing the process group waits for that
+    thread: for ever, if the one who frees it holds the lock. And if Python ends first, the thread aborts the process.
     """
     if launched["status"] is not None and not hasattr(sys, "last_value"):
         sys.stdout.flush()
@@ -344,11 +358,12 @@ def end_at_once():
 
 
 def rank_and_world():
+    """This process's rank and the number of ranks; 0 and 1 for a process alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gathered(value):
-    """The values of all ranks, a list in their order."""
+    """The values that all ranks have given, a list in the order of ranks. Every rank has to call this."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -357,8 +372,10 @@ def gathered(value):
 
 
 def from_first_rank(function, *arguments):
-    """The first rank's result of a function that the other ranks do not call, on all of them; and on all of them the
-    ValueError or OSError that it raises."""
+    """Call a function on the first rank alone; return its result on all ranks.
+
+    A ValueError or OSError of the function is raised on all ranks.
+    """
     result, error = None, None
     if rank_and_world()[0] == 0:
         try:

@@ -78,7 +78,10 @@ def check_objective(objective):
 
 
 def check_flow_matching(config):
-    """Raise ValueError for settings of an NTM's loss; note those of an NTM's size, which one config file may share."""
+    """Raise ValueError for settings of an NTM's loss, and print a note about those of its size.
+
+    A config file that serves both an NTM and flow matching may set the sizes.
+    """
     given = [name for name in OF_NTM if name in config.given and config[name] != OF_NTM[name]]
     if given:
         wrong = ", ".join(f"{name} {config[name]}" for name in given)

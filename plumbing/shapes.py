@@ -52,7 +52,7 @@ class Scene(NamedTuple):
 
 
 def scenes(seed, indices):
-    """The Scene of the scenes number `indices` (B integers, which may be negative) of the endless sequence `seed`."""
+    """A Scene of B scenes: those with the numbers `indices`, which may be negative, of the endless sequence `seed`."""
     return compose(uniforms(seed, indices, DRAWS))
 
 
@@ -82,7 +82,10 @@ def whole(u, n):
 
 
 def draw_things(kind, u_first, u_second):
-    """Draw colour and shape of 4 objects, (B, 4) each: all alike for "several", different for pairs. Arguments (B,)."""
+    """Draw the colours and shapes of 4 objects, (B, 4) each: all alike for "several", two in turn for other kinds.
+
+    kind and both u are (B,); the two differ.
+    """
     first = whole(u_first, len(THINGS))
     other = (first + 1 + whole(u_second, len(THINGS) - 1)) % len(THINGS)
     second = np.where(kind == 1, first, other)
@@ -142,7 +145,7 @@ def caption(kind, relation, count, first, second):
 
 
 def distance(name, dx, dy, r):
-    """Signed distance to the outline of a shape of radius r, negative inside; dx >= 0 and dy from its centre."""
+    """Signed distance to the outline of a shape of radius r, negative inside. dx and dy: from its centre, dx >= 0."""
     if name == "circle":
         return np.sqrt(dx**2 + dy**2) - r
     if name == "square":

@@ -2,9 +2,9 @@
 
 A shard is a tar as img2dataset writes it. An example is a run of adjacent members of one KEY: KEY.jpg, .jpeg, .png or
 .webp, or for a latent KEY.npy, an array (C, h, w); and its captions in KEY.txt, or in KEY.json as the "caption" or
-"captions", one of which is drawn in each epoch; "mirror": false there forbids flips (plumbing/examples.py has all of
-it). The index, mapped into memory that all processes have in common, holds the 512-byte block where each example
-begins, so that shuffling is global and resuming needs no state.
+"captions", one of which is drawn in each epoch. "mirror": false in KEY.json forbids flips. plumbing/examples.py has all
+rules. The index holds the 512-byte block where each example begins, in memory that all processes share. So examples are
+shuffled across all shards, and a resumed run needs no state of its data.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from plumbing.runtime import note
 
 HELD_OUT = 100  # without a folder for validation, every 100th example is held out
 ATTEMPTS = 100  # unusable examples in a row before reading gives up
-NEIGHBOURS = 10  # of these; the others are spread over all shards, since one shard may be unusable as a whole
+NEIGHBOURS = 10  # attempts in one place; the others are spread over all shards, as a whole shard may be unusable
 
 
 def attempts(number, size):
-    """The numbers to try for an example, until one is usable: itself, its neighbours, and others from all over."""
+    """Yield the numbers to try for an example, until one is usable: itself, its neighbours, and others far away."""
     for attempt in range(ATTEMPTS):
         yield number + attempt * (1 if attempt < NEIGHBOURS else max(1, size // ATTEMPTS))
 
@@ -39,16 +39,18 @@ class Shards:
     """The examples of shards as a map-style data set: ds[i] -> (image (C, H, W) float32, caption).
 
     Images are in [-1, 1], at the centres of their 8-bit bins; latents are (latent - mean) * scale by channel, as
-    latents.json says. An unusable example is replaced by the next usable one, or after a few that are not by one from
-    elsewhere; __getitems__ also says why.
+    latents.json says. An unusable example is replaced by the next usable one, or after ten unusable ones in a row by
+    one from elsewhere; __getitems__ also says what was wrong.
     """
 
-    runs_on = True  # the numbers that __getitems__ takes, beyond the last example into other epochs
+    runs_on = True  # __getitems__ takes numbers beyond the last example: those of later epochs
 
     def __init__(self, data_dir, split, channels, height, width, seed=0, latent_scale=0.0, crop="center", flip=False):
-        """split: "train", "val", or "all" where these have no folders of their own. latent_scale: a factor for latents,
-        in place of latents.json. crop: "center" or "random", and flip: mirror half of the images; both in training
-        only. Raises ValueError or OSError where the shards cannot serve."""
+        """Open the shards of a split: "train", "val", or "all", for shards without folders train/ and val/.
+
+        latent_scale: a factor for latents, in place of latents.json; 0: none. crop: "center" or "random". flip: mirror
+        half of the images. Both hold in training only. Raises ValueError or OSError for shards that cannot be used.
+        """
         if crop not in ("center", "random"):
             raise ValueError(f"crop {crop!r} is unknown: choose 'center' or 'random'")
         if min(height, width) < 1:
@@ -65,7 +67,7 @@ class Shards:
             raise ValueError(f"data_dir {data_dir!r} has {self.total} examples, too few for {split!r}: every "
                              f"{HELD_OUT}th is for validation, where there are no folders train/ and val/{faults}")
         self.latent, found = first_example(self.paths)
-        if self.latent and found != self.shape and self.has_images():  # which are asked for, not the arrays beside them
+        if self.latent and found != self.shape and self.has_images():  # images are meant, not the arrays beside them
             self.latent = False
         self.eight_bit = not self.latent
         if self.latent:
@@ -105,13 +107,13 @@ class Shards:
         return False
 
     def captions(self, numbers):
-        """The captions of examples one after another, of those that have any, without decoding images."""
+        """Yield all captions of the examples with these numbers, without decoding images; unusable ones have none."""
         for number in numbers:
             with contextlib.suppress(Unusable):
                 yield from captions_of(self.members(number))[0]
 
     def example(self, number):
-        """(image, caption) of a number that runs on from epoch to epoch. Raises Unusable."""
+        """(image, caption) of an example, whose number runs on from epoch to epoch. Raises Unusable."""
         return self.decode(self.members(number % len(self)), number)
 
     def decode(self, members, number):
@@ -126,7 +128,7 @@ class Shards:
         return self.normalized(stored), caption
 
     def stored(self, members, across=0.5, down=0.5):
-        """An example's 8-bit image, cropped there, or its latent: (C, H, W). Raises Unusable."""
+        """An example's 8-bit image, cropped as by resize_and_crop, or its latent: (C, H, W). Raises Unusable."""
         if self.latent:
             return decode_latent(members, self.shape)
         image = resize_and_crop(decode_image(members), *self.shape[1:], across, down)
@@ -135,15 +137,15 @@ class Shards:
         return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
     def mirrors(self, symmetric, draw):
-        """Whether examples that may be mirrored, or may not, are by a draw from [0, 1); both may be arrays."""
+        """Whether to mirror examples; symmetric: whether they may be; draw: from [0, 1). Both may be arrays."""
         return (self.flip and not self.latent) & symmetric & (draw < 0.5)
 
     def normalized(self, stored):
-        """What `stored` gives, or several of it, as float32 for a network."""
+        """What stored() returns, one (C, H, W) or several (B, C, H, W), as float32 for a network."""
         return (stored - self.mean) * self.scale if self.latent else to_pixels(stored)
 
     def usable(self, number):
-        """(image, caption, "") of an example; or if it is unusable, another one's and what is wrong with it."""
+        """(image, caption, "") of an example; or if it is unusable, another one's and why it was replaced."""
         fault = ""
         for other in attempts(number, len(self)):
             try:
@@ -155,7 +157,7 @@ class Shards:
                          + fault_of(shard, self.header))
 
     def named(self, i, error):
-        """What is wrong with example i, with its place and the name of its first file."""
+        """The line that says what is wrong with example i: its place, the error, and the name of its first file."""
         shard, number = self.place(i)
         where = ""
         with contextlib.suppress(Unusable):
@@ -173,7 +175,7 @@ class Shards:
 
 
 def fault_of(shard, header):
-    """What an index says is wrong with a shard, a number, to follow what is wrong with an example of it."""
+    """The fault that an index records for shard number `shard`, to end an error message; "" if there is none."""
     name = header["shards"][shard][0]
     return f"; {name}: {header['faults'][name]}" if name in header["faults"] else ""
 
@@ -200,7 +202,11 @@ def first_example(paths):
 
 
 def latent_statistics(shard, channels, scale):
-    """Mean and scale of each channel, (C, 1, 1), by latents.json beside a shard or above it; or zeros, and `scale`."""
+    """Mean and scale of each channel of latents, two tensors (C, 1, 1).
+
+    If `scale` is not 0, it is every channel's scale, and the means are 0. Otherwise both are those of latents.json, in
+    the shard's folder or the one above; without such a file, 0 and 1. Raises ValueError for a file that does not fit.
+    """
     for folder in () if scale else (shard.parent, shard.parent.parent):
         path = folder / "latents.json"
         if (folder / "encoding.json").exists() and not path.exists():
@@ -220,8 +226,8 @@ def latent_statistics(shard, channels, scale):
 
 
 def write_shard(path, examples):
-    """Writes examples (key, {suffix: bytes}) to a tar, whole or not at all; equal examples make equal files."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")  # which no other process writes
+    """Write examples (key, {suffix: bytes}) to a tar, whole or not at all; equal examples make equal files."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")  # a name that no other process writes
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -236,7 +242,7 @@ def write_shard(path, examples):
 
 
 def write_shards(folder, examples, per_shard=1000):
-    """Writes examples to folder/00000.tar, 00001.tar, ..., and removes such shards of an earlier, larger set."""
+    """Write examples to folder/00000.tar, 00001.tar, ..., and remove further ones, left from an earlier, larger set."""
     examples, written = iter(examples), []
     while shard := list(itertools.islice(examples, per_shard)):
         written.append(folder / f"{len(written):05d}.tar")

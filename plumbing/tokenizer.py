@@ -26,8 +26,7 @@ class Tokenizer:
     """Byte-pair ids of a tiktoken encoding, shifted by two to leave room for PAD and NULL.
 
     vocabulary: the text of its .tiktoken file, which checkpoints store, or None. cut: how many captions encode() has
-    truncated so far. A vocabulary without capitals was made from lower-case captions, so others are put into lower
-    case.
+    truncated so far. folds: whether captions are put into lower case, as they are for a vocabulary without capitals.
     """
 
     def __init__(self, encoding, vocabulary=None):
@@ -44,9 +43,9 @@ class Tokenizer:
         return [i + 2 for i in self.ordinary(caption.strip())] or [NULL]
 
     def falls_apart(self, caption):
-        """Whether a fourth or more of a caption's words are unknown: most tokens of such a word are single bytes.
+        """Whether a fourth or more of a caption's words are unknown, and so are split into mostly single bytes.
 
-        Numbers and single letters do not count.
+        Numbers and single letters do not count as words.
         """
         words = [word for word in re.findall(WORD, caption) if re.search(r"[^\W\d_]{2}", word)]
         single = [[len(self.encoding.decode_single_token_bytes(i)) == 1 for i in self.ordinary(word)] for word in words]
@@ -122,7 +121,7 @@ def words(captions):
 def survey(captions, tokenizer, text_len, most=1.0):
     """A line that says which share of captions is cut, has too many unknown words, or is refused, and what would help.
 
-    The line is "" where all captions are whole. Raises ValueError with the line where one of the shares is above
+    The line is "" if there is no such caption. Raises ValueError with the line where one of the shares is above
     `most`.
     """
     lengths, refusals = [], []
@@ -246,9 +245,10 @@ def commonest(words, most):
 
 
 def make_vocabulary(captions, size=512):
-    """The bytes of a .tiktoken file of at most `size` tokens for such captions: a line per token, base64 and rank.
+    """The bytes of a .tiktoken file made from captions: a line per token, base64 and rank.
 
-    If the different words have more than MOST_BYTES in all, only the most common count.
+    It has at most `size` tokens, but always the 256 bytes. If the different words have more than MOST_BYTES bytes in
+    all, only the most common are used.
     """
     words = Counter(word.encode() for caption in captions for word in re.findall(WORD, caption))
     vocab = train_bpe(commonest(words, MOST_BYTES), size)

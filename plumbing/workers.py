@@ -24,8 +24,8 @@ SHARED_MEMORY = "/dev/shm"
 class ReadAhead:
     """The batches of a data set, loaded ahead by `workers` processes, or with 0 on demand by this process.
 
-    An iterator, and a context with which the processes end. batches: lists of numbers. asked: a function that says
-    whether a signal asks for an end; then a missing batch is not waited for. settings: of torch's DataLoader. Raises
+    An iterator, and a context at whose end the processes end. batches: lists of numbers. asked: a function that says
+    whether a signal asks for an end; if so, a missing batch is not waited for. settings: of torch's DataLoader. Raises
     OSError or ValueError with one line for faults of the data or of a process that loads them.
     """
 
@@ -121,6 +121,7 @@ class ReadAhead:
         return f"its exit status is {status}: {self.fewer()}, which loads in the training process"
 
     def fewer(self):
+        """The remedy for want of memory, in words."""
         return f"set fewer workers than {self.workers}, or 0" if self.workers else "set a smaller batch_size"
 
     def check_wait(self, seconds):
@@ -137,7 +138,10 @@ class NotYet(Exception):
 
 
 def start_loading(number):
-    """Prepare a process that loads: if it cannot hand on a batch, it dies, since the batch would be waited for."""
+    """Prepare a process that loads data: it ignores signals, and dies if it cannot hand on a batch.
+
+    If it lived on, the training process would wait for that batch.
+    """
     leave_signals_to_the_trainer()
     Queue._on_queue_feeder_error = staticmethod(die)  # a hook, in this process's own copy of the class
 
