@@ -112,6 +112,7 @@ class ReadAhead:
         if status == errno.EMFILE:
             return f"too many files are open: raise the limit with `ulimit -n 65536`, or {self.fewer()}"
         if status in (errno.ENOSPC, errno.ENOMEM, -signal.SIGBUS):
+            room = ""
             with contextlib.suppress(OSError):
                 room = f" ({shutil.disk_usage(SHARED_MEMORY).total / 2**20:.0f} MB)"
             return (f"{SHARED_MEMORY}{room} has no room for the batches: give the container more, as with `docker run "

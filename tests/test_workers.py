@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import toy
@@ -301,3 +302,12 @@ def test_a_small_dev_shm_ends_a_run_in_one_line(tmp_path):
     line = process.stderr.strip().splitlines()[-1]
     assert process.returncode == 1 and "Traceback" not in process.stderr
     assert "/dev/shm (1 MB) has no room" in line and "--shm-size" in line and "fewer workers than 2" in line
+
+
+def test_a_full_dev_shm_is_named_where_its_size_is_unknown(monkeypatch):
+    def unknown(path):
+        raise OSError("no such folder")
+
+    monkeypatch.setattr(workers.shutil, "disk_usage", unknown)
+    line = ReadAhead.reason(SimpleNamespace(fewer=lambda: "choose fewer workers than 2"), -signal.SIGBUS)
+    assert line.startswith("/dev/shm has no room for the batches") and line.endswith("or choose fewer workers than 2")
