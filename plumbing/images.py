@@ -73,14 +73,19 @@ def wrap(text, font, width):
     Line ends in the text are kept. The last of several lines is always shown, since it may be a likelihood.
     """
     letters = max(1, int(width / font.getlength("n")))
+
+    def broken(line):
+        fits = len(line) <= 3 * letters and font.getlength(line) <= width
+        return [line] if fits and line.strip() else break_line(line, letters)
+
     *others, last = text.split("\n")
     lines = []
     for line in others[:MOST_LINES + 1]:
-        lines += break_line(line, letters) or [""]
+        lines += broken(line) or [""]
     if len(lines) > MOST_LINES:
         lines = lines[:MOST_LINES]
         lines[-1] = lines[-1][:letters - 1].rstrip(ELLIPSIS) + ELLIPSIS
-    return "\n".join(lines + break_line(last, letters))
+    return "\n".join(lines + broken(last))
 
 
 def break_line(line, letters):
