@@ -99,7 +99,8 @@ class TrainedModel:
         config = self.network.config
         if steps and steps not in config.steps:
             trained_for = " or ".join(map(str, config.steps))
-            note(f"the model was trained for {trained_for} steps: with {steps}, samples and likelihoods are worse")
+            note(f"the model was trained for {trained_for} steps: with {steps}, samples may be noise and likelihoods "
+                     "mean nothing")
         if denoise == "learned":
             reason = self.why_no_denoiser(steps)
             if reason:

@@ -179,7 +179,8 @@ def find_resumable(resume, path, *kinds):
             raise ValueError(f"{path} holds only what sampling needs: continue the run's own checkpoint instead")
         return contents
     if seen[0]:
-        raise ValueError(f"{path} is there already: continue it with --resume=yes, or choose another --out_dir")
+        instead = "remove it to distil anew" if path.name == "denoiser.pt" else "choose another --out_dir"
+        raise ValueError(f"{path} is there already: continue it with --resume=yes, or {instead}")
     return None
 
 

@@ -125,9 +125,11 @@ class Progress:
         self.saved_at = self.since
         stop = self.config["max_iters"]
         total = None if stop == UNKNOWN else stop
-        self.bar = tqdm(total=total, initial=self.start, disable=self.log is None, unit="it", dynamic_ncols=True)
-        if self.log and self.start >= stop:
-            self.bar.write(f"nothing to do: {self.path} holds iteration {self.start}, and max_iters is {stop}")
+        done = self.start >= stop
+        if self.log and done:
+            print(f"nothing to do: {self.path} holds iteration {self.start}, and max_iters is {stop}")
+        silent = done or self.log is None
+        self.bar = tqdm(total=total, initial=self.start, disable=silent, unit="it", dynamic_ncols=True)
         return self
 
     def __exit__(self, *error):

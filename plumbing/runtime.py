@@ -89,6 +89,9 @@ def find_device(name=""):
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name or best)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown: choose cuda, mps or cpu") from error
+    try:
         torch.empty(1, device=device).item()  # fails on "meta", a device without values
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ValueError(f"device {name!r} is not available here: leave it out for {best!r}") from error
@@ -272,11 +275,9 @@ def compile_layers(model):
 @contextlib.contextmanager
 def uncompiled():
     """A context in which compiled networks run uncompiled: for validation's sizes they would be compiled once more."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and importing it takes two seconds
+    compiled = "torch._dynamo" in sys.modules  # else nothing is, and importing it would take two seconds
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
         yield
-    else:
-        with torch.compiler.set_stance("force_eager"):
-            yield
 
 
 def alike(*networks):

@@ -486,6 +486,13 @@ def test_the_speed_of_several_ranks_is_the_slowest_ones(capsys):
         "trajectories of held-out images have 1.2500 (lower is likelier)"]
 
 
+def test_a_likelihood_that_means_nothing_is_short(capsys):
+    config = SimpleNamespace(num_tokens=16, token_dim=4)
+    model = SimpleNamespace(ts=torch.zeros(5), network=SimpleNamespace(config=config), held_out_nll=lambda: None)
+    sample.report(model, 0, [{}], [6e18])
+    assert capsys.readouterr().out.startswith("trajectory NLL: 6.0e+18 nats, 1.9e+16 for each of its 320 numbers")
+
+
 def test_held_out_images_are_as_likely_as_the_model_itself_finds_them(copied, tmp_path):
     """By the log beside a checkpoint, or by the copy that is passed on; against the trajectories of the images."""
     model = load(copied, device="cpu", denoise="score")

@@ -518,6 +518,8 @@ def test_interrupted_and_resumed_distillation_is_the_uninterrupted(trained, tmp_
         patch.setattr(torch, "save", dying)
         assert "No space left" in fails("distill.py", *DISTILL, f"--out_dir={parts}")
     assert contents(parts / "denoiser.pt")["iter"] == 3 and read_log(parts / "denoiser_log.jsonl")[-1]["iter"] == 6
+    line = fails("distill.py", *DISTILL, f"--out_dir={parts}")
+    assert line.endswith("denoiser.pt is there already: continue it with --resume=yes, or remove it to distil anew")
     run("distill.py", *DISTILL, f"--out_dir={parts}", "--resume=auto")
     assert same_training(parts / "denoiser.pt", whole / "denoiser.pt")
     assert (read_log_without_speed(parts / "denoiser_log.jsonl")
@@ -538,7 +540,8 @@ TRAIN_MISTAKES = {
     "--optimizer=sgd": ["optimizer 'sgd'", "adamw", "muon"],
     "--batch_size=9 --grad_accum=2": ["batch_size 9", "2"],
     "--device=nonsense": ["device 'nonsense'", "cpu"],
-    "--device=meta": ["device 'meta'", "cpu"],  # it has shapes, and no values
+    "--device=gpu": ["device 'gpu' is unknown: choose cuda, mps or cpu"],
+    "--device=meta": ["device 'meta' is not available", "cpu"],  # it has shapes, and no values
     "--patch_size=3": ["8x8", "patch_size 3"],
     "--image_size=9": ["digits has no 9x9", "8x8"],
     "--image_size=(8,8,8)": ["image_size is (8, 8, 8)", "height and width"],
@@ -604,7 +607,8 @@ def test_mistake_is_one_line_and_exit_status_1(command, parts):
 def test_checkpoint_is_not_overwritten(copied, script, settings, name):
     before = (copied / name).read_bytes()
     line = fails(script, *settings, f"--out_dir={copied}")
-    assert str(copied / name) in line and "--resume=yes" in line and "--out_dir" in line
+    remedy = "choose another --out_dir" if name == "ckpt.pt" else "remove it to distil anew"
+    assert str(copied / name) in line and "--resume=yes" in line and remedy in line
     assert (copied / name).read_bytes() == before
 
 
