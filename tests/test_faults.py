@@ -131,11 +131,12 @@ def stopping(folder, iterations):
     return script(folder, f"if len(calls) == {iterations - resumed}: signal.raise_signal(signal.SIGTERM)")
 
 
-@pytest.mark.parametrize("trouble, message", [("raise RuntimeError('a cosmic ray')", "RuntimeError: a cosmic ray"),
-                                              ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)")])
-def test_a_rank_that_dies_takes_the_job_down_with_its_message(tmp_path, trouble, message):
+@pytest.mark.parametrize("launch, trouble, message", [
+    (torchrun, "os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+    (lambda ranks, *command: restarting(ranks, 0, *command), "raise RuntimeError('a cosmic ray')", "RuntimeError: a cosmic ray")])
+def test_a_rank_that_dies_takes_the_job_down_with_its_message(tmp_path, launch, trouble, message):
     bad = script(tmp_path, f"if os.environ['RANK'] == '1' and len(calls) == 5: {trouble}")
-    status, _, err = torchrun(2, bad, *TRAIN, f"--out_dir={tmp_path / 'run'}")
+    status, _, err = launch(2, bad, *TRAIN, f"--out_dir={tmp_path / 'run'}")
     assert status != 0 and message in err
     assert contents(tmp_path / "run" / "ckpt.pt")["iter"] == 3
 
@@ -401,7 +402,7 @@ def forked(settings, dying):
 
 
 def test_killed_more_than_twenty_times_a_run_ends_as_if_it_had_not_been(tmp_path):
-    settings = [*TRAIN, "--max_iters=150", "--val_interval=3"]
+    settings = [*TRAIN, "--max_iters=60", "--val_interval=3"]
     run("train.py", *settings, f"--out_dir={tmp_path / 'peace'}")
     settings += [f"--out_dir={tmp_path / 'war'}", "--resume=auto"]
     path, moments = tmp_path / "war" / "ckpt.pt", random.Random(0)
