@@ -147,12 +147,12 @@ def get_dataset(name, split, image_size, channels, seed=0, data_dir="", **of_sha
 
 def open_dataset(settings, split, data_dir=""):
     """The data set that a run's settings name; data_dir: where the data are now, if they have moved."""
-    of_shards = ("latent_scale", "crop", "flip")
+    of_shards = {"latent_scale": 0, "crop": "center", "flip": False}  # and the values without effect
     if settings["dataset"] != "shards":
-        unused = [name for name in of_shards if settings.get(name, "center") not in (0, "center")]
+        unused = [name for name, without in of_shards.items() if settings.get(name, without) != without]
         if unused:
             note(f"{', '.join(unused)}: not used, as only shards are flipped, cropped or scaled")
-        of_shards = ()
+        of_shards = {}
     return get_dataset(settings["dataset"], split, settings["image_size"], settings["channels"], settings["seed"],
                        data_dir or settings["data_dir"], **{name: settings[name] for name in of_shards})
 

@@ -145,9 +145,9 @@ def report(model, count, seconds, nlls):
     if nlls:
         mean = sum(nlls) / len(nlls)
         numbers = len(model.ts) * model.network.config.num_tokens * model.network.config.token_dim
-        line = f"trajectory NLL: {mean:.2f} nats, {mean / numbers:.4f} for each of its {numbers} numbers"
-        if abs(mean) > 1e6 * numbers:  # with steps that the model was not trained for
-            line = f"trajectory NLL: {mean:.1e} nats, {mean / numbers:.1e} for each of its {numbers} numbers"
+        huge = abs(mean) > 1e6 * numbers  # with steps that the model was not trained for
+        total, each = (".1e", ".1e") if huge else (".2f", ".4f")
+        line = f"trajectory NLL: {mean:{total}} nats, {mean / numbers:{each}} for each of its {numbers} numbers"
         if guidance:
             line += ", under the model without guidance"
         typical = model.held_out_nll()

@@ -134,12 +134,12 @@ wandb_log = False  # send the log and the sheets to Weights & Biases as well
 # Validation
 
 
-@torch.no_grad()
 def levels_of(model, t_min):
     """The times (T+1,) that validation and sheets use: an NTM's noise levels, or those of flow matching's samples."""
     return model.config.time_grid(t_min) if isinstance(model, NTM) else time_grid(EULER_STEPS, 0.0, 0, shift=1.0)
 
 
+@torch.no_grad()
 def validate(ema, batches, ts, config):
     """Measure the averaged model on held-out data. Returns {name: nats per dimension} for the log.
 

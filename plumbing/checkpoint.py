@@ -66,8 +66,8 @@ def kept(path):
 def keep(path, i, count):
     """Keep a copy of the checkpoint `path` of iteration i, such as ckpt_000500.pt, and `count` copies in all.
 
-    Older copies are deleted, copies of later iterations are not. Where the file system has hard links, both names are
-    one file. Raises SystemExit if the copy cannot be made.
+    The function deletes older copies, but none of a later iteration. If the file system has hard links, the copy and
+    ckpt.pt are one file. Raises SystemExit if the copy cannot be made.
     """
     own = path.with_name(f"{path.stem}_{i:06d}{path.suffix}")
     part = own.with_name(own.name + ".part")

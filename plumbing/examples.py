@@ -2,8 +2,8 @@
 
 A member is named KEY.SUFFIX. KEY ends at the first dot of the file name: 0000.jpg, 0000.txt and 0000.mask.png are one
 example. A name with further dots is an example of its own only where several such names each have a picture and a
-text: photo.0.jpg, photo.0.txt, photo.1.jpg, photo.1.txt. Where an example has several members of one kind, the one
-with the plainest suffix is read: 0000.png rather than 0000.mask.png, and 0000.input.png where there is no 0000.png.
+text: photo.0.jpg, photo.0.txt, photo.1.jpg, photo.1.txt. If an example has several members of one kind, Shards reads
+the one with the plainest suffix: 0000.png rather than 0000.mask.png, and 0000.input.png if there is no 0000.png.
 """
 
 import io

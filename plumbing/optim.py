@@ -1,9 +1,12 @@
 """Optimisers, the learning rate schedule, and the averaged weights."""
 
 import math
+import re
 from collections import defaultdict
 
 import torch
+
+from plumbing.runtime import LAYER
 
 # endings of the names of a layer's matrices, in our Transformers and in SiT
 HIDDEN = (
@@ -30,8 +33,7 @@ def make_optimizers(model, name, weight_decay, device, bfloat16=False, hidden=HI
         raise ValueError(f"optimizer {name!r} is unknown: choose 'adamw' or 'muon'")
     matrices, words, rest = [], [], []
     for key, parameter in model.named_parameters():
-        in_a_layer = ".layers." in key or "sit.blocks." in key
-        if name == "muon" and in_a_layer and key.endswith(hidden):
+        if name == "muon" and re.search(LAYER, key) and key.endswith(hidden):
             matrices.append(parameter)
         elif key.endswith(WORDS):
             words.append(parameter)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+LAYER = r"\b(layers|sit\.blocks)\.\d+"  # a Transformer layer's name, of ours or of SiT's
 launched = {"job": "", "status": None}  # the ranks' job; this process's exit status, once it is known
 CAN_FORK = "fork" in multiprocessing.get_all_start_methods()  # Windows cannot
 # Signals that ask a run to end. SLURM can send SIGUSR1 some time before a job's end; Windows does not have it.
@@ -267,8 +268,7 @@ def for_training(model, config, device):
 def compile_layers(model):
     """Compile each of a model's Transformer layers in place; code and shapes are the same, so one graph serves."""
     for name, module in model.named_modules():
-        *_, outer, inner, _ = ["", "", *name.split(".")]
-        if inner == "layers" or (outer, inner) == ("sit", "blocks"):
+        if re.fullmatch(f".*{LAYER}", name):
             module.compile()
 
 
